@@ -1,0 +1,35 @@
+# make demo: the whole pipeline on the embedded demo.  make test: the tests.  make check: lint, format, types.
+# Each sets up .venv when it is missing or requirements.lock has changed.
+
+PYTHON ?= python3
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: demo test check lock
+
+demo: $(BIN)/ready
+	python -m fintune.preflight
+	dvc repro
+	python -m fintune.results
+
+test: $(BIN)/ready
+	python -m pytest
+
+check: $(BIN)/ready
+	ruff check .
+	ruff format --check .
+	mypy
+
+$(BIN)/ready: requirements.lock
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; name one with: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	touch $@
+
+# Resolve pyproject.toml's dependencies anew and write what was installed, without addresses.
+lock:
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet $$($(PYTHON) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(*p["dependencies"], *p["optional-dependencies"]["dev"])')
+	$(BIN)/python -m pip freeze | sed 's/+cpu$$//' > requirements.lock
+	touch $(BIN)/ready

@@ -1,0 +1,257 @@
+"""The parameters: one frozen, strict class for each section of params.yaml.
+
+No value has a default here. `read_params` validates the whole file at every stage and reports every
+problem at once, so that a typing mistake in `train` is found before `fetch` has spent a minute.
+"""
+
+import difflib
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+PARAMS_FILE = Path("params.yaml")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Name = Annotated[str, Field(min_length=1)]
+
+
+class UserError(Exception):
+    """The user's input, parameters or surroundings are at fault; the message names the way out."""
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, no unknown keys, no coercion between types."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+
+class Columns(Section):
+    """Which columns of the source hold the three texts; a null instruction takes the default."""
+
+    instruction: Name | None
+    input: Name
+    output: Name
+
+
+class Fetch(Section):
+    """Where the question-and-answer rows come from and what happens to unusable ones."""
+
+    source: Name
+    revision: Name | None
+    split: Name
+    columns: Columns
+    default_instruction: Name | None
+    invalid_rows: Literal["drop", "refuse"]
+
+    @model_validator(mode="after")
+    def _instruction_from_somewhere(self) -> "Fetch":
+        if (self.columns.instruction is None) == (self.default_instruction is None):
+            raise ValueError(
+                "give either columns.instruction or default_instruction, and null for the other"
+            )
+        return self
+
+
+class Split(Section):
+    """Shares of the questions held out, and how alike two questions may be before they are one."""
+
+    seed: Seed
+    validation_fraction: Fraction
+    test_fraction: Fraction
+    near_duplicate_similarity: Annotated[float, Field(ge=0.5, le=1)] | None
+
+    @model_validator(mode="after")
+    def _something_left_to_train_on(self) -> "Split":
+        if self.validation_fraction + self.test_fraction >= 1:
+            raise ValueError("validation_fraction and test_fraction leave nothing to train on")
+        return self
+
+
+class Base(Section):
+    """The base model: a folder, or a hub id with the commit that pins it."""
+
+    model: Name
+    revision: Name | None
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether `model` names a folder on this disk rather than a hub id."""
+        return Path(self.model).is_dir()
+
+    @model_validator(mode="after")
+    def _pinned(self) -> "Base":
+        if self.is_folder:
+            return self
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", self.model):
+            raise ValueError(f"model: {self.model} is neither a folder here nor a hub id (owner/name)")
+        if self.revision is None:
+            raise ValueError(
+                f"model: {self.model} is no folder here; if it is a hub id, set revision to one of "
+                f"the commits at https://huggingface.co/{self.model}/commits"
+            )
+        if not COMMIT.fullmatch(self.revision):
+            raise ValueError(
+                f"revision: {self.revision!r} can move between two stages; give a commit's "
+                f"40 hex digits, from https://huggingface.co/{self.model}/commits"
+            )
+        return self
+
+
+class Format(Section):
+    """The longest row, in tokens, and what happens to longer ones."""
+
+    max_tokens: Annotated[int, Field(ge=16)]
+    overlong: Literal["truncate", "drop"]
+
+
+class Lora(Section):
+    """LoRA's rank, scale (alpha / r), dropout and the names of the layers that it is put on."""
+
+    r: Count
+    alpha: Annotated[int | float, Field(gt=0)]
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+    target_modules: Annotated[list[Name], Field(min_length=1)]
+
+
+class Train(Section):
+    """The fine-tuning run. Batches are counted in rows, so packing does not change what is learned."""
+
+    quantization: Literal["nf4", "none"]
+    precision: Literal["auto", "bfloat16", "float16", "float32"]
+    lora: Lora
+    learning_rate: Positive
+    schedule: Literal["cosine", "linear", "constant"]
+    warmup_fraction: Annotated[float, Field(ge=0, lt=1)]
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    max_grad_norm: Positive
+    epochs: Positive
+    max_steps: Count | None
+    rows_per_step: Count
+    rows_per_pass: Count
+    packing: bool
+    gradient_checkpointing: bool
+    validate_every_steps: Count
+    early_stopping_patience: Count | None
+    seed: Seed
+
+    @model_validator(mode="after")
+    def _whole_passes(self) -> "Train":
+        if self.rows_per_step % self.rows_per_pass:
+            raise ValueError(
+                f"rows_per_step ({self.rows_per_step}) must be a multiple of "
+                f"rows_per_pass ({self.rows_per_pass})"
+            )
+        return self
+
+
+class Sampling(Section):
+    """How the sample answers are drawn; the metrics' answers are greedy."""
+
+    temperature: Positive
+    top_p: Annotated[float, Field(gt=0, le=1)]
+    rows: Annotated[int, Field(ge=0)]
+
+
+class Gate(Section):
+    """What the tuned model must reach on the test rows to become the champion."""
+
+    min_perplexity_reduction: Annotated[float, Field(ge=0, lt=1)]
+    min_stop_rate: Share
+
+
+class Evaluate(Section):
+    """How base and tuned model are compared on the test rows."""
+
+    max_rows: Count | None
+    max_new_tokens: Count
+    rows_per_batch: Count
+    sampling: Sampling
+    bootstrap_samples: Count
+    seed: Seed
+    gate: Gate
+
+
+class MergeExport(Section):
+    """The plain model that is written and the name under which the adapter is registered."""
+
+    dtype: Literal["bfloat16", "float16"]
+    check_rows: Count
+    max_loss_difference: Positive
+    registered_model: Annotated[str, Field(pattern=r"^[^/:]+$")]
+
+
+class Params(Section):
+    """The whole of params.yaml."""
+
+    fetch: Fetch
+    split: Split
+    base: Base
+    format: Format
+    train: Train
+    evaluate: Evaluate
+    merge_export: MergeExport
+
+
+def read_params(path: Path = PARAMS_FILE) -> Params:
+    """Read and validate the whole parameter file.
+
+    Parsed with ruamel.yaml, as DVC does, so that the `3e-05` that `dvc exp run -S` writes is a number.
+
+    Raises:
+        UserError: the file is missing, is not YAML, or holds any wrong key, type or value; every
+            problem is listed, a line each, with its dotted key.
+    """
+    try:
+        raw = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: not found in {Path.cwd()}; run from the project's root, "
+            f"or begin with `cp recipes/demo.yaml {path}`"
+        ) from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: empty or not a mapping; begin with `cp recipes/demo.yaml {path}`")
+    try:
+        return Params.model_validate(raw)
+    except ValidationError as error:
+        problems = [_describe(problem) for problem in error.errors()]
+    lines = "\n".join(f"  {line}" for line in problems)
+    raise UserError(f"{path}: {len(problems)} problem{'s' * (len(problems) > 1)}\n{lines}")
+
+
+def _describe(problem: Any) -> str:
+    """One problem as `dotted.key: what is wrong (value)`, with a near match for an unknown key."""
+    path = [str(part) for part in problem["loc"]]
+    key = ".".join(path)
+    match problem["type"]:
+        case "extra_forbidden":
+            near = difflib.get_close_matches(path[-1], _keys_at(path[:-1]), n=1, cutoff=0.5)
+            return f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
+        case "missing":
+            return f"{key}: missing"
+        case "value_error":
+            return f"{key}: {problem['ctx']['error']}"
+    return f"{key}: {problem['msg'][:1].lower()}{problem['msg'][1:]}, not {problem['input']!r}"
+
+
+def _keys_at(path: list[str]) -> list[str]:
+    """The keys that may stand in the section at `path`."""
+    section: type[BaseModel] = Params
+    for part in path:
+        annotation: Any = section.model_fields[part].annotation
+        if isinstance(annotation, types.UnionType):
+            annotation = typing.get_args(annotation)[0]
+        section = annotation
+    return list(section.model_fields)

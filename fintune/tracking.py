@@ -1,0 +1,349 @@
+"""MLflow: the one run that belongs to an adapter, what is logged to it, and the model registry.
+
+Training opens the run and writes `models/run.json`; evaluation and export add to it. That file holds
+all that the run's record consists of besides metrics and artifacts, so a run that DVC restored from
+its cache, or that a server has lost, is logged again from the files.
+"""
+
+import json
+import logging
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # the default keeps retrying for minutes
+os.environ.setdefault("MLFLOW_ENABLE_ASYNC_LOGGING", "false")
+import mlflow  # noqa: E402  (reads the environment when imported)
+from mlflow.entities import Metric, RunTag
+from mlflow.entities import Param as MlflowParam
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+from ruamel.yaml import YAML
+
+from fintune.params import UserError
+
+log = logging.getLogger("fintune")
+EXPERIMENT = "financial-qa"
+COMPLETE = "training_logged"
+for noisy in ("alembic", "mlflow", "sqlalchemy"):
+    logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def connect(root: Path) -> MlflowClient:
+    """Point MLflow at its store and make sure that the store answers, within seconds.
+
+    `MLFLOW_TRACKING_URI` names a server or database; without it, or with a relative SQLite path, the
+    file lies at the project's root, also for experiments that DVC runs in a temporary folder.
+    `MLFLOW_EXPERIMENT_NAME` names the experiment.
+
+    Raises:
+        UserError: the server does not answer, or refuses.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    local = uri.startswith("sqlite:///") and not uri.startswith("sqlite:////")
+    if local:
+        uri = f"sqlite:///{root / uri.removeprefix('sqlite:///')}"
+    if uri.startswith("http"):
+        _ask_server(uri)
+    mlflow.set_tracking_uri(uri)
+    client = MlflowClient()
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
+    try:
+        if client.get_experiment_by_name(name) is None:
+            location = (root / "mlartifacts").as_uri() if local else None
+            client.create_experiment(name, artifact_location=location)
+        mlflow.set_experiment(name)
+    except MlflowException as error:
+        raise UserError(f"MLflow at {_shown(uri)}: {error}") from error
+    return client
+
+
+def _ask_server(uri: str) -> None:
+    import requests
+
+    try:
+        requests.get(f"{uri.rstrip('/')}/health", timeout=5).raise_for_status()
+    except requests.RequestException as error:
+        raise UserError(
+            f"no MLflow server answers at {_shown(uri)} ({type(error).__name__}); start it, or unset "
+            "MLFLOW_TRACKING_URI to log to mlflow.db in this folder"
+        ) from None
+
+
+def _shown(uri: str) -> str:
+    """The address without a user's name and password."""
+    scheme, _, rest = uri.partition("://")
+    return f"{scheme}://{rest.rsplit('@', 1)[-1]}"
+
+
+@contextmanager
+def training_run(record: Path, name: str) -> Iterator[str]:
+    """The active run of a training, with system metrics; a resumed training goes on in its own run.
+
+    Args:
+        record: keeps the run's id between a kill and the resumption.
+        name: of a new run; `dvc exp run` gives its experiment's name instead.
+
+    Yields:
+        The run's id. The run ends as FINISHED, KILLED (by the user) or FAILED.
+    """
+    run_id = None
+    if record.is_file():
+        run_id = _existing(MlflowClient(), record.read_text().strip())
+    run = mlflow.start_run(
+        run_id=run_id,
+        run_name=None if run_id else os.environ.get("DVC_EXP_NAME") or name,
+        log_system_metrics=True,
+    )
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(run.info.run_id)
+    try:
+        yield run.info.run_id
+    except KeyboardInterrupt:
+        mlflow.end_run("KILLED")
+        raise
+    except BaseException:
+        mlflow.end_run("FAILED")
+        raise
+    _or_later(mlflow.end_run)
+
+
+def live_logger(run_id: str) -> Callable[[int, dict[str, float]], None]:
+    """A function that logs a step's values; a server that goes away costs the curve, not the training."""
+    client = MlflowClient()
+    lost = False
+
+    def log_values(step: int, values: dict[str, float]) -> None:
+        nonlocal lost
+        if lost:
+            return
+        metrics = [Metric(f"curve/{k}", v, _now(), step) for k, v in values.items()]
+        try:
+            client.log_batch(run_id, metrics=metrics)
+        except Exception as error:  # whatever it is, minutes of training are worth more
+            lost = True
+            log.warning("MLflow stopped answering (%s); evaluate logs the run again", error)
+
+    return log_values
+
+
+def describe_run(run_id: str, sections: dict[str, Any], root: Path) -> dict[str, Any]:
+    """The record of a run for `models/run.json`: id, parameters and lineage.
+
+    Args:
+        sections: the parameter sections that training itself used.
+        root: the folder with dvc.lock, which holds the parameters and hashes of the stages before.
+    """
+    params = dict(sections)
+    tags = {"mlflow.source.git.commit": _git(root, "rev-parse", "HEAD")}
+    tags["git_commit"] = tags["mlflow.source.git.commit"]
+    tags["git_dirty"] = str(bool(_git(root, "status", "--porcelain", "--untracked-files=no"))).lower()
+    if experiment := os.environ.get("DVC_EXP_NAME"):
+        tags["dvc_experiment"] = experiment
+    for stage, entry in _locked_stages(root).items():
+        if stage in ("fetch", "split", "format"):
+            params.update(entry.get("params", {}).get("params.yaml", {}))
+            tags.update({f"md5.{out['path']}": out["md5"] for out in entry.get("outs", [])})
+    return {
+        "run_id": run_id,
+        "experiment": os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT,
+        "params": _flat(params),
+        "tags": {key: value for key, value in tags.items() if value},
+    }
+
+
+def _locked_stages(root: Path) -> dict[str, Any]:
+    """What dvc.lock says of each stage; nothing where a stage was run by hand, outside DVC."""
+    if "DVC_STAGE" not in os.environ or not (root / "dvc.lock").is_file():
+        return {}
+    lock = YAML(typ="safe").load((root / "dvc.lock").read_text(encoding="utf-8"))
+    return dict(lock.get("stages", {}))
+
+
+def _git(root: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Dotted keys; values as JSON but for plain strings, so that their types survive the way back."""
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value if isinstance(value, str) else json.dumps(value)
+    return flat
+
+
+def log_training(
+    client: MlflowClient,
+    record: dict[str, Any],
+    metrics: dict[str, float],
+    adapter: Path,
+    curve: list[dict[str, float | None]] | None = None,
+) -> None:
+    """Log parameters, lineage, final metrics and the adapter; the curve too where it was not live.
+
+    Does nothing to a run that has all of it.
+    """
+    run_id = record["run_id"]
+    params = [MlflowParam(key, value) for key, value in record["params"].items()]
+    tags = [RunTag(key, value) for key, value in record["tags"].items()]
+    finals = [Metric(key, value, _now(), 0) for key, value in metrics.items()]
+    client.log_batch(run_id, metrics=finals, params=params, tags=tags)
+    for point in curve or []:
+        step = int(point["step"] or 0)
+        values = {k: v for k, v in point.items() if k != "step" and v is not None and v == v}
+        client.log_batch(
+            run_id, metrics=[Metric(f"curve/{k}", v, _now(), step) for k, v in values.items()]
+        )
+    client.log_artifacts(run_id, str(adapter), "adapter")
+    client.set_tag(run_id, COMPLETE, "true")
+
+
+def log_training_or_later(*arguments: Any) -> None:
+    """`log_training`, or a warning where the server is gone: evaluation logs the run again."""
+    _or_later(log_training, *arguments)
+
+
+def _or_later(action: Callable[..., Any], *arguments: Any) -> None:
+    try:
+        action(*arguments)
+    except Exception as error:  # the adapter is on disk, and evaluate logs the run again
+        log.warning("MLflow: %s; evaluate logs the run again from the files", error)
+
+
+def log_table(run_id: str, rows: list[dict[str, Any]], name: str, context: str, source: Path) -> None:
+    """Record a table as an input of the run: its digest, columns and where it lies, not its rows."""
+    import pandas as pd
+
+    data = mlflow.data.from_pandas(pd.DataFrame(rows), source=str(source), name=name)
+    with _active(run_id):
+        mlflow.log_input(data, context=context)
+
+
+@contextmanager
+def _active(run_id: str) -> Iterator[None]:
+    """Make a run the active one, unless it is already."""
+    active = mlflow.active_run()
+    if active and active.info.run_id == run_id:
+        yield
+        return
+    with mlflow.start_run(run_id=run_id, log_system_metrics=False):
+        yield
+
+
+def run_of_adapter(
+    client: MlflowClient,
+    record: dict[str, Any],
+    metrics: dict[str, float],
+    curve: list[dict[str, float | None]],
+    adapter: Path,
+) -> str:
+    """The id of the run that belongs to an adapter, logged again from the files where it is missing.
+
+    A run that was logged again has another id than `models/run.json` says; it is found by the tag
+    `first_run_id`.
+    """
+    run_id = _existing(client, record["run_id"])
+    if run_id is None:
+        experiment = mlflow.set_experiment(record["experiment"])
+        again = client.search_runs(
+            [experiment.experiment_id], f"tags.first_run_id = '{record['run_id']}'"
+        )
+        if again:
+            run_id = str(again[0].info.run_id)
+        else:
+            name = record["tags"].get("dvc_experiment") or "restored"
+            tags = {"first_run_id": record["run_id"]}
+            run_id = client.create_run(experiment.experiment_id, tags=tags, run_name=name).info.run_id
+            log.info("MLflow has no run %s; logging it again as %s", record["run_id"], run_id)
+    if client.get_run(run_id).data.tags.get(COMPLETE) != "true":
+        log_training(client, {**record, "run_id": run_id}, metrics, adapter, curve)
+        client.set_terminated(run_id, "FINISHED")
+    return str(run_id)
+
+
+def _existing(client: MlflowClient, run_id: str) -> str | None:
+    """The id, if the store has this run and nobody deleted it."""
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise UserError(f"MLflow: {error}") from error
+    return run_id if run.info.lifecycle_stage == "active" else None
+
+
+def log_results(
+    client: MlflowClient,
+    run_id: str,
+    metrics: dict[str, Any],
+    settings: dict[str, Any],
+    files: list[Path],
+) -> None:
+    """Add a later stage's results to the adapter's run.
+
+    The stage's parameters become tags, because an adapter may be evaluated again with others and
+    MLflow's parameters cannot change.
+    """
+    flat = {key.replace(".", "/"): json.loads(value) for key, value in _flat(metrics).items() if _number(value)}
+    client.log_batch(
+        run_id,
+        metrics=[Metric(key, float(value), _now(), 0) for key, value in flat.items()],
+        tags=[RunTag(key, value) for key, value in _flat(settings).items()],
+    )
+    for file in files:
+        client.log_artifact(run_id, str(file))
+
+
+def _number(text: str) -> bool:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return False
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def register(
+    client: MlflowClient, run_id: str, name: str, tags: dict[str, str], passed: bool
+) -> tuple[str, list[str]]:
+    """Register the run's adapter as a version of `name`, once, and move the aliases.
+
+    Returns:
+        The version and its aliases: `candidate` always, `champion` where the gate passed.
+    """
+    try:
+        client.get_registered_model(name)
+    except MlflowException:
+        client.create_registered_model(name, description="LoRA adapters for financial question answering")
+    versions = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+    if versions:
+        version = str(max(int(v.version) for v in versions))
+    else:
+        version = str(client.create_model_version(name, f"runs:/{run_id}/adapter", run_id).version)
+    for key, value in tags.items():
+        client.set_model_version_tag(name, version, key, value)
+    aliases = ["candidate", *(["champion"] if passed else [])]
+    for alias in aliases:
+        client.set_registered_model_alias(name, alias, version)
+    return version, aliases
+
+
+def lineage_tags(root: Path) -> dict[str, str]:
+    """The md5 of every stage's outputs that dvc.lock knows by now."""
+    return {
+        f"md5.{out['path']}": out["md5"]
+        for entry in _locked_stages(root).values()
+        for out in entry.get("outs", [])
+    }
+
+
+def _now() -> int:
+    import time
+
+    return int(time.time() * 1000)

@@ -1,0 +1,112 @@
+"""Fine-tune the adapter, its run live in MLflow."""
+
+import csv
+import io
+import json
+import shutil
+from pathlib import Path
+
+from fintune.modeling import add_adapter, compute_dtype, load_base, save_adapter
+from fintune.params import Params, read_params
+from fintune.preflight import (
+    check_base,
+    check_disk,
+    check_memory,
+    describe_device,
+    estimate_memory_gib,
+)
+from fintune.prompts import encode, load_tokenizer
+from fintune.records import read_rows
+from fintune.scoring import likelihood
+from fintune.stage import log, project_root, run, whole_folder, write_json, write_text
+from fintune.tracking import (
+    connect,
+    describe_run,
+    live_logger,
+    log_table,
+    log_training_or_later,
+    training_run,
+)
+from fintune.training import TrainingResult, fingerprint, total_steps, train
+
+DATA = Path("data/formatted")
+ADAPTER = Path("models/adapter")
+RUN = Path("models/run.json")
+METRICS = Path("reports/train.json")
+CURVE = Path("reports/train_curve.csv")
+CODE = ("fintune/modeling.py", "fintune/training.py", "fintune/prompts.py", "stages/train.py")
+
+
+def main() -> None:
+    params = read_params()
+    root = project_root()
+    client = connect(root)
+    rows = {name: read_rows(DATA / f"{name}.parquet", ["prompt"]) for name in ("train", "validation")}
+    inputs = [DATA / f"{name}.parquet" for name in rows]
+    sections = {"base": params.base.model_dump(), "train": params.train.model_dump()}
+    scratch = root / ".checkpoints" / fingerprint([*inputs, *map(Path, CODE)], sections)
+    scratch.mkdir(parents=True, exist_ok=True)
+    name = f"{Path(params.base.model).name} r{params.train.lora.r} lr{params.train.learning_rate:g}"
+    with training_run(scratch / "run_id", name) as run_id:
+        record = describe_run(run_id, sections, Path.cwd())
+        for split, path in zip(rows, inputs, strict=True):
+            log_table(run_id, rows[split], split, "training" if split == "train" else split, path)
+        result = fine_tune(params, rows, scratch, run_id)
+        with whole_folder(ADAPTER) as folder:
+            save_adapter(result.model, folder)
+            load_tokenizer(params.base).save_pretrained(folder)
+            write_json(folder / "training.json", sections)
+        write_json(METRICS, result.metrics)
+        write_text(CURVE, as_csv(result.curve))
+        write_json(RUN, record)
+        log_training_or_later(client, record, result.metrics, ADAPTER)
+    shutil.rmtree(scratch)
+    shown = ("train_loss", "validation_loss", "tokens_per_second", "peak_memory_gib")
+    log.info("  ".join(f"{key} {result.metrics[key]:.4g}" for key in shown))
+
+
+def fine_tune(params: Params, rows: dict[str, list[dict]], scratch: Path, run_id: str) -> TrainingResult:
+    """Check, load, train; says before the first step what it will take."""
+    tokenizer = load_tokenizer(params.base)
+    tokens = {
+        split: [encode(tokenizer, row["prompt"], row["completion"]) for row in part]
+        for split, part in rows.items()
+    }
+    lengths = [len(prompt) + len(completion) for prompt, completion in tokens["train"]]
+    widest = sum(lengths) / len(lengths) if params.train.packing else max(lengths)
+    dtype = compute_dtype(params.train.precision)
+    log.info("device: %s", describe_device())
+    check_disk(2 * check_base(params.base), Path.cwd())
+    model = load_base(params.base, tokenizer, params.train.quantization, dtype)
+    check_memory(
+        estimate_memory_gib(
+            model.config, params.train, int(widest * params.train.rows_per_pass), dtype.itemsize
+        )
+    )
+    tuned = add_adapter(model, tokenizer, params.train.lora, params.train.seed)
+    trainable, total = tuned.get_nb_trainable_parameters()
+    log.info("trainable: %s of %s parameters (%.3f %%)", f"{trainable:,}", f"{total:,}", 100 * trainable / total)
+    log.info("%d rows, %d steps of %d rows", len(lengths), total_steps(params.train, len(lengths)), params.train.rows_per_step)
+    return train(
+        tuned,
+        tokenizer,
+        tokens["train"],
+        params.train,
+        dtype,
+        validate=lambda m: likelihood(m, tokens["validation"], "validate").loss,
+        scratch=scratch,
+        on_log=live_logger(run_id),
+    )
+
+
+def as_csv(curve: list[dict[str, float | None]]) -> str:
+    """The curve as CSV, an empty cell where a value was not measured at that step."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(curve[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(curve)
+    return text.getvalue()
+
+
+if __name__ == "__main__":
+    run(main)

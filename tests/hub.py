@@ -1,0 +1,254 @@
+"""A local stand-in for the Hugging Face hub, so that downloads are tested without the network.
+
+It speaks the part of the protocol that huggingface_hub, datasets and transformers read with:
+repository info, tree, paths-info and resolve (HEAD, GET, Range). Point a client at it
+in a fresh process, because `HF_ENDPOINT` is read when huggingface_hub is imported:
+
+    with Hub() as hub:
+        hub.add("datasets", "acme/qa", folder, revision="a" * 40)
+        subprocess.run([...], env=os.environ | hub.environment(tmp_path / "home"))
+        assert ("GET", f"/datasets/acme/qa/resolve/{'a' * 40}/train.jsonl", False) in hub.requests
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path, PurePosixPath
+from threading import Thread
+from typing import Literal, NamedTuple, Self
+from urllib.parse import parse_qs, unquote
+
+Kind = Literal["models", "datasets"]
+Files = dict[str, bytes]
+Entry = dict[str, object]
+
+# What a new repository's .gitattributes sends to LFS, as far as a test is likely to need it.
+LFS_SUFFIXES = {".bin", ".gz", ".model", ".parquet", ".safetensors", ".zip"}
+API = re.compile(
+    r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(.*))?"
+)
+RESOLVE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+RANGE = re.compile(r"bytes=(\d+)-(\d*)")
+
+
+class Request(NamedTuple):
+    """One request as it arrived: the path unquoted, without its query."""
+
+    method: str
+    path: str
+    authorized: bool
+
+
+class Refusal(Exception):
+    """An answer other than success, with the hub's own error headers."""
+
+    def __init__(self, status: int, code: str | None, message: str, commit: str | None = None):
+        super().__init__(message)
+        self.status = status
+        named = {"X-Error-Code": code, "X-Error-Message": message, "X-Repo-Commit": commit}
+        self.headers = {name: value for name, value in named.items() if value}
+
+
+class Hub:
+    """Repositories served on 127.0.0.1 at `url` while the `with` block lasts."""
+
+    def __init__(self) -> None:
+        self.requests: list[Request] = []
+        self._repos: dict[tuple[Kind, str], dict[str, Files]] = {}
+        self.gates: dict[tuple[Kind, str], dict[str, bool]] = {}
+        self.cuts: dict[tuple[str, str], int] = {}
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, self))
+        self._server.socket.listen(128)  # a client connects per file; the default of 5 refuses some
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self) -> Self:
+        Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def add(self, kind: Kind, repo: str, folder: Path, *, revision: str) -> None:
+        """Commit the folder's files, read now, as `revision` (40 hex); `main` moves to it."""
+        if not re.fullmatch("[0-9a-f]{40}", revision):
+            raise ValueError(f"{repo}: revision {revision!r} is not 40 hex digits")
+        revisions = self._repos.setdefault((kind, repo), {})
+        revisions.pop(revision, None)
+        paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        revisions[revision] = {p.relative_to(folder).as_posix(): p.read_bytes() for p in paths}
+
+    def gate(self, kind: Kind, repo: str, *, token: str, accepted: bool) -> None:
+        """Gate the repo's files. `token` is a user's; `accepted`: the user is on the list.
+
+        Call it again for another user. As on the real hub the info and the tree stay public, and
+        a token that no call named is refused for every repo, gated or not.
+        """
+        self.gates.setdefault((kind, repo), {})[token] = accepted
+
+    def cut(self, repo: str, file: str, *, after_bytes: int) -> None:
+        """Drop the connection before byte `after_bytes` of the file, in every try."""
+        self.cuts[repo, file] = after_bytes
+
+    def mend(self) -> None:
+        """Undo every cut."""
+        self.cuts.clear()
+
+    def environment(self, home: Path) -> dict[str, str]:
+        """Variables for a new process: read from here, cache in `home`, go nowhere else."""
+        return {
+            "HF_ENDPOINT": self.url,
+            "HF_HOME": str(home),
+            "HF_HUB_CACHE": str(home / "hub"),  # this and the next would win over HF_HOME
+            "HF_DATASETS_CACHE": str(home / "datasets"),
+            "HF_TOKEN": "",
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_UPDATE_DOWNLOAD_COUNTS": "0",  # datasets would count the load on another host
+            "NO_PROXY": "127.0.0.1",
+            "no_proxy": "127.0.0.1",
+        }
+
+    def commit(self, kind: Kind, repo: str, revision: str, token: str | None) -> tuple[str, Files]:
+        """Find the commit that `revision` names: its full name and its files."""
+        revisions = self._repos.get((kind, repo))
+        if revisions is None:  # the hub does not tell a stranger whether it is private or missing
+            status, message = (404, "Repository not found") if token else (401, "Invalid username")
+            raise Refusal(status, "RepoNotFound", message)
+        sha = next(reversed(revisions)) if revision == "main" else revision
+        if sha not in revisions:
+            raise Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        return sha, revisions[sha]
+
+    def pass_gate(self, kind: Kind, repo: str, token: str | None) -> None:
+        """Refuse the files of a gated repo to whoever is not on its list."""
+        users = self.gates.get((kind, repo))
+        if users is None or (token and users.get(token)):
+            return
+        message = f"Access to {kind[:-1]} {repo} is restricted"
+        if token is None:
+            raise Refusal(401, "GatedRepo", f"{message}. You must be authenticated to access it.")
+        message += f" and you are not in the authorized list. Visit {self.url}/{repo} to ask."
+        raise Refusal(403, "GatedRepo", message)
+
+
+def _entry(path: str, files: Files) -> Entry:
+    """Describe a file or a folder as tree and paths-info do."""
+    if path not in files:
+        return {"type": "directory", "path": path, "oid": "0" * 40, "size": 0}
+    data = files[path]
+    git_id = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+    entry: Entry = {"type": "file", "path": path, "oid": git_id, "size": len(data)}
+    if PurePosixPath(path).suffix in LFS_SUFFIXES:
+        sha256 = hashlib.sha256(data).hexdigest()
+        # the tree calls the hash oid, the info sha256
+        entry["lfs"] = {"oid": sha256, "sha256": sha256, "size": len(data), "pointerSize": 130}
+    return entry
+
+
+def _info(repo: str, sha: str, files: Files, gated: str | bool, *, blobs: bool) -> Entry:
+    siblings: list[Entry] = [{"rfilename": file} for file in files]
+    if blobs:
+        entries = [_entry(file, files) for file in files]
+        siblings = [{**e, "rfilename": e["path"], "blobId": e["oid"]} for e in entries]
+    names = {"_id": sha[:24], "id": repo, "author": repo.split("/")[0], "sha": sha}
+    flags = {"private": False, "gated": gated, "disabled": False, "downloads": 0, "likes": 0}
+    return names | flags | {"tags": [], "cardData": {}, "siblings": siblings}
+
+
+def _folders(paths: Iterable[str]) -> set[str]:
+    return {p.as_posix() for path in paths for p in PurePosixPath(path).parents} - {"."}
+
+
+def _tree(folder: str, sha: str, files: Files, *, deep: bool) -> list[Entry]:
+    start = f"{folder}/" if folder else ""
+    inside = [path for path in sorted(_folders(files) | files.keys()) if path.startswith(start)]
+    if folder and not inside:
+        raise Refusal(404, "EntryNotFound", f"{folder} does not exist on {sha}", sha)
+    return [_entry(p, files) for p in inside if deep or "/" not in p.removeprefix(start)]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """HTTP/1.0, one request a connection: a stopped hub leaves no connection that still answers."""
+
+    def __init__(self, hub: Hub, *args: object) -> None:
+        self.hub = hub
+        super().__init__(*args)  # type: ignore[arg-type]  # socketserver's own three
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Stay quiet: `Hub.requests` is the log."""
+
+    def do_GET(self) -> None:
+        path, _, query = self.path.partition("?")
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
+        bearer = self.headers.get("Authorization")
+        self.hub.requests.append(Request(self.command, unquote(path), bearer is not None))
+        try:
+            token = bearer.removeprefix("Bearer ") if bearer else None
+            if token and not any(token in users for users in self.hub.gates.values()):
+                raise Refusal(401, None, "Invalid credentials in Authorization header")
+            self._route(path, parse_qs(query) | parse_qs(body), token)
+        except Refusal as refusal:
+            text = json.dumps({"error": str(refusal)}).encode()
+            self._send(refusal.status, refusal.headers, text, len(text))
+
+    do_HEAD = do_POST = do_GET
+
+    def _route(self, path: str, query: dict[str, list[str]], token: str | None) -> None:
+        kind: Kind
+        if match := RESOLVE.fullmatch(path):
+            kind = "datasets" if match[1] else "models"
+            self._resolve(kind, match[2], unquote(match[3]), unquote(match[4]), token)
+        elif match := API.fullmatch(path):
+            kind = "models" if match[1] == "models" else "datasets"
+            sha, files = self.hub.commit(kind, match[2], unquote(match[4] or "main"), token)
+            if match[3] == "tree":
+                deep = query.get("recursive") == ["true"]
+                self._json(_tree(unquote(match[5].strip("/")), sha, files, deep=deep))
+            elif match[3] == "paths-info":
+                known = files.keys() | _folders(files)
+                self._json(
+                    [_entry(path, files) for path in query.get("paths", []) if path in known]
+                )
+            else:
+                gated = "manual" if (kind, match[2]) in self.hub.gates else False
+                self._json(_info(match[2], sha, files, gated, blobs="blobs" in query))
+        else:  # 501: clients retry most other server errors, which would hide the gap for a while
+            raise Refusal(501, None, f"tests/hub.py does not serve {self.command} {path}")
+
+    def _resolve(self, kind: Kind, repo: str, rev: str, file: str, token: str | None) -> None:
+        sha, files = self.hub.commit(kind, repo, rev, token)
+        self.hub.pass_gate(kind, repo, token)
+        if file not in files:
+            raise Refusal(404, "EntryNotFound", "Entry not found", sha)
+        data, entry = files[file], _entry(file, files)
+        lfs = entry.get("lfs")
+        headers = {"X-Repo-Commit": sha, "ETag": f'"{entry["oid"]}"', "Accept-Ranges": "bytes"}
+        if isinstance(lfs, dict):
+            headers |= {"X-Linked-ETag": f'"{lfs["oid"]}"', "X-Linked-Size": str(len(data))}
+        status, start, stop = 200, 0, len(data)
+        if span := RANGE.fullmatch(self.headers.get("Range", "")):
+            status, start = 206, int(span[1])
+            stop = min(int(span[2]) + 1, len(data)) if span[2] else len(data)
+            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
+            if start >= len(data):
+                raise Refusal(416, None, f"{file} has {len(data)} bytes, none at {start}", sha)
+        end = min(stop, self.hub.cuts.get((repo, file), len(data)))
+        self._send(status, headers, data[start:end], stop - start)
+
+    def _json(self, value: object) -> None:
+        body = json.dumps(value).encode()
+        self._send(200, {"Content-Type": "application/json"}, body, len(body))
+
+    def _send(self, status: int, headers: dict[str, str], body: bytes, length: int) -> None:
+        """Announce `length` bytes; a body that a cut has shortened ends with the connection."""
+        self.send_response(status)
+        for name, value in (headers | {"Content-Length": str(length)}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)

@@ -1,0 +1,1 @@
+"""Programs that make the assets which ship with the project; no pipeline stage imports them."""

@@ -1,0 +1,48 @@
+"""A byte-level BPE tokenizer that gives back every Unicode string exactly."""
+
+from collections.abc import Sequence
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from tools.corpus import BOS, EOS, PAD, UNK
+
+# Mistral's order, so that the first three ids mean what they mean there.
+SPECIALS = [UNK, BOS, EOS, PAD]
+
+
+def train_tokenizer(
+    texts: Sequence[str], vocab_size: int, max_length: int
+) -> PreTrainedTokenizerFast:
+    """Learn ``vocab_size`` entries (four specials and all 256 bytes among them) from the texts.
+
+    Encoding puts ``<s>`` in front, as Mistral's tokenizer does, unless it is called with
+    ``add_special_tokens=False``. There is no normaliser and no added space: decoding returns the
+    text exactly. Fewer entries are learnt when the texts have too few different words; unused
+    rows of the embedding then stay untrained.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=SPECIALS,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer, length=len(texts))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A",
+        pair=f"{BOS} $A {BOS}:1 $B:1",
+        special_tokens=[(BOS, tokenizer.token_to_id(BOS))],
+    )
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        unk_token=UNK,
+        pad_token=PAD,
+        clean_up_tokenization_spaces=False,
+        model_max_length=max_length,
+    )
