@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils.other import TrainableTokensWrapper
 from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
@@ -29,10 +28,6 @@ DTYPES = {
     "float16": torch.float16,
     "float32": torch.float32,
 }
-
-# TRL 1.16 reads the bias of the head when it projects the answer's positions; PEFT's wrapper around
-# a head with trained rows has none (it shows the wrapped layer's weight only).
-TrainableTokensWrapper.bias = None
 
 
 def packed_attention(

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,8 @@ def run(main: Callable[[], None]) -> None:
     """Run a stage's main; a mistake of the user's ends it with one message and exit status 1."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     log.setLevel(logging.INFO)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' own, not for users
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # an optional kernel that is not there
     try:
         main()
     except (UserError, RecordError) as error:

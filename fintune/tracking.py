@@ -9,6 +9,8 @@ import json
 import logging
 import os
 import subprocess
+import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -221,9 +223,10 @@ def log_table(run_id: str, rows: list[dict[str, Any]], name: str, context: str, 
     """Record a table as an input of the run: its digest, columns and where it lies, not its rows."""
     import pandas as pd
 
-    data = mlflow.data.from_pandas(pd.DataFrame(rows), source=str(source), name=name)
-    with _active(run_id):
-        mlflow.log_input(data, context=context)
+    frame = pd.DataFrame(rows)[["instruction", "input", "output"]]
+    with warnings.catch_warnings(), _active(run_id):
+        warnings.simplefilter("ignore")  # MLflow finds two readers for a local file and takes one
+        mlflow.log_input(mlflow.data.from_pandas(frame, source=str(source), name=name), context)
 
 
 @contextmanager
@@ -344,6 +347,4 @@ def lineage_tags(root: Path) -> dict[str, str]:
 
 
 def _now() -> int:
-    import time
-
     return int(time.time() * 1000)

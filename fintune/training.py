@@ -15,13 +15,20 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainerCallback
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedTokenizerBase,
+    ProgressCallback,
+    TrainerCallback,
+)
 from trl import SFTConfig, SFTTrainer
 
 from fintune.params import Train
 
 log = logging.getLogger("fintune")
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+CHUNK = 1024  # answer tokens whose logits are held at once
 IGNORED = -100  # the label of a token that takes no part in the loss
 
 TokenRow = tuple[list[int], list[int]]  # prompt ids, completion ids
@@ -41,7 +48,7 @@ class TrainingResult:
 
 
 class AnswerTrainer(SFTTrainer):
-    """SFTTrainer that validates with our own token-weighted loss and saves only what is trained."""
+    """SFTTrainer with a loss that costs less, token-weighted validation and small checkpoints."""
 
     def __init__(self, *, validate: Callable[[PeftModel], float], **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -54,6 +61,34 @@ class AnswerTrainer(SFTTrainer):
         self.real_tokens += inputs["input_ids"].numel() if mask is None else mask.sum()
         loss: torch.Tensor = super().training_step(model, inputs, *args)
         return loss
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> torch.Tensor:
+        """The sum over the answer tokens divided by their number in the whole step.
+
+        TRL's loss also takes each token's entropy and rank, which is half of the time of a small
+        model's step. The head is applied to the answer's positions in chunks that are computed again
+        in the backward pass, so that the logits never lie in memory together.
+        """
+        labels = inputs.pop("labels")
+        plain = model.get_base_model()
+        body, head = plain.get_decoder(), plain.get_output_embeddings()
+        with self.accelerator.autocast():
+            hidden = body(**inputs, use_cache=False).last_hidden_state
+            answer = labels[:, 1:] != IGNORED
+            states, targets = hidden[:, :-1][answer], labels[:, 1:][answer]
+            loss = torch.stack(
+                [
+                    checkpoint(_summed_loss, head, *chunk, use_reentrant=False)
+                    for chunk in zip(states.split(CHUNK), targets.split(CHUNK), strict=True)
+                ]
+            ).sum()
+        return loss / num_items_in_batch
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """The validation loss per token; the Trainer's own averages batches of unequal size."""
@@ -68,6 +103,12 @@ class AnswerTrainer(SFTTrainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Adapter and token rows only: no whole embedding, and no pickled arguments."""
         self.model.save_pretrained(output_dir or self.args.output_dir, save_embedding_layers=False)
+
+
+def _summed_loss(head: Any, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Nats over the targets; `states` is (tokens, hidden)."""
+    logits = head(states).float()
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
 
 
 class Watch(TrainerCallback):
@@ -93,6 +134,20 @@ class Watch(TrainerCallback):
             self.on_log_values(state.global_step, values)
 
 
+class Bar(ProgressCallback):
+    """The Trainer's progress bar with the losses in it, instead of a printed line a step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown: dict[str, str] = {}
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        self.shown |= {name: f"{logs[key]:.3f}" for key, name in SHOWN.items() if key in logs}
+        if self.training_bar is not None:
+            self.training_bar.set_postfix(self.shown)
+
+
+SHOWN = {"loss": "loss", "eval_loss": "validation"}
 CURVE = {"loss": "loss", "eval_loss": "validation_loss", "learning_rate": "learning_rate"}
 
 
@@ -135,6 +190,8 @@ def train(
         processing_class=tokenizer,
         callbacks=[watch, *stopping],
     )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(Bar)
     _to_float32(trainer.model)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
