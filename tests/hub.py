@@ -1,8 +1,8 @@
 """A local stand-in for the Hugging Face hub, so that downloads are tested without the network.
 
-It speaks the part of the protocol that huggingface_hub, datasets and transformers read with:
-repository info, tree, paths-info and resolve (HEAD, GET, Range). Point a client at it
-in a fresh process, because `HF_ENDPOINT` is read when huggingface_hub is imported:
+It speaks the part of the protocol that huggingface_hub and transformers read whole repositories
+with: repository info, tree, auth-check and resolve (HEAD, GET, Range). Point a client at it in a
+fresh process, because `HF_ENDPOINT` is read when huggingface_hub is imported:
 
     with Hub() as hub:
         hub.add("datasets", "acme/qa", folder, revision="a" * 40)
@@ -13,7 +13,6 @@ in a fresh process, because `HF_ENDPOINT` is read when huggingface_hub is import
 import hashlib
 import json
 import re
-from collections.abc import Iterable
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
@@ -28,10 +27,10 @@ Entry = dict[str, object]
 # What a new repository's .gitattributes sends to LFS, as far as a test is likely to need it.
 LFS_SUFFIXES = {".bin", ".gz", ".model", ".parquet", ".safetensors", ".zip"}
 API = re.compile(
-    r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(.*))?"
+    r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+)(.*)|/(auth-check))?"
 )
 RESOLVE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
-RANGE = re.compile(r"bytes=(\d+)-(\d*)")
+RANGE = re.compile(r"bytes=(\d+)-")
 
 
 class Request(NamedTuple):
@@ -137,9 +136,7 @@ class Hub:
 
 
 def _entry(path: str, files: Files) -> Entry:
-    """Describe a file or a folder as tree and paths-info do."""
-    if path not in files:
-        return {"type": "directory", "path": path, "oid": "0" * 40, "size": 0}
+    """Describe a file as the tree does."""
     data = files[path]
     git_id = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
     entry: Entry = {"type": "file", "path": path, "oid": git_id, "size": len(data)}
@@ -150,23 +147,17 @@ def _entry(path: str, files: Files) -> Entry:
     return entry
 
 
-def _info(repo: str, sha: str, files: Files, gated: str | bool, *, blobs: bool) -> Entry:
-    siblings: list[Entry] = [{"rfilename": file} for file in files]
-    if blobs:
-        entries = [_entry(file, files) for file in files]
-        siblings = [{**e, "rfilename": e["path"], "blobId": e["oid"]} for e in entries]
-    names = {"_id": sha[:24], "id": repo, "author": repo.split("/")[0], "sha": sha}
-    flags = {"private": False, "gated": gated, "disabled": False, "downloads": 0, "likes": 0}
-    return names | flags | {"tags": [], "cardData": {}, "siblings": siblings}
-
-
-def _folders(paths: Iterable[str]) -> set[str]:
-    return {p.as_posix() for path in paths for p in PurePosixPath(path).parents} - {"."}
+def _info(repo: str, sha: str, files: Files) -> Entry:
+    """Describe a repository with the sizes of its files, asked for or not."""
+    entries = [_entry(file, files) for file in files]
+    siblings = [{**e, "rfilename": e["path"], "blobId": e["oid"]} for e in entries]
+    return {"_id": sha[:24], "id": repo, "sha": sha, "siblings": siblings}
 
 
 def _tree(folder: str, sha: str, files: Files, *, deep: bool) -> list[Entry]:
+    """List the files in a folder, without the entries for folders, which the clients pass over."""
     start = f"{folder}/" if folder else ""
-    inside = [path for path in sorted(_folders(files) | files.keys()) if path.startswith(start)]
+    inside = [path for path in sorted(files) if path.startswith(start)]
     if folder and not inside:
         raise Refusal(404, "EntryNotFound", f"{folder} does not exist on {sha}", sha)
     return [_entry(p, files) for p in inside if deep or "/" not in p.removeprefix(start)]
@@ -184,19 +175,17 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path, _, query = self.path.partition("?")
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
         bearer = self.headers.get("Authorization")
         self.hub.requests.append(Request(self.command, unquote(path), bearer is not None))
         try:
             token = bearer.removeprefix("Bearer ") if bearer else None
             if token and not any(token in users for users in self.hub.gates.values()):
                 raise Refusal(401, None, "Invalid credentials in Authorization header")
-            self._route(path, parse_qs(query) | parse_qs(body), token)
+            self._route(path, parse_qs(query), token)
         except Refusal as refusal:
-            text = json.dumps({"error": str(refusal)}).encode()
-            self._send(refusal.status, refusal.headers, text, len(text))
+            self._send(refusal.status, refusal.headers, str(refusal).encode())
 
-    do_HEAD = do_POST = do_GET
+    do_HEAD = do_GET
 
     def _route(self, path: str, query: dict[str, list[str]], token: str | None) -> None:
         kind: Kind
@@ -209,14 +198,11 @@ class _Handler(BaseHTTPRequestHandler):
             if match[3] == "tree":
                 deep = query.get("recursive") == ["true"]
                 self._json(_tree(unquote(match[5].strip("/")), sha, files, deep=deep))
-            elif match[3] == "paths-info":
-                known = files.keys() | _folders(files)
-                self._json(
-                    [_entry(path, files) for path in query.get("paths", []) if path in known]
-                )
+            elif match[6]:
+                self.hub.pass_gate(kind, match[2], token)
+                self._json({})
             else:
-                gated = "manual" if (kind, match[2]) in self.hub.gates else False
-                self._json(_info(match[2], sha, files, gated, blobs="blobs" in query))
+                self._json(_info(match[2], sha, files))
         else:  # 501: clients retry most other server errors, which would hide the gap for a while
             raise Refusal(501, None, f"tests/hub.py does not serve {self.command} {path}")
 
@@ -230,24 +216,22 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"X-Repo-Commit": sha, "ETag": f'"{entry["oid"]}"', "Accept-Ranges": "bytes"}
         if isinstance(lfs, dict):
             headers |= {"X-Linked-ETag": f'"{lfs["oid"]}"', "X-Linked-Size": str(len(data))}
-        status, start, stop = 200, 0, len(data)
+        status, start = 200, 0
         if span := RANGE.fullmatch(self.headers.get("Range", "")):
             status, start = 206, int(span[1])
-            stop = min(int(span[2]) + 1, len(data)) if span[2] else len(data)
-            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
+            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
             if start >= len(data):
                 raise Refusal(416, None, f"{file} has {len(data)} bytes, none at {start}", sha)
-        end = min(stop, self.hub.cuts.get((repo, file), len(data)))
-        self._send(status, headers, data[start:end], stop - start)
+        rest = data[start : self.hub.cuts.get((repo, file), len(data))]
+        self._send(status, headers, rest, missing=len(data) - start - len(rest))
 
     def _json(self, value: object) -> None:
-        body = json.dumps(value).encode()
-        self._send(200, {"Content-Type": "application/json"}, body, len(body))
+        self._send(200, {"Content-Type": "application/json"}, json.dumps(value).encode())
 
-    def _send(self, status: int, headers: dict[str, str], body: bytes, length: int) -> None:
-        """Announce `length` bytes; a body that a cut has shortened ends with the connection."""
+    def _send(self, status: int, headers: dict[str, str], body: bytes, missing: int = 0) -> None:
+        """Announce the body with what a cut has taken from it; then the connection ends."""
         self.send_response(status)
-        for name, value in (headers | {"Content-Length": str(length)}).items():
+        for name, value in (headers | {"Content-Length": str(len(body) + missing)}).items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":

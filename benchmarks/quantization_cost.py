@@ -1,0 +1,235 @@
+"""Measure what a 4-bit base costs: LoRA on unquantised weights against QLoRA, over several seeds.
+
+    python benchmarks/quantization_cost.py --recipe recipes/fiqa-small.yaml --seeds 0 1 2 \
+        --out benchmarks/quantization_cost.json
+    python benchmarks/quantization_cost.py --recipe recipes/fiqa-small.yaml --source qa.parquet \
+        --seeds 0 --out try.json --set train.max_steps=8 evaluate.max_rows=16
+
+Run from the project's root; it writes the file named by --out, anew after every run, and nothing else.
+With one seed, both kinds start from the same adapter and see the same rows in the same order, so their
+difference is the quantisation's; the seed also draws the sampled answers. Unquantised weights have 16
+bits on a GPU and 32 on a CPU. On a GPU, peak_memory_gib is a training's own; on a CPU it is the most
+that the process held so far and says nothing about one run.
+"""
+
+import argparse
+import shlex
+import sys
+import tempfile
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from fintune.modeling import add_adapter, compute_dtype, load_adapter, load_base, save_adapter
+from fintune.params import Params, UserError, read_params
+from fintune.preflight import check_base, describe_device
+from fintune.prompts import encode, end_token_id, load_tokenizer
+from fintune.records import read_source, select_records
+from fintune.scoring import TokenRow, generate, likelihood, rouge_l
+from fintune.splitting import split_rows
+from fintune.stage import log, run, write_json
+from fintune.training import train
+from stages.evaluate import describe
+from stages.format import format_rows
+from stages.merge_export import free_memory
+
+LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
+QUANTIZATIONS = ("none", "nf4")
+SAMPLING = {"temperature": 1.0, "top_p": 1.0}  # the model's own distribution, its tail included
+WARM_UP_STEPS = 3  # the first steps also load kernels
+COLUMNS = {"base": "base/none", "base nf4": "base/nf4", "LoRA": "tuned/none", "QLoRA": "tuned/nf4"}
+LINES = (
+    *("loss", "perplexity", "token_accuracy", "rouge_l", "sampled_rouge_l"),
+    *("stop_rate", "sampled_stop_rate", "mean_answer_tokens", "sampled_mean_answer_tokens"),
+    *("validation_loss", "seconds", "tokens_per_second", "peak_memory_gib"),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--recipe", type=Path, required=True)
+    parser.add_argument("--source", help="a file or URL in place of the recipe's fetch.source")
+    parser.add_argument("--seeds", type=int, nargs="+", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", dest="changes")
+    arguments = parser.parse_args()
+    source = [f"fetch.source={arguments.source}"] if arguments.source else []
+    params = read_recipe(arguments.recipe, [*source, *arguments.changes])
+    check_base(params.base)
+    tokenizer = load_tokenizer(params.base)
+    rows = read_splits(params, tokenizer)
+    tokens = {
+        name: [encode(tokenizer, row["prompt"], row["completion"]) for row in part]
+        for name, part in rows.items()
+    }
+    references = [row["output"] for row in rows["test"]]
+    limit = params.evaluate.max_new_tokens
+    report: dict[str, Any] = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", *sys.argv]),
+        "device": describe_device(),
+        "dtype": str(compute_dtype(params.train.precision)).removeprefix("torch."),
+        "versions": {name: version(name) for name in LIBRARIES},
+        "parameters": params.model_dump(exclude={"merge_export"}),
+        "rows": {name: len(part) for name, part in rows.items()},
+        # what the stop rate of a model that samples like the data would be
+        "share_of_references_within_max_new_tokens": sum(
+            len(completion) <= limit for _, completion in tokens["test"]
+        )
+        / len(references),
+        "runs": [],
+    }
+    plan = [("base", q, params.evaluate.seed) for q in QUANTIZATIONS]
+    plan += [("tuned", q, seed) for seed in arguments.seeds for q in QUANTIZATIONS]
+    for number, (name, quantization, seed) in enumerate(plan, start=1):
+        log.info(
+            "%d of %d: %s, quantization %s, seed %d", number, len(plan), name, quantization, seed
+        )
+        here = vary(params, quantization=quantization, seed=seed)
+        with tempfile.TemporaryDirectory() as folder:
+            cost = {}
+            if name == "base":
+                fine_tune(vary(here, max_steps=WARM_UP_STEPS), tokenizer, tokens, Path(folder))
+            else:
+                cost = fine_tune(here, tokenizer, tokens, Path(folder))
+            adapter = Path(folder) / "adapter" if name == "tuned" else None
+            values = measure(here, tokenizer, tokens["test"], references, adapter)
+        run_of = {"model": name, "quantization": quantization, "seed": seed}
+        report["runs"].append(run_of | values | cost)
+        write_json(arguments.out, report)
+        free_memory()
+    print(table(report["runs"]))
+
+
+def read_recipe(path: Path, changes: list[str]) -> Params:
+    """The recipe with `section.key=value` changes, validated like params.yaml.
+
+    Raises:
+        UserError: the recipe is missing or wrong, or a change names no key of it or a wrong value.
+    """
+    read_params(path)
+    raw = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+    for change in changes:
+        key, _, value = change.partition("=")
+        *parents, last = key.split(".")
+        section = raw
+        for parent in parents:
+            section = section.get(parent) if isinstance(section, dict) else None
+        if not isinstance(section, dict) or last not in section:
+            raise UserError(f"--set {change}: {path} has no {key}; write section.key=value")
+        section[last] = YAML(typ="safe").load(value)
+    with tempfile.TemporaryDirectory() as folder:
+        changed = Path(folder) / path.name
+        YAML(typ="safe").dump(raw, changed)
+        return read_params(changed)
+
+
+def vary(params: Params, **changes: Any) -> Params:
+    """The parameters with other values in `train`."""
+    return params.model_copy(update={"train": params.train.model_copy(update=changes)})
+
+
+def read_splits(params: Params, tokenizer: Any) -> dict[str, list[dict[str, Any]]]:
+    """The formatted rows of train, validation and test, the last cut to `evaluate.max_rows`."""
+    fetch, columns = params.fetch, params.fetch.columns.model_dump()
+    selection = (columns, fetch.default_instruction, fetch.invalid_rows, fetch.source)
+    records, _ = select_records(read_source(fetch.source), *selection)
+    splits, _ = split_rows(records, params.split)
+    rows = {
+        name: format_rows(tokenizer, part, params.format, name)[0] for name, part in splits.items()
+    }
+    return rows | {"test": rows["test"][: params.evaluate.max_rows]}
+
+
+def fine_tune(
+    params: Params, tokenizer: Any, tokens: dict[str, list[TokenRow]], folder: Path
+) -> dict[str, float]:
+    """Train an adapter, write it to `folder`/adapter and give the keys of reports/train.json."""
+    settings, dtype = params.train, compute_dtype(params.train.precision)
+    model = load_base(params.base, tokenizer, settings.quantization, dtype)
+    result = train(
+        add_adapter(model, tokenizer, settings.lora, settings.seed),
+        tokenizer,
+        tokens["train"],
+        settings,
+        dtype,
+        validate=lambda tuned: likelihood(tuned, tokens["validation"], "validate").loss,
+        scratch=folder,
+        on_log=lambda step, values: None,
+    )
+    save_adapter(result.model, folder / "adapter")
+    metrics = result.metrics
+    del model, result
+    free_memory()
+    return metrics
+
+
+def measure(
+    params: Params,
+    tokenizer: Any,
+    rows: list[TokenRow],
+    references: list[str],
+    adapter: Path | None,
+) -> dict[str, float]:
+    """The evaluate stage's metrics, and `sampled_*` of answers drawn at temperature 1.
+
+    The adapter is loaded from its folder as in that stage: a model that was just trained still
+    carries the trainer's autocast. Without a folder it is the base that is measured.
+    """
+    dtype = compute_dtype(params.train.precision)
+    model: Any = load_base(params.base, tokenizer, params.train.quantization, dtype)
+    if adapter:
+        model = load_adapter(model, adapter)
+    scores = likelihood(model, rows, "likelihood")
+    prompts = [prompt for prompt, _ in rows]
+    options = (
+        end_token_id(tokenizer),
+        params.evaluate.max_new_tokens,
+        params.evaluate.rows_per_batch,
+    )
+    figures: dict[str, float] = {}
+    for prefix, sampling in (("", None), ("sampled_", SAMPLING)):
+        answers = generate(
+            model, tokenizer, prompts, *options, f"{prefix}answers", sampling, params.train.seed
+        )
+        described = describe(scores, answers, rouge_l([a.text for a in answers], references))
+        figures |= {prefix + key: value for key, value in described.items()}
+    of_likelihood = ("sampled_loss", "sampled_perplexity", "sampled_token_accuracy")
+    return {key: value for key, value in figures.items() if key not in of_likelihood}
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """The mean of each figure and, over several seeds, its lowest and highest value."""
+    lines = [f"{'':<27}" + "".join(f"{column:>27}" for column in COLUMNS)]
+    for key in LINES:
+        cells = []
+        for column in COLUMNS.values():
+            name, quantization = column.split("/")
+            of_kind = [r for r in runs if (r["model"], r["quantization"]) == (name, quantization)]
+            cells.append(spread([r[key] for r in of_kind if key in r]))
+        lines.append(f"{key:<27}" + "".join(f"{cell:>27}" for cell in cells))
+    plain, quantized = (
+        {r["seed"]: r["loss"] for r in runs if (r["model"], r["quantization"]) == ("tuned", q)}
+        for q in QUANTIZATIONS
+    )
+    cost = spread([quantized[seed] - plain[seed] for seed in plain])
+    return "\n".join([*lines, f"QLoRA's loss minus LoRA's, seed by seed: {cost}"])
+
+
+def spread(values: list[float]) -> str:
+    """Mean and range; the value alone where there is only one, nothing where there is none."""
+    if not values:
+        return ""
+    mean = sum(values) / len(values)
+    return f"{mean:.4g}" + (f" ({min(values):.4g} – {max(values):.4g})" if len(values) > 1 else "")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,118 @@
+"""Validation of params.yaml: everything wrong at once, by dotted key, and nothing else accepted."""
+
+from pathlib import Path
+
+import pytest
+
+from fintune.params import Params, UserError, read_params
+
+ROOT = Path(__file__).parent.parent
+DEMO = ROOT / "recipes/demo.yaml"
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe names its base by a path from the project's root."""
+    monkeypatch.chdir(ROOT)
+
+
+def changed(tmp_path: Path, *edits: tuple[str, str]) -> Path:
+    """The demo recipe with pieces of its text replaced."""
+    text = DEMO.read_text(encoding="utf-8")
+    for old, new in edits:
+        assert old in text
+        text = text.replace(old, new)
+    path = tmp_path / "params.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def problems(path: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        read_params(path)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_recipe_is_valid(recipe: Path) -> None:
+    assert isinstance(read_params(recipe), Params)
+
+
+def test_shipped_params_are_the_demo() -> None:
+    assert (ROOT / "params.yaml").read_bytes() == DEMO.read_bytes()
+
+
+def test_all_problems_are_listed_with_keys_and_near_matches(tmp_path: Path) -> None:
+    path = changed(
+        tmp_path,
+        ("  learning_rate:", "  learning_rte:"),
+        ("    r: 16", "    r: 0\n    typo: 3"),
+        ("overlong: truncate", "overlong: cut"),
+        ("max_steps: null", "max_steps: '10'"),
+        ("test_fraction: 0.1", "test_fraction: 0.99"),
+    )
+    message = problems(path)
+    assert "7 problems" in message
+    for line in (
+        "train.learning_rte: unknown key; did you mean learning_rate?",
+        "train.learning_rate: missing",
+        "train.lora.r: ",
+        "train.lora.typo: unknown key",
+        "format.overlong: input should be 'truncate' or 'drop', not 'cut'",
+        "train.max_steps: ",
+        "split: validation_fraction and test_fraction leave nothing to train on",
+    ):
+        assert line in message
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("seed: 13", "seed: 13.5", "split.seed"),
+        ("seed: 13", "seed: true", "split.seed"),
+        ("packing: true", "packing: 1", "train.packing"),
+        ("learning_rate: 3e-3", "learning_rate: .inf", "train.learning_rate"),
+        ("learning_rate: 3e-3", "learning_rate: 'high'", "train.learning_rate"),
+        ("rows_per_pass: 16", "rows_per_pass: 5", "multiple of rows_per_pass (5)"),
+        ("default_instruction: null", "default_instruction: Answer.", "fetch: give either"),
+        ("model: assets/demo-base", "model: some/where/else", "base: model: some/where/else"),
+        ("model: assets/demo-base", "model: acme/tiny", "set revision to one of the commits"),
+    ],
+)
+def test_a_wrong_value_names_its_key(tmp_path: Path, old: str, new: str, expected: str) -> None:
+    assert expected in problems(changed(tmp_path, (old, new)))
+
+
+def test_a_hub_base_must_be_pinned_to_a_commit(tmp_path: Path) -> None:
+    text = changed(tmp_path, ("model: assets/demo-base", "model: acme/tiny")).read_text()
+    head, _, tail = text.partition("base:\n")
+    for revision, valid in (("main", False), ("0" * 40, True)):
+        path = tmp_path / "hub.yaml"
+        path.write_text(head + "base:\n" + tail.replace("revision: null", f"revision: '{revision}'", 1))
+        if valid:
+            assert read_params(path).base.revision == "0" * 40
+        else:
+            assert "can move between two stages" in problems(path)
+
+
+def test_numbers_are_read_as_dvc_reads_them(tmp_path: Path) -> None:
+    """`dvc exp run -S train.learning_rate=3e-5` writes 3e-05, which PyYAML takes for a string."""
+    path = changed(tmp_path, ("learning_rate: 3e-3", "learning_rate: 3e-05"))
+    assert read_params(path).train.learning_rate == 3e-05
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    assert "cp recipes/demo.yaml" in problems(tmp_path / "absent.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("fetch: [")
+    assert "not valid YAML" in problems(broken)
+    broken.write_text("")
+    assert "empty or not a mapping" in problems(broken)
+    twice = changed(tmp_path, ("split:\n  seed: 13", "split:\n  seed: 13\n  seed: 14"))
+    assert "seed" in problems(twice)
+
+
+def test_sections_cannot_be_changed() -> None:
+    params = read_params(DEMO)
+    with pytest.raises(ValueError, match="frozen"):
+        params.train.seed = 1  # type: ignore[misc]
