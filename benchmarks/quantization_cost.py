@@ -5,11 +5,11 @@
     python benchmarks/quantization_cost.py --recipe recipes/fiqa-small.yaml --source qa.parquet \
         --seeds 0 --out try.json --set train.max_steps=8 evaluate.max_rows=16
 
-Run from the project's root; it writes the file named by --out, anew after every run, and nothing else.
-With one seed, both kinds start from the same adapter and see the same rows in the same order, so their
-difference is the quantisation's; the seed also draws the sampled answers. Unquantised weights have 16
-bits on a GPU and 32 on a CPU. On a GPU, peak_memory_gib is a training's own; on a CPU it is the most
-that the process held so far and says nothing about one run.
+Run from the project's root; it writes the file named by --out, anew after every run, and no other.
+With one seed, both kinds start from the same adapter and see the same rows in the same order, so
+that they differ by the quantisation alone; the seed also draws the sampled answers. Unquantised
+weights have 16 bits on a GPU and 32 on a CPU. On a GPU, peak_memory_gib is a training's own; on a
+CPU it is the most that the process held so far and says nothing about one run.
 """
 
 import argparse
@@ -21,13 +21,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from ruamel.yaml import YAML
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fintune.modeling import add_adapter, compute_dtype, load_adapter, load_base, save_adapter
 from fintune.params import Params, UserError, read_params
-from fintune.preflight import check_base, describe_device
+from fintune.preflight import check_base
 from fintune.prompts import encode, end_token_id, load_tokenizer
 from fintune.records import read_source, select_records
 from fintune.scoring import TokenRow, generate, likelihood, rouge_l
@@ -41,8 +42,14 @@ from stages.merge_export import free_memory
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
 QUANTIZATIONS = ("none", "nf4")
 SAMPLING = {"temperature": 1.0, "top_p": 1.0}  # the model's own distribution, its tail included
+OF_ANSWERS = ("rouge_l", "stop_rate", "mean_answer_tokens")
 WARM_UP_STEPS = 3  # the first steps also load kernels
-COLUMNS = {"base": "base/none", "base nf4": "base/nf4", "LoRA": "tuned/none", "QLoRA": "tuned/nf4"}
+COLUMNS = {
+    "base": ("base", "none"),
+    "base nf4": ("base", "nf4"),
+    "LoRA": ("tuned", "none"),
+    "QLoRA": ("tuned", "nf4"),
+}
 LINES = (
     *("loss", "perplexity", "token_accuracy", "rouge_l", "sampled_rouge_l"),
     *("stop_rate", "sampled_stop_rate", "mean_answer_tokens", "sampled_mean_answer_tokens"),
@@ -70,28 +77,11 @@ def main() -> None:
         for name, part in rows.items()
     }
     references = [row["output"] for row in rows["test"]]
-    limit = params.evaluate.max_new_tokens
-    report: dict[str, Any] = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", *sys.argv]),
-        "device": describe_device(),
-        "dtype": str(compute_dtype(params.train.precision)).removeprefix("torch."),
-        "versions": {name: version(name) for name in LIBRARIES},
-        "parameters": params.model_dump(exclude={"merge_export"}),
-        "rows": {name: len(part) for name, part in rows.items()},
-        # what the stop rate of a model that samples like the data would be
-        "share_of_references_within_max_new_tokens": sum(
-            len(completion) <= limit for _, completion in tokens["test"]
-        )
-        / len(references),
-        "runs": [],
-    }
+    report = describe_setting(params, tokens) | {"runs": []}
     plan = [("base", q, params.evaluate.seed) for q in QUANTIZATIONS]
     plan += [("tuned", q, seed) for seed in arguments.seeds for q in QUANTIZATIONS]
     for number, (name, quantization, seed) in enumerate(plan, start=1):
-        log.info(
-            "%d of %d: %s, quantization %s, seed %d", number, len(plan), name, quantization, seed
-        )
+        log.info("%d of %d: %s, %s, seed %d", number, len(plan), name, quantization, seed)
         here = vary(params, quantization=quantization, seed=seed)
         with tempfile.TemporaryDirectory() as folder:
             cost = {}
@@ -108,6 +98,26 @@ def main() -> None:
     print(table(report["runs"]))
 
 
+def describe_setting(params: Params, tokens: dict[str, list[TokenRow]]) -> dict[str, Any]:
+    """What the figures depend on: hardware, versions, parameters, rows.
+
+    The share of the references that fit into max_new_tokens is the stop rate that a model which
+    samples like the data would reach.
+    """
+    limit = params.evaluate.max_new_tokens
+    fitting = sum(len(completion) <= limit for _, completion in tokens["test"])
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", *sys.argv]),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "dtype": str(compute_dtype(params.train.precision)).removeprefix("torch."),
+        "versions": {name: version(name) for name in LIBRARIES},
+        "parameters": params.model_dump(exclude={"merge_export"}),
+        "rows": {name: len(part) for name, part in tokens.items()},
+        "references_within_max_new_tokens": fitting / len(tokens["test"]),
+    }
+
+
 def read_recipe(path: Path, changes: list[str]) -> Params:
     """The recipe with `section.key=value` changes, validated like params.yaml.
 
@@ -117,13 +127,13 @@ def read_recipe(path: Path, changes: list[str]) -> Params:
     read_params(path)
     raw = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
     for change in changes:
-        key, _, value = change.partition("=")
+        key, equals, value = change.partition("=")
         *parents, last = key.split(".")
         section = raw
         for parent in parents:
             section = section.get(parent) if isinstance(section, dict) else None
-        if not isinstance(section, dict) or last not in section:
-            raise UserError(f"--set {change}: {path} has no {key}; write section.key=value")
+        if not equals or not isinstance(section, dict) or last not in section:
+            raise UserError(f"--set {change}: write section.key=value with a key of {path}")
         section[last] = YAML(typ="safe").load(value)
     with tempfile.TemporaryDirectory() as folder:
         changed = Path(folder) / path.name
@@ -188,21 +198,16 @@ def measure(
     if adapter:
         model = load_adapter(model, adapter)
     scores = likelihood(model, rows, "likelihood")
-    prompts = [prompt for prompt, _ in rows]
-    options = (
-        end_token_id(tokenizer),
-        params.evaluate.max_new_tokens,
-        params.evaluate.rows_per_batch,
-    )
-    figures: dict[str, float] = {}
-    for prefix, sampling in (("", None), ("sampled_", SAMPLING)):
-        answers = generate(
-            model, tokenizer, prompts, *options, f"{prefix}answers", sampling, params.train.seed
-        )
-        described = describe(scores, answers, rouge_l([a.text for a in answers], references))
-        figures |= {prefix + key: value for key, value in described.items()}
-    of_likelihood = ("sampled_loss", "sampled_perplexity", "sampled_token_accuracy")
-    return {key: value for key, value in figures.items() if key not in of_likelihood}
+    prompts, end = [prompt for prompt, _ in rows], end_token_id(tokenizer)
+    bounds = (params.evaluate.max_new_tokens, params.evaluate.rows_per_batch)
+    described = []
+    for title, sampling in (("greedy answers", None), ("sampled answers", SAMPLING)):
+        options = (*bounds, title, sampling, params.train.seed)
+        answers = generate(model, tokenizer, prompts, end, *options)
+        rouge = rouge_l([answer.text for answer in answers], references)
+        described.append(describe(scores, answers, rouge))
+    greedy, sampled = described
+    return greedy | {f"sampled_{key}": sampled[key] for key in OF_ANSWERS}
 
 
 def table(runs: list[dict[str, Any]]) -> str:
@@ -210,9 +215,8 @@ def table(runs: list[dict[str, Any]]) -> str:
     lines = [f"{'':<27}" + "".join(f"{column:>27}" for column in COLUMNS)]
     for key in LINES:
         cells = []
-        for column in COLUMNS.values():
-            name, quantization = column.split("/")
-            of_kind = [r for r in runs if (r["model"], r["quantization"]) == (name, quantization)]
+        for kind in COLUMNS.values():
+            of_kind = [r for r in runs if (r["model"], r["quantization"]) == kind]
             cells.append(spread([r[key] for r in of_kind if key in r]))
         lines.append(f"{key:<27}" + "".join(f"{cell:>27}" for cell in cells))
     plain, quantized = (

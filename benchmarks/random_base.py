@@ -1,6 +1,6 @@
 """Make a base model of Mistral-7B's shape with random weights: right for memory and time, not for loss.
 
-    python benchmarks/random_base.py --tokenizer FOLDER --out FOLDER [--layers 32]
+python benchmarks/random_base.py --tokenizer FOLDER --out FOLDER [--layers 32]
 """
 
 import argparse

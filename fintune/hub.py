@@ -111,7 +111,9 @@ def _explain(error: BaseException, kind: str, name: str, revision: str | None) -
 
     page = f"{ENDPOINT}/{'datasets/' if kind == 'datasets' else ''}{name}"
     chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+    while (
+        cause := chain[-1].__cause__ or chain[-1].__context__
+    ) is not None and cause not in chain:
         chain.append(cause)
     for each in chain:
         status = getattr(getattr(each, "response", None), "status_code", None)
@@ -124,9 +126,9 @@ def _explain(error: BaseException, kind: str, name: str, revision: str | None) -
                 f"{name}: not on the hub at {ENDPOINT}, or private: check the name, and for a private "
                 "repository set HF_TOKEN to a token that may read it"
             )
-        if isinstance(each, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
-            if is_offline():
-                return f"{name} at {revision} is not in the local cache, and HF_HUB_OFFLINE is set"
+        missing = isinstance(each, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled)
+        if missing and is_offline():
+            return f"{name} at {revision} is not in the local cache, and HF_HUB_OFFLINE is set"
         if status in (401, 403):
             return f"{name}: the hub answered {status}: {_access(page, bool(get_token()), status)}"
     first = str(error).strip().splitlines() or [""]

@@ -4,6 +4,7 @@ Only safetensors weights are read and no code from a model's folder is run.
 """
 
 import logging
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +61,12 @@ def packed_attention(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
     if query.is_cuda:
-        return _varlen(query, key, value, scaling, cu_seq_lens_q, max_length_q, sliding_window), None
+        return _varlen(
+            query, key, value, scaling, cu_seq_lens_q, max_length_q, sliding_window
+        ), None
     bounds = cu_seq_lens_q.tolist()
     documents = []
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in pairwise(bounds):
         q, k, v = (states[:, :, start:end] for states in (query, key, value))
         mask = None
         if sliding_window is not None and end - start > sliding_window:
@@ -93,7 +96,9 @@ def _varlen(
     key, value = (states.repeat_interleave(repeats, dim=1) for states in (key, value))
     q, k, v = (states[0].transpose(0, 1).contiguous() for states in (query, key, value))
     window = (sliding_window - 1 if sliding_window else -1, 0)
-    output = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=window)
+    output = varlen_attn(
+        q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=window
+    )
     return output.unsqueeze(0)  # type: ignore[union-attr]
 
 
@@ -230,7 +235,9 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
         UserError: the folder holds no adapter, or one of another shape.
     """
     if not (folder / "adapter_model.safetensors").is_file():
-        raise UserError(f"{folder}: no adapter there; `dvc repro train` makes it, `dvc pull` fetches it")
+        raise UserError(
+            f"{folder}: no adapter there; `dvc repro train` makes it, `dvc pull` fetches it"
+        )
     try:
         tuned: PeftModel = PeftModel.from_pretrained(model, str(folder))
     except RuntimeError as error:

@@ -94,7 +94,9 @@ class Base(Section):
         if self.is_folder:
             return self
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", self.model):
-            raise ValueError(f"model: {self.model} is neither a folder here nor a hub id (owner/name)")
+            raise ValueError(
+                f"model: {self.model} is neither a folder here nor a hub id (owner/name)"
+            )
         if self.revision is None:
             raise ValueError(
                 f"model: {self.model} is no folder here; if it is a hub id, set revision to one of "

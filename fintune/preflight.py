@@ -14,7 +14,9 @@ from fintune.params import Base, Train, UserError, read_params
 
 log = logging.getLogger("fintune")
 GIB = 2**30
-NF4_BYTES = 0.516  # per weight: 4 bits, and a doubly quantised scale for every 64 (Dettmers et al. 2023)
+NF4_BYTES = (
+    0.516  # per weight: 4 bits, and a doubly quantised scale for every 64 (Dettmers et al. 2023)
+)
 ACTIVATION_BYTES = 40  # per token, layer and hidden unit in 16 bits, measured on Mistral-7B's shape
 
 
@@ -34,8 +36,10 @@ def check_base(base: Base) -> int:
         return check_model(base.model, base.revision or "")
     folder = Path(base.model)
     if not (folder / "config.json").is_file():
-        raise UserError(f"base.model: {folder} has no config.json; it is no Hugging Face model folder")
-    weights = [file for file in folder.glob("*.safetensors")]
+        raise UserError(
+            f"base.model: {folder} has no config.json; it is no Hugging Face model folder"
+        )
+    weights = list(folder.glob("*.safetensors"))
     if not weights:
         raise UserError(
             f"base.model: {folder} has no safetensors weights; other formats can run code and are not loaded"
@@ -49,10 +53,14 @@ def describe_device() -> str:
 
     if not torch.cuda.is_available():
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        return f"no GPU: {cores} CPU cores, float32; right for the demo, hours or days for a 7B model"
+        return (
+            f"no GPU: {cores} CPU cores, float32; right for the demo, hours or days for a 7B model"
+        )
     properties = torch.cuda.get_device_properties(0)
     kind = (
-        "bfloat16" if torch.cuda.is_bf16_supported() else "float16 with loss scaling (no bfloat16 here)"
+        "bfloat16"
+        if torch.cuda.is_bf16_supported()
+        else "float16 with loss scaling (no bfloat16 here)"
     )
     return f"{properties.name}, {properties.total_memory / GIB:.0f} GiB, {kind}"
 
@@ -83,10 +91,16 @@ def estimate_memory_gib(
     linear = layers * sum(a * b for a, b in shapes.values())
     tables = 2 * vocabulary * hidden
     lora = layers * sum(
-        params.lora.r * (a + b) for name, (a, b) in shapes.items() if name in params.lora.target_modules
+        params.lora.r * (a + b)
+        for name, (a, b) in shapes.items()
+        if name in params.lora.target_modules
     )
     per_linear = NF4_BYTES if params.quantization == "nf4" else weight_bytes
-    kept = 2 * layers + ACTIVATION_BYTES if params.gradient_checkpointing else ACTIVATION_BYTES * layers
+    kept = (
+        2 * layers + ACTIVATION_BYTES
+        if params.gradient_checkpointing
+        else ACTIVATION_BYTES * layers
+    )
     return {
         "weights": (linear * per_linear + tables * weight_bytes) / GIB,
         "adapter and optimizer": lora * 16 / GIB,  # weight, gradient and two moments in float32

@@ -39,7 +39,9 @@ def load_tokenizer(base: Base) -> Tokenizer:
     except (OSError, ValueError) as error:
         raise UserError(f"base.model: {base.model}: no tokenizer can be loaded: {error}") from error
     if not tokenizer.is_fast:
-        raise UserError(f"base.model: {base.model} has no fast tokenizer, which cutting answers needs")
+        raise UserError(
+            f"base.model: {base.model} has no fast tokenizer, which cutting answers needs"
+        )
     tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS)})
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
@@ -58,7 +60,9 @@ def encode(tokenizer: Tokenizer, prompt: str, completion: str) -> tuple[list[int
     """
     prompt_ids: list[int] = tokenizer(prompt)["input_ids"]
     if prompt_ids[-1] != tokenizer.convert_tokens_to_ids(RESPONSE):
-        prompt_ids = prompt_ids[:-1]  # a tokenizer that closes every text with its end-of-text token
+        prompt_ids = prompt_ids[
+            :-1
+        ]  # a tokenizer that closes every text with its end-of-text token
     completion_ids: list[int] = tokenizer(completion, add_special_tokens=False)["input_ids"]
     return prompt_ids, completion_ids
 

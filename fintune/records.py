@@ -169,7 +169,9 @@ def read_rows(path: Path, columns: Iterable[str] = COLUMNS) -> list[Row]:
     try:
         table = pq.read_table(path)
     except FileNotFoundError:
-        raise RecordError(f"{path}: not found; `dvc repro` makes it, `dvc pull` fetches it") from None
+        raise RecordError(
+            f"{path}: not found; `dvc repro` makes it, `dvc pull` fetches it"
+        ) from None
     except pa.ArrowInvalid as error:
         raise RecordError(f"{path}: not a parquet table: {error}") from None
     missing = [name for name in columns if name not in table.column_names]

@@ -22,7 +22,9 @@ def main() -> None:
     train = read_report("train")
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     show_ui = (
-        f"open {uri}" if uri and uri.startswith("http") else "mlflow ui --backend-store-uri sqlite:///mlflow.db"
+        f"open {uri}"
+        if uri and uri.startswith("http")
+        else "mlflow ui --backend-store-uri sqlite:///mlflow.db"
     )
     print(compare(evaluation))
     print(

@@ -9,7 +9,9 @@ import torch
 from tqdm.auto import tqdm
 
 TokenRow = tuple[list[int], list[int]]  # prompt ids, completion ids
-TOKENS_PER_BATCH = 8192  # padded; bounds the memory of a batch, and changes no result beyond rounding
+TOKENS_PER_BATCH = (
+    8192  # padded; bounds the memory of a batch, and changes no result beyond rounding
+)
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,12 @@ def generate(
     """
     model.eval()
     answers: list[Answer | None] = [None] * len(prompts)
-    options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    options: dict[str, Any] = {
+        "do_sample": False,
+        "temperature": None,
+        "top_p": None,
+        "top_k": None,
+    }
     if sampling:
         options = {"do_sample": True, "top_k": 0, **sampling}
         torch.manual_seed(seed)
@@ -206,4 +213,3 @@ def bootstrap_interval(
     ]
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
-

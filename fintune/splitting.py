@@ -9,7 +9,6 @@ import hashlib
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable
 from typing import Any
 
 from fintune.params import Split, UserError
@@ -151,5 +150,3 @@ def describe_splits(splits: dict[str, list[Row]]) -> dict[str, Any]:
         },
         "overlapping_questions": sum(count > 1 for count in seen.values()),
     }
-
-

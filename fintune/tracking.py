@@ -11,14 +11,16 @@ import os
 import subprocess
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # the default keeps retrying for minutes
+os.environ.setdefault(
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2"
+)  # the default keeps retrying for minutes
 os.environ.setdefault("MLFLOW_ENABLE_ASYNC_LOGGING", "false")
-import mlflow  # noqa: E402  (reads the environment when imported)
+import mlflow
 from mlflow.entities import Metric, RunTag
 from mlflow.entities import Param as MlflowParam
 from mlflow.exceptions import MlflowException
@@ -56,7 +58,10 @@ def connect(root: Path) -> MlflowClient:
     try:
         if client.get_experiment_by_name(name) is None:
             location = (root / "mlartifacts").as_uri() if local else None
-            client.create_experiment(name, artifact_location=location)
+            kind = {
+                "mlflow.experimentKind": "custom_model_development"
+            }  # else the UI shows agents' pages
+            client.create_experiment(name, artifact_location=location, tags=kind)
         mlflow.set_experiment(name)
     except MlflowException as error:
         raise UserError(f"MLflow at {_shown(uri)}: {error}") from error
@@ -142,13 +147,14 @@ def describe_run(run_id: str, sections: dict[str, Any], root: Path) -> dict[str,
     params = dict(sections)
     tags = {"mlflow.source.git.commit": _git(root, "rev-parse", "HEAD")}
     tags["git_commit"] = tags["mlflow.source.git.commit"]
-    tags["git_dirty"] = str(bool(_git(root, "status", "--porcelain", "--untracked-files=no"))).lower()
+    tags["git_dirty"] = str(
+        bool(_git(root, "status", "--porcelain", "--untracked-files=no"))
+    ).lower()
     if experiment := os.environ.get("DVC_EXP_NAME"):
         tags["dvc_experiment"] = experiment
-    for stage, entry in _locked_stages(root).items():
-        if stage in ("fetch", "split", "format"):
-            params.update(entry.get("params", {}).get("params.yaml", {}))
-            tags.update({f"md5.{out['path']}": out["md5"] for out in entry.get("outs", [])})
+    for entry in _locked_stages(root, ("fetch", "split", "format")):
+        params.update(entry.get("params", {}).get("params.yaml", {}))
+    tags |= data_hashes(root, ("fetch", "split", "format"))
     return {
         "run_id": run_id,
         "experiment": os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT,
@@ -157,16 +163,31 @@ def describe_run(run_id: str, sections: dict[str, Any], root: Path) -> dict[str,
     }
 
 
-def _locked_stages(root: Path) -> dict[str, Any]:
-    """What dvc.lock says of each stage; nothing where a stage was run by hand, outside DVC."""
+def data_hashes(root: Path, stages: Sequence[str]) -> dict[str, str]:
+    """The md5 of the data and the adapter that these stages wrote, from dvc.lock, as tags."""
+    return {
+        f"md5.{out['path']}": out["md5"]
+        for entry in _locked_stages(root, stages)
+        for out in entry.get("outs", [])
+        if out["path"].startswith("data/") or out["path"] == "models/adapter"
+    }
+
+
+def _locked_stages(root: Path, stages: Sequence[str]) -> list[dict[str, Any]]:
+    """What dvc.lock says of these stages; nothing where a stage is run by hand, outside DVC.
+
+    Only stages before the running one may be asked for: its own entry is the last run's.
+    """
     if "DVC_STAGE" not in os.environ or not (root / "dvc.lock").is_file():
-        return {}
+        return []
     lock = YAML(typ="safe").load((root / "dvc.lock").read_text(encoding="utf-8"))
-    return dict(lock.get("stages", {}))
+    return [lock["stages"][name] for name in stages if name in lock["stages"]]
 
 
 def _git(root: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["git", *arguments], cwd=root, capture_output=True, text=True, check=False
+    )
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
@@ -219,7 +240,9 @@ def _or_later(action: Callable[..., Any], *arguments: Any) -> None:
         log.warning("MLflow: %s; evaluate logs the run again from the files", error)
 
 
-def log_table(run_id: str, rows: list[dict[str, Any]], name: str, context: str, source: Path) -> None:
+def log_table(
+    run_id: str, rows: list[dict[str, Any]], name: str, context: str, source: Path
+) -> None:
     """Record a table as an input of the run: its digest, columns and where it lies, not its rows."""
     import pandas as pd
 
@@ -263,7 +286,9 @@ def run_of_adapter(
         else:
             name = record["tags"].get("dvc_experiment") or "restored"
             tags = {"first_run_id": record["run_id"]}
-            run_id = client.create_run(experiment.experiment_id, tags=tags, run_name=name).info.run_id
+            run_id = client.create_run(
+                experiment.experiment_id, tags=tags, run_name=name
+            ).info.run_id
             log.info("MLflow has no run %s; logging it again as %s", record["run_id"], run_id)
     if client.get_run(run_id).data.tags.get(COMPLETE) != "true":
         log_training(client, {**record, "run_id": run_id}, metrics, adapter, curve)
@@ -294,7 +319,11 @@ def log_results(
     The stage's parameters become tags, because an adapter may be evaluated again with others and
     MLflow's parameters cannot change.
     """
-    flat = {key.replace(".", "/"): json.loads(value) for key, value in _flat(metrics).items() if _number(value)}
+    flat = {
+        key.replace(".", "/"): json.loads(value)
+        for key, value in _flat(metrics).items()
+        if _number(value)
+    }
     client.log_batch(
         run_id,
         metrics=[Metric(key, float(value), _now(), 0) for key, value in flat.items()],
@@ -323,7 +352,9 @@ def register(
     try:
         client.get_registered_model(name)
     except MlflowException:
-        client.create_registered_model(name, description="LoRA adapters for financial question answering")
+        client.create_registered_model(
+            name, description="LoRA adapters for financial question answering"
+        )
     versions = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
     if versions:
         version = str(max(int(v.version) for v in versions))
@@ -335,15 +366,6 @@ def register(
     for alias in aliases:
         client.set_registered_model_alias(name, alias, version)
     return version, aliases
-
-
-def lineage_tags(root: Path) -> dict[str, str]:
-    """The md5 of every stage's outputs that dvc.lock knows by now."""
-    return {
-        f"md5.{out['path']}": out["md5"]
-        for entry in _locked_stages(root).values()
-        for out in entry.get("outs", [])
-    }
 
 
 def _now() -> int:

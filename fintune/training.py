@@ -1,7 +1,6 @@
 """Fine-tuning with TRL: answer-only loss, packed rows, checkpoints that survive a kill."""
 
 import hashlib
-import inspect
 import json
 import logging
 import math
@@ -95,7 +94,7 @@ class AnswerTrainer(SFTTrainer):
         metrics = {"eval_loss": self._validate(self.model)}
         self.model.train()
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(
+        self.control: Any = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
         return metrics
@@ -186,7 +185,9 @@ def train(
         model=model,
         args=arguments,
         train_dataset=_dataset(rows),
-        eval_dataset=_dataset(rows[:1]),  # not read: `evaluate` above validates; the Trainer wants one
+        eval_dataset=_dataset(
+            rows[:1]
+        ),  # not read: `evaluate` above validates; the Trainer wants one
         processing_class=tokenizer,
         callbacks=[watch, *stopping],
     )
@@ -329,13 +330,12 @@ def fingerprint(files: Sequence[Path], settings: dict[str, Any]) -> str:
 def last_checkpoint(scratch: Path) -> str | None:
     """The newest whole checkpoint; what a kill left half written is removed."""
     found = sorted(scratch.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    for checkpoint in reversed(found):
+    for folder in reversed(found):
         try:
-            json.loads((checkpoint / "trainer_state.json").read_text())  # the last file of a save
+            json.loads((folder / "trainer_state.json").read_text())  # the last file of a save
         except (OSError, ValueError):
-            shutil.rmtree(checkpoint)
+            shutil.rmtree(folder)
         else:
-            log.info("going on from %s", checkpoint)
-            return str(checkpoint)
+            log.info("going on from %s", folder)
+            return str(folder)
     return None
-

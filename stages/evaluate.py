@@ -52,12 +52,23 @@ def main() -> None:
     write_json(METRICS, report)
     table = predictions(rows, measured, sampled)
     write_rows(PREDICTIONS, table, SCHEMA)
-    write_text(ROW_LOSS, "base,tuned\n" + "".join(f"{r['base_loss']:.5g},{r['tuned_loss']:.5g}\n" for r in table))
+    write_text(
+        ROW_LOSS,
+        "base,tuned\n" + "".join(f"{r['base_loss']:.5g},{r['tuned_loss']:.5g}\n" for r in table),
+    )
     log_table(run_id, rows, "test", "evaluation", TEST)
     settings = {"evaluate": params.model_dump(), "gate_passed": report["gate"]["passed"]}
-    log_results(client, run_id, report, settings, [METRICS, PREDICTIONS, samples_page(table, params.sampling.rows)])
+    log_results(
+        client,
+        run_id,
+        report,
+        settings,
+        [METRICS, PREDICTIONS, samples_page(table, params.sampling.rows)],
+    )
     for name in ("base", "tuned"):
-        log.info("%-5s %s", name, "  ".join(f"{key} {value:.4g}" for key, value in report[name].items()))
+        log.info(
+            "%-5s %s", name, "  ".join(f"{key} {value:.4g}" for key, value in report[name].items())
+        )
     log.info("gate: %s", report["gate"]["reason"])
 
 
@@ -67,7 +78,9 @@ def measure(rows: list[dict[str, Any]], params: Evaluate) -> tuple[dict[str, Mea
     base = Base(**trained["base"])
     tokenizer = load_tokenizer(base)
     dtype = compute_dtype(trained["train"]["precision"])
-    model = load_adapter(load_base(base, tokenizer, trained["train"]["quantization"], dtype), ADAPTER)
+    model = load_adapter(
+        load_base(base, tokenizer, trained["train"]["quantization"], dtype), ADAPTER
+    )
     tokens = [encode(tokenizer, row["prompt"], row["completion"]) for row in rows]
     prompts = [prompt for prompt, _ in tokens]
     options = (end_token_id(tokenizer), params.max_new_tokens, params.rows_per_batch)
@@ -82,12 +95,20 @@ def measure(rows: list[dict[str, Any]], params: Evaluate) -> tuple[dict[str, Mea
     measured["tuned"] = both("tuned")
     sampling = params.sampling.model_dump(exclude={"rows"})
     sampled = generate(
-        model, tokenizer, prompts[: params.sampling.rows], *options, "samples", sampling, params.seed
+        model,
+        tokenizer,
+        prompts[: params.sampling.rows],
+        *options,
+        "samples",
+        sampling,
+        params.seed,
     )
     return measured, [answer.text for answer in sampled]
 
 
-def verdict(measured: dict[str, Measured], questions: list[str], params: Evaluate) -> dict[str, Any]:
+def verdict(
+    measured: dict[str, Measured], questions: list[str], params: Evaluate
+) -> dict[str, Any]:
     """The metrics of both, the tuned model's improvement with 95 % intervals by question, and the gate."""
     report: dict[str, Any] = {name: describe(*each) for name, each in measured.items()}
     (base, _, base_rouge), (tuned, _, tuned_rouge) = measured["base"], measured["tuned"]
@@ -133,7 +154,10 @@ def judge(report: dict[str, Any], gate: Gate) -> dict[str, Any]:
     }
     passed = all(rules.values())
     failed = [rule for rule, held in rules.items() if not held]
-    return {"passed": passed, "reason": f"{'passed' if passed else 'failed'}: {'; '.join(failed or rules)}"}
+    return {
+        "passed": passed,
+        "reason": f"{'passed' if passed else 'failed'}: {'; '.join(failed or rules)}",
+    }
 
 
 def predictions(
@@ -142,7 +166,10 @@ def predictions(
     """One row a test row: the question, its reference, both models' answers and figures."""
     table = []
     for i, row in enumerate(rows):
-        line = {key: row[column] for key, column in zip(TEXTS, ("instruction", "input", "output"), strict=False)}
+        line = {
+            key: row[column]
+            for key, column in zip(TEXTS, ("instruction", "input", "output"), strict=False)
+        }
         line["sampled"] = sampled[i] if i < len(sampled) else None
         for name, (scores, answers, rouge) in measured.items():
             line |= {name: answers[i].text, f"{name}_stopped": answers[i].stopped}

@@ -27,7 +27,9 @@ def main() -> None:
     digest = hashlib.sha256((OUT / "qa.parquet").read_bytes()).hexdigest()
     counts = {"rows_read": len(rows), "rows": len(records), "dropped": dropped}
     write_json(OUT / "manifest.json", {**origin, "sha256": digest, **counts})
-    log.info("%s: %d rows, %d kept, dropped: %s", params.source, len(rows), len(records), dropped or 0)
+    log.info(
+        "%s: %d rows, %d kept, dropped: %s", params.source, len(rows), len(records), dropped or 0
+    )
 
 
 def read(params: Fetch) -> tuple[list[dict[str, Any]], dict[str, Any]]:

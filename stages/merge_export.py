@@ -23,7 +23,7 @@ from fintune.prompts import encode, load_tokenizer
 from fintune.records import read_rows
 from fintune.scoring import answer_logits, likelihood
 from fintune.stage import log, project_root, run, whole_folder, write_json
-from fintune.tracking import connect, lineage_tags, log_results, register, run_of_adapter
+from fintune.tracking import connect, data_hashes, log_results, register, run_of_adapter
 
 TEST = Path("data/formatted/test.parquet")
 ADAPTER = Path("models/adapter")
@@ -33,6 +33,7 @@ TRAIN_CURVE = Path("reports/train_curve.csv")
 EVALUATION = Path("reports/evaluation.json")
 OUT = Path("models/merged")
 METRICS = Path("reports/export.json")
+UPSTREAM = ("fetch", "split", "format", "train")
 LOGIT_ROWS = 8  # their answers' logits are held in memory: rows x tokens x vocabulary
 
 
@@ -48,7 +49,7 @@ def main() -> None:
     with whole_folder(OUT) as folder:
         measured = export(folder, params)
     evaluation = json.loads(EVALUATION.read_text())
-    tags = lineage_tags(Path.cwd()) | json.loads(RUN.read_text())["tags"]
+    tags = json.loads(RUN.read_text())["tags"] | data_hashes(Path.cwd(), UPSTREAM)
     tags |= {f"tuned_{key}": str(value) for key, value in evaluation["tuned"].items()}
     tags["gate"] = evaluation["gate"]["reason"]
     version, aliases = register(

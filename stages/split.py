@@ -21,7 +21,11 @@ def main() -> None:
         write_rows(OUT / f"{name}.parquet", part)
     counts = describe_splits({name: read_rows(OUT / f"{name}.parquet") for name in SPLITS})
     fetched = json.loads((RAW / "manifest.json").read_text(encoding="utf-8"))
-    report = {**counts, "rows_in": fetched["rows_read"], "dropped": {**fetched["dropped"], **dropped}}
+    report = {
+        **counts,
+        "rows_in": fetched["rows_read"],
+        "dropped": {**fetched["dropped"], **dropped},
+    }
     write_json(METRICS, report)
     shares = ", ".join(f"{counts[name]['rows']} {name}" for name in SPLITS)
     log.info("%d rows: %s; %d duplicates left out", len(rows), shares, dropped["duplicate"])

@@ -2,9 +2,9 @@
 
 import csv
 import io
-import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from fintune.modeling import add_adapter, compute_dtype, load_base, save_adapter
 from fintune.params import Params, read_params
@@ -41,7 +41,9 @@ def main() -> None:
     params = read_params()
     root = project_root()
     client = connect(root)
-    rows = {name: read_rows(DATA / f"{name}.parquet", ["prompt"]) for name in ("train", "validation")}
+    rows = {
+        name: read_rows(DATA / f"{name}.parquet", ["prompt"]) for name in ("train", "validation")
+    }
     inputs = [DATA / f"{name}.parquet" for name in rows]
     sections = {"base": params.base.model_dump(), "train": params.train.model_dump()}
     scratch = root / ".checkpoints" / fingerprint([*inputs, *map(Path, CODE)], sections)
@@ -65,7 +67,9 @@ def main() -> None:
     log.info("  ".join(f"{key} {result.metrics[key]:.4g}" for key in shown))
 
 
-def fine_tune(params: Params, rows: dict[str, list[dict]], scratch: Path, run_id: str) -> TrainingResult:
+def fine_tune(
+    params: Params, rows: dict[str, list[dict[str, Any]]], scratch: Path, run_id: str
+) -> TrainingResult:
     """Check, load, train; says before the first step what it will take."""
     tokenizer = load_tokenizer(params.base)
     tokens = {
@@ -85,8 +89,18 @@ def fine_tune(params: Params, rows: dict[str, list[dict]], scratch: Path, run_id
     )
     tuned = add_adapter(model, tokenizer, params.train.lora, params.train.seed)
     trainable, total = tuned.get_nb_trainable_parameters()
-    log.info("trainable: %s of %s parameters (%.3f %%)", f"{trainable:,}", f"{total:,}", 100 * trainable / total)
-    log.info("%d rows, %d steps of %d rows", len(lengths), total_steps(params.train, len(lengths)), params.train.rows_per_step)
+    log.info(
+        "trainable: %s of %s parameters (%.3f %%)",
+        f"{trainable:,}",
+        f"{total:,}",
+        100 * trainable / total,
+    )
+    log.info(
+        "%d rows, %d steps of %d rows",
+        len(lengths),
+        total_steps(params.train, len(lengths)),
+        params.train.rows_per_step,
+    )
     return train(
         tuned,
         tokenizer,

@@ -91,7 +91,9 @@ class Project:
         with path.open("w") as file:
             yaml.dump(params, file)
 
-    def run(self, *command: str, check: bool = True, **extra: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *command: str, check: bool = True, **extra: str
+    ) -> subprocess.CompletedProcess[str]:
         """Run a command in the copy; `python` is this interpreter."""
         done = subprocess.run(
             command,
@@ -102,10 +104,14 @@ class Project:
             check=False,
         )
         if check and done.returncode:
-            raise AssertionError(f"{command} exited {done.returncode}:\n{done.stdout}\n{done.stderr}")
+            raise AssertionError(
+                f"{command} exited {done.returncode}:\n{done.stdout}\n{done.stderr}"
+            )
         return done
 
-    def stage(self, name: str, check: bool = True, **extra: str) -> subprocess.CompletedProcess[str]:
+    def stage(
+        self, name: str, check: bool = True, **extra: str
+    ) -> subprocess.CompletedProcess[str]:
         """Run one stage by itself."""
         return self.run("python", "-m", f"stages.{name}", check=check, **extra)
 

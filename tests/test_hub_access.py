@@ -1,19 +1,21 @@
 """Data sets and bases from the hub, through the real stages: pinned, refused, cut off, offline.
 
-The hub is tests/hub.py. Every cache lies in a temporary folder that the test names, cold or warm.
+The hub is tests/hub.py. Every test has a cache of its own, cold at first.
 """
 
 import json
-import re
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import Project
 from hub import Hub
+from huggingface_hub import snapshot_download
 
 from fintune.params import Base
 from fintune.prompts import format_row, load_tokenizer
@@ -28,28 +30,25 @@ OLD_ROWS = [
 ]
 NEW_ROWS = [{**row, "output": row["output"] + " It pays interest."} for row in OLD_ROWS[:2]]
 LISTED, UNLISTED, INVALID = "hf_listedAAAA", "hf_unlistedBBBB", "hf_invalidCCCC"
-FORMER = {"qa.parquet": b"former rows", "manifest.json": b"former manifest"}
+FORMER = {"manifest.json": b"former manifest", "qa.parquet": b"former rows"}
+OFFLINE = {"HF_HUB_OFFLINE": "1"}
 
 MakeProject = Callable[..., Project]
-Done = subprocess.CompletedProcess[str]
+Environment = dict[str, str]
 
 
 @pytest.fixture(scope="module")
 def hub(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
-    """Data sets and bases at two revisions each, where `main` is the newer; gated and odd ones at one."""
+    """acme/qa and acme/tiny at OLD and NEW, where `main` is NEW; the others at OLD alone."""
     old, new = tmp_path_factory.mktemp("old"), tmp_path_factory.mktemp("new")
     pq.write_table(pa.Table.from_pylist(OLD_ROWS), old / "train.parquet")
     pq.write_table(pa.Table.from_pylist(NEW_ROWS), new / "train.parquet")
-    letters = tmp_path_factory.mktemp("letters")
-    for file in tiny_base.iterdir():
-        (letters / file.name).write_bytes(file.read_bytes())
+    letters = shutil.copytree(tiny_base, tmp_path_factory.mktemp("base") / "letters")
     tokenizer = json.loads((letters / "tokenizer.json").read_text())
     tokenizer["model"]["merges"] = []  # a token for every letter
     (letters / "tokenizer.json").write_text(json.dumps(tokenizer))
-    pickled = tmp_path_factory.mktemp("pickled")
-    for file in tiny_base.glob("*.json"):
-        (pickled / file.name).write_bytes(file.read_bytes())
-    (pickled / "pytorch_model.bin").write_bytes(b"runs code when loaded")
+    pickled = shutil.copytree(tiny_base, letters.with_name("pickled"))
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     with Hub() as hub:
         hub.add("datasets", "acme/qa", old, revision=OLD)
         hub.add("datasets", "acme/qa", new, revision=NEW)
@@ -59,140 +58,16 @@ def hub(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[H
         hub.add("models", "acme/tiny", letters, revision=NEW)
         hub.add("models", "acme/gated", tiny_base, revision=OLD)
         hub.add("models", "acme/pickled", pickled, revision=OLD)
-        for kind in ("datasets", "models"):
-            hub.gate(kind, "acme/gated", token=LISTED, accepted=True)
-            hub.gate(kind, "acme/gated", token=UNLISTED, accepted=False)
+        for token in (LISTED, UNLISTED):
+            hub.gate("datasets", "acme/gated", token=token, accepted=token == LISTED)
+            hub.gate("models", "acme/gated", token=token, accepted=token == LISTED)
         yield hub
 
 
-def refusal(done: Done) -> str:
-    """The one message of a stage that refused."""
-    output = done.stdout + done.stderr
-    assert done.returncode == 1, output
-    assert "Traceback" not in output
-    assert output.count("error: ") == 1, output
-    return output[output.index("error: ") :]
-
-
-def fetched(project: Project) -> tuple[list[dict[str, str]], dict[str, object]]:
-    manifest = json.loads((project / "data/raw/manifest.json").read_text())
-    return pq.read_table(project / "data/raw/qa.parquet").to_pylist(), manifest
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
-
-
-def keeps_token_to_itself(project: Project, token: str, done: Done) -> bool:
-    texts = [done.stdout.encode(), done.stderr.encode(), *files(project.folder).values()]
-    return not any(token.encode() in text for text in texts)
-
-
-class TestDataSet:
-    def test_a_pinned_revision_gives_its_rows(
-        self, hub: Hub, make_project: MakeProject, tmp_path: Path
-    ) -> None:
-        """Cold, with a cache that the other revision has warmed, and offline with both in the cache."""
-        project = make_project(fetch__source="acme/qa")
-        environment = hub.environment(tmp_path / "home")
-        offline = environment | {"HF_HUB_OFFLINE": "1"}
-        for revision, rows, how in (
-            (OLD, OLD_ROWS, environment),
-            (NEW, NEW_ROWS, environment),
-            (OLD, OLD_ROWS, offline),
-        ):
-            project.set(fetch__revision=revision)
-            before = len(hub.requests)
-            project.stage("fetch", **how)
-            got, manifest = fetched(project)
-            assert got == rows
-            assert (manifest["source"], manifest["revision"]) == ("acme/qa", revision)
-            assert manifest["rows"] == manifest["rows_read"] == len(rows)
-            assert (len(hub.requests) == before) == (how is offline)
-
-        project.set(fetch__revision=UNKNOWN)
-        message = refusal(project.stage("fetch", check=False, **offline))
-        assert "not in the local cache" in message
-        assert "HF_HUB_OFFLINE" in message and UNKNOWN in message
-        message = refusal(project.stage("fetch", check=False, **environment))
-        assert f"acme/qa has no revision {UNKNOWN}" in message
-        assert fetched(project) == (got, manifest)
-
-    def test_main_is_resolved_to_a_commit(
-        self, hub: Hub, make_project: MakeProject, tmp_path: Path
-    ) -> None:
-        project = make_project(fetch__source="acme/qa", fetch__revision="main")
-        project.stage("fetch", **hub.environment(tmp_path / "home"))
-        rows, manifest = fetched(project)
-        assert (rows, manifest["revision"]) == (NEW_ROWS, NEW)
-
-    @pytest.mark.parametrize(
-        ("parameters", "expected"),
-        [
-            ({"fetch.revision": None}, ["fetch.revision", f"revision: {NEW}"]),
-            ({"fetch.revision": UNKNOWN}, ["no revision", UNKNOWN, "/datasets/acme/qa/commits"]),
-            ({"fetch.source": "acme/nothing"}, ["acme/nothing", "not on the hub", "HF_TOKEN"]),
-            ({"fetch.split": "tests"}, ["acme/qa", OLD, "tests", "train"]),
-            ({"fetch.columns.output": "outptu"}, ["fetch.columns.output", "did you mean output?"]),
-        ],
-        ids=["no revision", "unknown revision", "unknown data set", "unknown split", "no column"],
-    )
-    def test_a_mistake_is_explained_and_the_former_rows_stay(
-        self,
-        hub: Hub,
-        make_project: MakeProject,
-        tmp_path: Path,
-        parameters: dict[str, str | None],
-        expected: list[str],
-    ) -> None:
-        project = make_project(fetch__source="acme/qa", fetch__revision=OLD)
-        project.set_all(parameters)
-        (project / "data/raw").mkdir()
-        for name, content in FORMER.items():
-            (project / "data/raw" / name).write_bytes(content)
-        done = project.stage("fetch", check=False, **hub.environment(tmp_path / "home"))
-        message = refusal(done)
-        assert all(part in message for part in expected), message
-        assert files(project / "data/raw") == FORMER
-
-    def test_a_gate_opens_to_the_right_token_alone(
-        self, hub: Hub, make_project: MakeProject, tmp_path: Path
-    ) -> None:
-        project = make_project(fetch__source="acme/gated", fetch__revision=OLD)
-        page = f"{hub.url}/datasets/acme/gated"
-        for token, expected in (
-            ("", ["acme/gated is gated", page, "set HF_TOKEN"]),
-            (INVALID, ["HF_TOKEN is not valid", page]),
-            (UNLISTED, ["HF_TOKEN's account has no access", page, "wait for approval"]),
-        ):
-            environment = hub.environment(tmp_path / "home") | {"HF_TOKEN": token}
-            done = project.stage("fetch", check=False, **environment)
-            message = refusal(done)
-            assert all(part in message for part in expected), message
-            assert not (project / "data/raw").exists()
-            assert not token or keeps_token_to_itself(project, token, done)
-        environment = hub.environment(tmp_path / "home") | {"HF_TOKEN": LISTED}
-        done = project.stage("fetch", **environment)
-        assert fetched(project)[0] == OLD_ROWS
-        assert keeps_token_to_itself(project, LISTED, done)
-
-    def test_a_broken_download_leaves_nothing_and_is_gone_on_with(
-        self, hub: Hub, make_project: MakeProject, tmp_path: Path
-    ) -> None:
-        project = make_project(fetch__source="acme/cut", fetch__revision=OLD)
-        environment = hub.environment(tmp_path / "home")
-        hub.cut("acme/cut", "train.parquet", after_bytes=100)
-        message = refusal(project.stage("fetch", check=False, **environment))
-        assert "acme/cut" in message and "run it again" in message
-        assert not (project / "data/raw").exists()
-        message = refusal(
-            project.stage("fetch", check=False, **environment | {"HF_HUB_OFFLINE": "1"})
-        )
-        assert "not in the local cache" in message
-        hub.mend()
-        project.stage("fetch", **environment)
-        assert fetched(project)[0] == OLD_ROWS
+@pytest.fixture
+def environment(hub: Hub, tmp_path: Path) -> Environment:
+    """Of a process that reads from the hub, with a cold cache and no token."""
+    return hub.environment(tmp_path / "home")
 
 
 @pytest.fixture
@@ -204,45 +79,181 @@ def split_project(make_project: MakeProject) -> Project:
     return project
 
 
-def token_counts(project: Project) -> list[int]:
+def run(project: Project, stage: str, environment: Environment) -> subprocess.CompletedProcess[str]:
+    """Run a stage, which shows the token in no output and no file, however it ends."""
+    done = project.stage(stage, False, **environment)
+    if token := environment["HF_TOKEN"]:
+        texts = [done.stdout.encode(), done.stderr.encode(), *files(project.folder).values()]
+        assert not any(token.encode() in text for text in texts)
+    return done
+
+
+def succeed(project: Project, stage: str, environment: Environment) -> None:
+    done = run(project, stage, environment)
+    assert done.returncode == 0, done.stderr
+
+
+def refuse(project: Project, stage: str, environment: Environment, *expected: str) -> None:
+    """Run a stage that ends with one message, with the expected parts, and without a traceback."""
+    done = run(project, stage, environment)
+    output = done.stdout + done.stderr
+    assert done.returncode == 1, output
+    assert output.count("error: ") == 1, output
+    assert "Traceback" not in output
+    _, message = output.split("error: ")
+    assert [part for part in expected if part not in message] == [], message
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file below the folder, hidden ones too."""
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def fetched(project: Project) -> tuple[list[dict[str, str]], dict[str, Any]]:
+    """The raw rows and the manifest."""
+    manifest = json.loads((project / "data/raw/manifest.json").read_text())
+    return pq.read_table(project / "data/raw/qa.parquet").to_pylist(), manifest
+
+
+def token_counts(project: Project) -> list[Any]:
     """Tokens of each formatted training row."""
-    return pq.read_table(project / "data/formatted/train.parquet")["tokens"].to_pylist()
+    rows = pq.read_table(project / "data/formatted/train.parquet")
+    return list(rows["tokens"].to_pylist())
+
+
+class TestDataSet:
+    def test_a_pinned_revision_gives_its_rows(
+        self, hub: Hub, make_project: MakeProject, environment: Environment
+    ) -> None:
+        """Cold, with the other revision in the cache, and offline with both."""
+        project = make_project(fetch__source="acme/qa")
+        offline = environment | OFFLINE
+        for revision, rows, how in (
+            (OLD, OLD_ROWS, environment),
+            (NEW, NEW_ROWS, environment),
+            (OLD, OLD_ROWS, offline),
+        ):
+            project.set(fetch__revision=revision)
+            requests = len(hub.requests)
+            succeed(project, "fetch", how)
+            assert (len(hub.requests) > requests) == (how is environment)
+            assert fetched(project)[0] == rows
+            manifest = fetched(project)[1]
+            assert (manifest["source"], manifest["revision"]) == ("acme/qa", revision)
+            assert manifest["rows_read"] == manifest["rows"] == len(rows)
+
+        before = files(project / "data/raw")
+        project.set(fetch__revision=UNKNOWN)
+        refuse(project, "fetch", environment, f"acme/qa has no revision {UNKNOWN}")
+        refuse(
+            project, "fetch", offline, UNKNOWN, "not in the local cache", "HF_HUB_OFFLINE is set"
+        )
+        assert files(project / "data/raw") == before
+
+    def test_main_is_resolved_to_a_commit(
+        self, make_project: MakeProject, environment: Environment
+    ) -> None:
+        project = make_project(fetch__source="acme/qa", fetch__revision="main")
+        succeed(project, "fetch", environment)
+        rows, manifest = fetched(project)
+        assert (rows, manifest["revision"]) == (NEW_ROWS, NEW)
+
+    @pytest.mark.parametrize(
+        ("parameters", "expected"),
+        [
+            ({"fetch.revision": None}, ["fetch.revision", f"revision: {NEW}"]),
+            ({"fetch.revision": UNKNOWN}, ["no revision", UNKNOWN, "/datasets/acme/qa/commits"]),
+            ({"fetch.source": "acme/nothing"}, ["acme/nothing", "not on the hub", "HF_TOKEN"]),
+            ({"fetch.split": "tests"}, ["acme/qa", OLD, "tests", "['train']"]),
+            ({"fetch.columns.output": "outptu"}, ["fetch.columns.output", "did you mean output?"]),
+        ],
+        ids=["no revision", "unknown revision", "unknown data set", "unknown split", "no column"],
+    )
+    def test_a_mistake_is_explained_and_the_former_rows_stay(
+        self,
+        make_project: MakeProject,
+        environment: Environment,
+        parameters: dict[str, str | None],
+        expected: list[str],
+    ) -> None:
+        project = make_project(fetch__source="acme/qa", fetch__revision=OLD)
+        project.set_all(parameters)
+        (project / "data/raw").mkdir()
+        for name, content in FORMER.items():
+            (project / "data/raw" / name).write_bytes(content)
+        refuse(project, "fetch", environment, *expected)
+        assert files(project / "data/raw") == FORMER
+
+    def test_a_gate_opens_to_the_right_token_alone(
+        self, hub: Hub, make_project: MakeProject, environment: Environment
+    ) -> None:
+        project = make_project(fetch__source="acme/gated", fetch__revision=OLD)
+        page = f"{hub.url}/datasets/acme/gated"
+        for token, expected in (
+            ("", ["acme/gated is gated", "accept its terms", "set HF_TOKEN"]),
+            (INVALID, ["HF_TOKEN is not valid"]),
+            (UNLISTED, ["HF_TOKEN's account has no access yet"]),
+        ):
+            refuse(project, "fetch", environment | {"HF_TOKEN": token}, page, *expected)
+            assert not (project / "data/raw").exists()
+        succeed(project, "fetch", environment | {"HF_TOKEN": LISTED})
+        assert fetched(project)[0] == OLD_ROWS
+
+    def test_a_broken_download_leaves_nothing_and_the_next_try_succeeds(
+        self, hub: Hub, make_project: MakeProject, environment: Environment
+    ) -> None:
+        project = make_project(fetch__source="acme/cut", fetch__revision=OLD)
+        hub.cut("acme/cut", "train.parquet", after_bytes=100)
+        refuse(project, "fetch", environment, "acme/cut", hub.url, "run it again")
+        refuse(project, "fetch", environment | OFFLINE, "acme/cut", "not in the local cache")
+        assert not (project / "data/raw").exists()
+        hub.mend()
+        succeed(project, "fetch", environment)
+        assert fetched(project)[0] == OLD_ROWS
 
 
 class TestBase:
     def test_the_tokenizer_is_that_of_the_pinned_revision(
-        self, hub: Hub, split_project: Project, tiny_base: Path, tmp_path: Path
+        self, hub: Hub, split_project: Project, environment: Environment, tiny_base: Path
     ) -> None:
-        """Cold, and offline with the cache that this left."""
         tokenizer = load_tokenizer(Base(model=str(tiny_base), revision=None))
-        expected = [
-            row["tokens"]
-            for row, _ in (format_row(tokenizer, row, 192, "truncate") for row in OLD_ROWS)
-            if row
-        ]
-        environment = hub.environment(tmp_path / "home")
-        split_project.stage("format", **environment)
+        formatted = (format_row(tokenizer, row, 192, "truncate")[0] for row in OLD_ROWS)
+        expected = [row["tokens"] for row in formatted if row]
+        requests = len(hub.requests)
+        succeed(split_project, "format", environment)
         assert token_counts(split_project) == expected
-        # Neither the weights of this revision nor anything of another is loaded for the tokenizer.
-        loaded = {request.path for request in hub.requests if request.path.startswith("/acme/tiny")}
-        assert f"/acme/tiny/resolve/{OLD}/tokenizer.json" in loaded
-        assert f"/acme/tiny/resolve/{OLD}/model.safetensors" not in loaded
-        assert not any(NEW in path or "main" in path for path in loaded)
+        asked = {request.path for request in hub.requests[requests:]}
+        assert f"/acme/tiny/resolve/{OLD}/tokenizer.json" in asked
+        assert f"/acme/tiny/resolve/{OLD}/model.safetensors" not in asked  # 14 GB of a 7B model
 
         split_project.set(base__revision=NEW)
-        split_project.stage("format", **environment)
+        succeed(split_project, "format", environment)
         letters = token_counts(split_project)
-        assert all(many > few for many, few in zip(letters, expected, strict=True))
+        assert all(many > 2 * few for many, few in zip(letters, expected, strict=True))
+
+    def test_offline_the_cache_answers_alone(
+        self, hub: Hub, split_project: Project, environment: Environment
+    ) -> None:
+        offline = environment | OFFLINE
+        refuse(split_project, "format", offline, "acme/tiny", OLD, "HF_HUB_OFFLINE is set")
+        assert not (split_project / "data/formatted").exists()
+        cache = environment["HF_HUB_CACHE"]
+        snapshot_download("acme/tiny", revision=OLD, endpoint=hub.url, cache_dir=cache, token=False)
+        requests = len(hub.requests)
+        succeed(split_project, "format", offline)
+        assert token_counts(split_project)
+        assert len(hub.requests) == requests
 
     @pytest.mark.parametrize(
         ("parameters", "expected"),
         [
             (
                 {"base.revision": UNKNOWN},
-                ["acme/tiny has no revision", UNKNOWN, "/acme/tiny/commits"],
+                ["acme/tiny has no revision", UNKNOWN, "acme/tiny/commits"],
             ),
-            ({"base.revision": "main"}, ["base: revision: 'main' can move", "acme/tiny/commits"]),
-            ({"base.revision": None}, ["base: model: acme/tiny", "set revision"]),
+            ({"base.revision": "main"}, ["params.yaml", "revision: 'main' can move", "commits"]),
+            ({"base.revision": None}, ["params.yaml", "model: acme/tiny", "set revision"]),
             ({"base.model": "acme/nothing"}, ["acme/nothing", "not on the hub", "HF_TOKEN"]),
             ({"base.model": "acme/pickled"}, ["acme/pickled", "no safetensors weights", OLD]),
         ],
@@ -250,34 +261,26 @@ class TestBase:
     )
     def test_a_mistake_is_explained_before_formatting(
         self,
-        hub: Hub,
         split_project: Project,
-        tmp_path: Path,
+        environment: Environment,
         parameters: dict[str, str | None],
         expected: list[str],
     ) -> None:
         split_project.set_all(parameters)
-        done = split_project.stage("format", check=False, **hub.environment(tmp_path / "home"))
-        message = refusal(done)
-        assert all(part in message for part in expected), message
+        refuse(split_project, "format", environment, *expected)
         assert not (split_project / "data/formatted").exists()
 
     def test_a_gate_opens_to_the_right_token_alone(
-        self, hub: Hub, split_project: Project, tmp_path: Path
+        self, hub: Hub, split_project: Project, environment: Environment
     ) -> None:
         split_project.set(base__model="acme/gated")
+        page = f"{hub.url}/acme/gated"
         for token, expected in (
-            ("", ["acme/gated is gated", "set HF_TOKEN"]),
+            ("", ["acme/gated is gated", "accept its terms", "set HF_TOKEN"]),
             (INVALID, ["HF_TOKEN is not valid"]),
-            (UNLISTED, ["HF_TOKEN's account has no access", "wait for approval"]),
+            (UNLISTED, ["HF_TOKEN's account has no access yet"]),
         ):
-            environment = hub.environment(tmp_path / "home") | {"HF_TOKEN": token}
-            done = split_project.stage("format", check=False, **environment)
-            message = refusal(done)
-            assert all(part in message for part in (*expected, f"{hub.url}/acme/gated")), message
+            refuse(split_project, "format", environment | {"HF_TOKEN": token}, page, *expected)
             assert not (split_project / "data/formatted").exists()
-            assert not token or keeps_token_to_itself(split_project, token, done)
-        environment = hub.environment(tmp_path / "home") | {"HF_TOKEN": LISTED}
-        done = split_project.stage("format", **environment)
+        succeed(split_project, "format", environment | {"HF_TOKEN": LISTED})
         assert token_counts(split_project)
-        assert keeps_token_to_itself(split_project, LISTED, done)

@@ -88,7 +88,9 @@ def test_a_hub_base_must_be_pinned_to_a_commit(tmp_path: Path) -> None:
     head, _, tail = text.partition("base:\n")
     for revision, valid in (("main", False), ("0" * 40, True)):
         path = tmp_path / "hub.yaml"
-        path.write_text(head + "base:\n" + tail.replace("revision: null", f"revision: '{revision}'", 1))
+        path.write_text(
+            head + "base:\n" + tail.replace("revision: null", f"revision: '{revision}'", 1)
+        )
         if valid:
             assert read_params(path).base.revision == "0" * 40
         else:

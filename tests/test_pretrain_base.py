@@ -70,8 +70,8 @@ HOSTILE = {
     "tabs and no-break spaces": "\t\u00a0\u2003x\u200b\u00ad",
     "emoji": "👩🏽‍👩‍👧‍👦 🇨🇭 ☃️",
     "combining marks": "e\u0301 \u00e9 Z\u0351\u036b\u0343 क्षि",
-    "right to left": "\u202eالسوق المالي\u202c שלום",  # noqa: RUF001
-    "wide": "経済は回復。ＡＢＣ",  # noqa: RUF001
+    "right to left": "\u202eالسوق المالي\u202c שלום",
+    "wide": "経済は回復。ＡＢＣ",
     "control characters": "".join(map(chr, [*range(32), *range(127, 160)])),
     "special-looking": "a<s> b</s><pad> <unk>c",
     "ends of Unicode": "\ufffd\ufffe\uffff\U0010ffff\ue000",

@@ -11,7 +11,11 @@ from fintune.records import RecordError, read_rows, read_source, select_records,
 
 ROWS = [
     {"instruction": "Answer.", "input": "What is a bond?", "output": "A loan, in short."},
-    {"instruction": "Answer.", "input": 'A "quoted", split\tone?', "output": "Né à Zürich — 5 €, nan."},
+    {
+        "instruction": "Answer.",
+        "input": 'A "quoted", split\tone?',
+        "output": "Né à Zürich — 5 €, nan.",
+    },
 ]
 COLUMNS = {"instruction": "instruction", "input": "input", "output": "output"}
 
@@ -100,7 +104,7 @@ def test_a_text_that_only_begins_with_nan_stays() -> None:
 
 def test_refusing_names_row_column_and_way_out() -> None:
     rows = [ROWS[0], {**ROWS[0], "output": "nan"}]
-    with pytest.raises(RecordError, match="row 2: output is literal nan.*invalid_rows: drop"):
+    with pytest.raises(RecordError, match=r"row 2: output is literal nan.*invalid_rows: drop"):
         select(rows, invalid_rows="refuse")
     assert select(ROWS, invalid_rows="refuse") == (ROWS, {})
 

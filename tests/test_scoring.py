@@ -26,7 +26,11 @@ def setting(tiny_base: Path) -> tuple[Any, Any, list[tuple[list[int], list[int]]
     tokenizer = load_tokenizer(base)
     model = load_base(base, tokenizer, "none", torch.float32)
     rows = [
-        encode(tokenizer, f"Input: {'why ' * (k % 5)}\n<response>", "so " * (k % 4 + 1) + "<response|end>")
+        encode(
+            tokenizer,
+            f"Input: {'why ' * (k % 5)}\n<response>",
+            "so " * (k % 4 + 1) + "<response|end>",
+        )
         for k in range(10)
     ]
     return model, tokenizer, rows
@@ -65,7 +69,9 @@ def greedy(model: Any, prompt: list[int], tokens: int) -> list[int]:
 
 
 @pytest.mark.parametrize("rows_per_batch", [1, 3, 10])
-def test_batches_and_padding_do_not_change_greedy_answers(setting: Any, rows_per_batch: int) -> None:
+def test_batches_and_padding_do_not_change_greedy_answers(
+    setting: Any, rows_per_batch: int
+) -> None:
     model, tokenizer, rows = setting
     prompts = [prompt for prompt, _ in rows]
     answers = generate(model, tokenizer, prompts, end_token_id(tokenizer), 5, rows_per_batch, "")
@@ -113,7 +119,9 @@ def test_batches_hold_every_row_once_within_both_limits() -> None:
 
 def test_rouge_l_by_hand() -> None:
     """Longest common subsequence of 'the rate falls' and 'the interest rate falls now': three words."""
-    scores = rouge_l(["the rate falls", "", "Rates fall."], ["the interest rate falls now", "a", "rate falls"])
+    scores = rouge_l(
+        ["the rate falls", "", "Rates fall."], ["the interest rate falls now", "a", "rate falls"]
+    )
     precision, recall = 3 / 3, 3 / 5
     assert scores[0] == pytest.approx(2 * precision * recall / (precision + recall))
     assert scores[1] == 0
@@ -144,7 +152,9 @@ def test_rows_of_one_question_are_drawn_together() -> None:
 
 def test_the_interval_does_not_depend_on_the_order_of_rows() -> None:
     values = np.random.default_rng(0).normal(0, 1, 50)
-    there = bootstrap_interval(lambda r: float(values[r].mean()), [str(i) for i in range(50)], 200, 3)
+    there = bootstrap_interval(
+        lambda r: float(values[r].mean()), [str(i) for i in range(50)], 200, 3
+    )
     flipped = values[::-1]
     back = bootstrap_interval(
         lambda r: float(flipped[r].mean()), [str(i) for i in range(50)][::-1], 200, 3

@@ -11,10 +11,21 @@ from fintune.params import Split, UserError
 from fintune.splitting import describe_splits, group_questions, normalize_question, split_rows
 
 REAL = Path(__file__).parent.parent.parent / "shared/data/fiqa_questions.parquet"
-PARAMS = Split(
-    seed=13, validation_fraction=0.1, test_fraction=0.2, near_duplicate_similarity=0.7
-)
-THINGS = "bond stock fund loan lease deed index option pension mortgage budget ledger".split()
+PARAMS = Split(seed=13, validation_fraction=0.1, test_fraction=0.2, near_duplicate_similarity=0.7)
+THINGS = [
+    "bond",
+    "stock",
+    "fund",
+    "loan",
+    "lease",
+    "deed",
+    "index",
+    "option",
+    "pension",
+    "mortgage",
+    "budget",
+    "ledger",
+]
 Row = dict[str, Any]
 
 

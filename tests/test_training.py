@@ -88,7 +88,9 @@ def tune(
         torch.float32,
         validate=lambda model: likelihood(model, rows[:4], "validate").loss,
         scratch=scratch,
-        on_log=lambda step, values: logged.update({step: values["loss"]} if "loss" in values else {}),
+        on_log=lambda step, values: logged.update(
+            {step: values["loss"]} if "loss" in values else {}
+        ),
     )
     return result, [logged[step] for step in sorted(logged)]
 
@@ -191,7 +193,7 @@ def test_steps_follow_from_epochs_rows_and_the_limit() -> None:
 def test_a_layer_that_does_not_exist_is_refused(base: Base, tokenizer: Any) -> None:
     model = load_base(base, tokenizer, "none", torch.float32)
     lora = PARAMS.lora.model_copy(update={"target_modules": ["q_proj", "query"]})
-    with pytest.raises(UserError, match="query: no such layer.*q_proj"):
+    with pytest.raises(UserError, match=r"query: no such layer.*q_proj"):
         add_adapter(model, tokenizer, lora, 0)
 
 
