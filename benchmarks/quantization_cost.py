@@ -212,13 +212,13 @@ def measure(
 
 def table(runs: list[dict[str, Any]]) -> str:
     """The mean of each figure and, over several seeds, its lowest and highest value."""
-    lines = [f"{'':<27}" + "".join(f"{column:>27}" for column in COLUMNS)]
+    lines = [f"{'':<27}" + "".join(f"{column:>30}" for column in COLUMNS)]
     for key in LINES:
         cells = []
         for kind in COLUMNS.values():
             of_kind = [r for r in runs if (r["model"], r["quantization"]) == kind]
             cells.append(spread([r[key] for r in of_kind if key in r]))
-        lines.append(f"{key:<27}" + "".join(f"{cell:>27}" for cell in cells))
+        lines.append(f"{key:<27}" + "".join(f"{cell:>30}" for cell in cells))
     plain, quantized = (
         {r["seed"]: r["loss"] for r in runs if (r["model"], r["quantization"]) == ("tuned", q)}
         for q in QUANTIZATIONS

@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def measure(rows: list[dict[str, Any]], params: Evaluate) -> tuple[dict[str, Measured], list[str]]:
-    """Load the model once and measure it with its adapter off and on; sample answers come from the tuned one."""
+    """Load the model once and measure it with its adapter off and on; samples come from the tuned one."""
     trained = json.loads((ADAPTER / "training.json").read_text())
     base = Base(**trained["base"])
     tokenizer = load_tokenizer(base)
