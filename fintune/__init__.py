@@ -1,5 +1,6 @@
 """What the stages share: parameters, records, prompts, models, training, scoring, tracking."""
 
+import logging
 import os
 
 # bitsandbytes and torch bring an OpenMP pool each. Threads that spin for long while they wait take the
@@ -9,3 +10,5 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # A loader process that is forked after the tokenizer was used would only warn about it.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Names an optional kernel package each time it is imported.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

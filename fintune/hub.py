@@ -4,6 +4,7 @@
 """
 
 import os
+from pathlib import Path
 from typing import Any
 
 from fintune.params import COMMIT, UserError
@@ -43,15 +44,21 @@ def read_dataset(name: str, revision: str | None, split: str) -> tuple[list[dict
     try:
         dataset = datasets.load_dataset(folder, split=split)
     except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
-        raise UserError(f"fetch: {name} at {commit}, split {split!r}: {error}") from error
+        cause = error.__cause__ or error  # a generation error itself says only that there was one
+        raise UserError(f"fetch: {name} at {commit}, split {split!r}: {cause}") from error
     rows: list[dict[str, Any]] = dataset.to_list()
     return rows, commit
 
 
 def _commit(name: str, revision: str | None) -> str:
     """The commit that `revision` names now; a branch or tag is resolved once, here."""
-    if revision and COMMIT.fullmatch(revision) and is_offline():
-        return revision
+    if is_offline():
+        if revision and COMMIT.fullmatch(revision):
+            return revision
+        raise UserError(
+            f"fetch.revision: {revision or 'null'} is no commit, and HF_HUB_OFFLINE is set, so the hub "
+            "cannot say which one is meant; give the commit's 40 hex digits or go online"
+        )
     from huggingface_hub import HfApi
 
     try:
@@ -70,7 +77,7 @@ def check_model(model: str, revision: str) -> int:
     """Ask the hub for a base model's files before anything is spent on it.
 
     Returns:
-        The size of its safetensors weights in bytes (0 when offline, where only the cache is asked).
+        The size of its safetensors weights in bytes.
 
     Raises:
         UserError: gated, missing, unreachable, without safetensors weights, or not in the cache
@@ -80,10 +87,24 @@ def check_model(model: str, revision: str) -> int:
 
     try:
         if is_offline():
-            snapshot_download(model, revision=revision, local_files_only=True)
-            return 0
+            # only what transformers loads; a cache without a repository's other files is good enough
+            folder = snapshot_download(
+                model,
+                revision=revision,
+                local_files_only=True,
+                allow_patterns=["config.json", "tokenizer*", "model*.safetensors"],
+            )
+            sizes = [file.stat().st_size for file in Path(folder).glob("model*.safetensors")]
+            if not sizes:
+                raise UserError(
+                    f"{model}: its weights at {revision} are not in the local cache, and "
+                    "HF_HUB_OFFLINE is set; run once without it"
+                )
+            return sum(sizes)
         info = HfApi().model_info(model, revision=revision, files_metadata=True, timeout=30)
         HfApi().auth_check(model)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(_explain(error, "models", model, revision)) from error
     sizes = [file.size or 0 for file in info.siblings or [] if is_weights(file.rfilename)]

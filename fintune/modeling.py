@@ -20,6 +20,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from fintune.hub import explain_model_error
 from fintune.params import Base, Lora, UserError
 from fintune.prompts import SPECIAL_TOKENS, end_token_id
 
@@ -155,15 +156,22 @@ def load_base(
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        base.model,
-        revision=base.revision,
-        dtype=dtype,
-        quantization_config=config,
-        device_map={"": on or device()},
-        use_safetensors=True,
-        attn_implementation=ATTENTION,
-    )
+    model: PreTrainedModel
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            base.model,
+            revision=base.revision,
+            dtype=dtype,
+            quantization_config=config,
+            device_map={"": on or device()},
+            use_safetensors=True,
+            attn_implementation=ATTENTION,
+        )
+    except OSError as error:
+        reason = str(error)
+        if not base.is_folder:
+            reason = explain_model_error(error, base.model, base.revision)
+        raise UserError(f"base.model: {base.model}: cannot be loaded: {reason}") from error
     _add_rows(model, len(tokenizer))
     model.config.use_cache = False
     return model

@@ -24,7 +24,7 @@ def check_base(base: Base) -> int:
     """Make sure that the base can be loaded.
 
     Returns:
-        The size of its weights in bytes (0 when it comes from the cache, offline).
+        The size of its weights in bytes.
 
     Raises:
         UserError: a folder without config, tokenizer or safetensors weights; a hub model that is
@@ -152,20 +152,15 @@ def check_disk(needed_bytes: int, folder: Path) -> None:
 
 
 def main() -> None:
-    """Check parameters, base, device, disk and MLflow, and say what was found."""
-    from fintune.stage import project_root
-    from fintune.tracking import connect
-
+    """Check parameters, base, device and disk, and say what was found."""
     params = read_params()
     size = check_base(params.base)
     # the hub's cache or nothing, then the merged model in the workspace and in DVC's cache
     check_disk(2 * size + (0 if params.base.is_folder else size), Path.cwd())
-    connect(project_root())
     summary = {
         "parameters": "valid",
         "base": f"{params.base.model}, {size / GIB:.2f} GiB",
         "device": describe_device(),
-        "MLflow": "answers",
     }
     print(json.dumps(summary, indent=2))
 

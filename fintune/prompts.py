@@ -36,8 +36,15 @@ def load_tokenizer(base: Base) -> Tokenizer:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(base.model, revision=base.revision)
-    except (OSError, ValueError) as error:
-        raise UserError(f"base.model: {base.model}: no tokenizer can be loaded: {error}") from error
+    except Exception as error:  # the hub's client raises its transport's own kinds
+        reason = str(error)
+        if not base.is_folder:
+            from fintune.hub import explain_model_error
+
+            reason = explain_model_error(error, base.model, base.revision)
+        raise UserError(
+            f"base.model: {base.model}: no tokenizer can be loaded: {reason}"
+        ) from error
     if not tokenizer.is_fast:
         raise UserError(
             f"base.model: {base.model} has no fast tokenizer, which cutting answers needs"

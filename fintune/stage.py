@@ -23,7 +23,6 @@ def run(main: Callable[[], None]) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     log.setLevel(logging.INFO)
     warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' own, not for users
-    logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)  # names an optional kernel
     try:
         main()
     except (UserError, RecordError) as error:

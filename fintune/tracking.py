@@ -198,8 +198,17 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, dict):
             flat.update(_flat(value, f"{prefix}{key}."))
         else:
-            flat[prefix + key] = value if isinstance(value, str) else json.dumps(value)
+            plain = isinstance(value, str) and not _is_json(value)
+            flat[prefix + key] = value if plain else json.dumps(value)
     return flat
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 def log_training(

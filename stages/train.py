@@ -34,7 +34,13 @@ ADAPTER = Path("models/adapter")
 RUN = Path("models/run.json")
 METRICS = Path("reports/train.json")
 CURVE = Path("reports/train_curve.csv")
-CODE = ("fintune/modeling.py", "fintune/training.py", "fintune/prompts.py", "stages/train.py")
+CODE = (
+    "fintune/modeling.py",
+    "fintune/training.py",
+    "fintune/prompts.py",
+    "fintune/scoring.py",
+    "stages/train.py",
+)
 
 
 def main() -> None:

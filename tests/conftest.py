@@ -131,7 +131,8 @@ def make_project(
             else:
                 shutil.copy(source, folder / name)
         shutil.copy(ROOT / "recipes/demo.yaml", folder / "params.yaml")
-        (folder / "assets").mkdir()
+        (folder / "assets/demo-base").mkdir(parents=True)
+        (folder / "assets/demo-base/README.md").write_text("Not used here: base.model is base.\n")
         (folder / "data/source").mkdir(parents=True)
         (folder / ".dvc").mkdir()
         shutil.copy(ROOT / ".dvc/config", folder / ".dvc/config")

@@ -215,6 +215,23 @@ class TestDataSet:
         succeed(project, "fetch", environment)
         assert fetched(project)[0] == OLD_ROWS
 
+    def test_a_broken_row_is_named(
+        self, hub: Hub, make_project: MakeProject, environment: Environment, tmp_path: Path
+    ) -> None:
+        (tmp_path / "broken").mkdir()
+        (tmp_path / "broken/train.jsonl").write_text('{"input": "a"}\n{"input": \n')
+        hub.add("datasets", "acme/broken", tmp_path / "broken", revision=OLD)
+        project = make_project(fetch__source="acme/broken", fetch__revision=OLD)
+        refuse(project, "fetch", environment, "acme/broken", OLD, "JSON parse error", "in row 1")
+
+    @pytest.mark.parametrize("revision", [None, "main"])
+    def test_offline_only_a_commit_says_what_is_meant(
+        self, make_project: MakeProject, environment: Environment, revision: str | None
+    ) -> None:
+        project = make_project(fetch__source="acme/qa", fetch__revision=revision)
+        expected = (revision or "null", "40 hex digits", "HF_HUB_OFFLINE")
+        refuse(project, "fetch", environment | OFFLINE, "fetch.revision", *expected)
+
 
 class TestBase:
     def test_the_tokenizer_is_that_of_the_pinned_revision(
@@ -287,3 +304,24 @@ class TestBase:
             assert not (split_project / "data/formatted").exists()
         succeed(split_project, "format", environment | {"HF_TOKEN": LISTED})
         assert token_counts(split_project)
+
+    def test_offline_a_cached_tokenizer_is_no_base(
+        self, split_project: Project, environment: Environment
+    ) -> None:
+        """The format stage leaves config and tokenizer in the cache, and train needs the weights."""
+        succeed(split_project, "format", environment)
+        for stage in ("format", "train"):
+            refuse(
+                split_project, stage, environment | OFFLINE, "acme/tiny", OLD, "weights", "cache"
+            )
+
+    @pytest.mark.parametrize(
+        ("stage", "file"), [("format", "tokenizer.json"), ("train", "model.safetensors")]
+    )
+    def test_a_broken_download_is_explained(
+        self, hub: Hub, split_project: Project, environment: Environment, stage: str, file: str
+    ) -> None:
+        if stage == "train":
+            succeed(split_project, "format", environment)
+        hub.cut("acme/tiny", file, after_bytes=1000)
+        refuse(split_project, stage, environment, "acme/tiny", hub.url, "run it again")
