@@ -178,9 +178,12 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def locked_md5(project: Project, *stages: str) -> dict[str, str]:
-    """The md5 of the stages' outputs, by path, from dvc.lock."""
+    """The md5 of the data and the adapter that the stages wrote, by path, from dvc.lock."""
     locked = load_yaml(project / "dvc.lock")["stages"]
-    return {out["path"]: out["md5"] for stage in stages for out in locked[stage]["outs"]}
+    written = {out["path"]: out["md5"] for stage in stages for out in locked[stage]["outs"]}
+    return {
+        path: md5 for path, md5 in written.items() if path.startswith(("data/", "models/adapter"))
+    }
 
 
 def md5_tags(tags: dict[str, str]) -> dict[str, str]:
