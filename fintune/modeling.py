@@ -3,8 +3,9 @@
 Only safetensors weights are read and no code from a model's folder is run.
 """
 
+import inspect
 import logging
-from itertools import pairwise
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def packed_attention(
     """Causal attention within each document of a packed row; other inputs go to sdpa.
 
     A packed row through sdpa takes a dense mask and time in the square of its length. Here a GPU runs
-    torch's variable-length flash kernels, and a CPU runs sdpa on one document after another.
+    torch's variable-length flash kernels, and a CPU runs sdpa on the documents side by side.
 
     Args:
         query: (1, heads, tokens, head size); `key` and `value` may have fewer heads.
@@ -61,51 +62,108 @@ def packed_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
+    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+    return attend(q, k, v, cu_seq_lens_q, max_length_q, sliding_window, scaling)[None], None
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: torch.Tensor,
+    longest: int,
+    window: int | None,
+    scale: float | None,
+) -> torch.Tensor:
+    """Causal attention within each document.
+
+    Args:
+        query: (tokens, heads, head size); `key` and `value` may have fewer heads.
+        bounds: int32, (documents + 1,): where each document starts, then the end.
+        longest: tokens of the longest document.
+        window: how many tokens each one sees, itself included; None for all before it.
+
+    Returns:
+        (tokens, heads, head size).
+    """
     if query.is_cuda:
-        return _varlen(
-            query, key, value, scaling, cu_seq_lens_q, max_length_q, sliding_window
-        ), None
-    bounds = cu_seq_lens_q.tolist()
-    documents = []
-    for start, end in pairwise(bounds):
-        q, k, v = (states[:, :, start:end] for states in (query, key, value))
-        mask = None
-        if sliding_window is not None and end - start > sliding_window:
-            mask = q.new_ones(end - start, end - start, dtype=torch.bool).tril()
-            mask = mask.triu(1 - sliding_window)
-        documents.append(
-            torch.nn.functional.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
-            )
-        )
-    return torch.cat(documents, dim=2).transpose(1, 2), None
+        return _varlen(query, key, value, bounds, longest, window, scale)
+    return _side_by_side(query, key, value, bounds, longest, window, scale)
+
+
+def _side_by_side(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: torch.Tensor,
+    longest: int,
+    window: int | None,
+    scale: float | None,
+) -> torch.Tensor:
+    """One sdpa call on documents padded at their ends, where no earlier token looks.
+
+    A CPU has no variable-length kernel, and a call for each document costs more than the padding.
+    """
+    repeats = query.shape[1] // key.shape[1]  # enable_gqa would take the slow path of a CPU
+    key, value = (states.repeat_interleave(repeats, dim=1) for states in (key, value))
+    place = torch.arange(longest, device=bounds.device)
+    starts, lengths = bounds[:-1, None].long(), bounds.diff()[:, None]
+    inside = place < lengths
+    where = (starts + place).clamp(max=len(query) - 1).flatten()
+    shape = (len(starts), longest, *query.shape[1:])
+    q, k, v = (s.index_select(0, where).view(shape).transpose(1, 2) for s in (query, key, value))
+    mask = None
+    if window is not None and longest > window:
+        mask = q.new_ones(longest, longest, dtype=torch.bool).tril().triu(1 - window)
+    output = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale
+    )
+    flat = output.transpose(1, 2).flatten(0, 1)
+    return flat.index_select(0, inside.flatten().nonzero().flatten())
 
 
 def _varlen(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    scaling: float | None,
     bounds: torch.Tensor,
     longest: int,
-    sliding_window: int | None,
+    window: int | None,
+    scale: float | None,
 ) -> torch.Tensor:
-    """torch's own varlen_attn; torch 2.11 has no grouped heads there, so keys and values are repeated."""
+    """torch's flash kernels; before torch 2.12 they take fewer key heads without being told."""
     from torch.nn.attention.varlen import varlen_attn
 
-    repeats = query.shape[1] // key.shape[1]
-    key, value = (states.repeat_interleave(repeats, dim=1) for states in (key, value))
-    q, k, v = (states[0].transpose(0, 1).contiguous() for states in (query, key, value))
-    window = (sliding_window - 1 if sliding_window else -1, 0)
-    output = varlen_attn(
-        q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=window
+    options: Any = {"enable_gqa": True} if _must_be_told_of_groups() else {}
+    seen = (window - 1 if window and window < longest else -1, 0)
+    output: Any = varlen_attn(
+        query,
+        key,
+        value,
+        bounds,
+        bounds,
+        longest,
+        longest,
+        scale=scale,
+        window_size=seen,
+        **options,
     )
-    return output.unsqueeze(0)  # type: ignore[union-attr]
+    return output  # type: ignore[no-any-return]
+
+
+@cache
+def _must_be_told_of_groups() -> bool:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def _mask_unless_packed(*args: Any, **kwargs: Any) -> torch.Tensor | None:
-    """No mask without padding: `packed_attention` keeps documents apart by their bounds."""
-    if kwargs.get("attention_mask") is None:
+    """No mask for packed rows, which `packed_attention` keeps apart by their bounds.
+
+    transformers finds them by their positions, and forbids then to leave the mask to sdpa.
+    """
+    if kwargs.get("attention_mask") is None and not kwargs.get("allow_is_causal_skip", True):
         return None
     return sdpa_mask(*args, **kwargs)
 

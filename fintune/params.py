@@ -127,7 +127,11 @@ class Lora(Section):
 
 
 class Train(Section):
-    """The fine-tuning run. Batches are counted in rows, so packing does not change what is learned."""
+    """The fine-tuning run.
+
+    Batches are counted in rows. `attention`, `kernels`, `checkpointing` and `tokens_per_pass` say how a
+    step is computed and not what is learned; `auto` chooses by the hardware.
+    """
 
     quantization: Literal["nf4", "none"]
     precision: Literal["auto", "bfloat16", "float16", "float32"]
@@ -140,20 +144,23 @@ class Train(Section):
     epochs: Positive
     max_steps: Count | None
     rows_per_step: Count
-    rows_per_pass: Count
-    packing: bool
-    gradient_checkpointing: bool
+    attention: Literal["auto", "varlen", "sdpa", "padded"]
+    kernels: Literal["auto", "fused", "plain"]
+    checkpointing: Literal["auto", "none", "selective", "full"]
+    tokens_per_pass: Count | Literal["auto"]
     validate_every_steps: Count
     early_stopping_patience: Count | None
     seed: Seed
 
     @model_validator(mode="after")
-    def _whole_passes(self) -> "Train":
-        if self.rows_per_step % self.rows_per_pass:
+    def _fused_packs(self) -> "Train":
+        if self.attention == "padded" and self.kernels == "fused":
             raise ValueError(
-                f"rows_per_step ({self.rows_per_step}) must be a multiple of "
-                f"rows_per_pass ({self.rows_per_pass})"
+                "kernels: fused ones take packed rows; set plain, or another attention"
             )
+        plain = self.kernels == "plain" or self.attention == "padded"
+        if self.checkpointing == "selective" and plain:
+            raise ValueError("checkpointing: selective needs kernels: fused; set none or full")
         return self
 
 

@@ -3,21 +3,36 @@
 `python -m fintune.preflight` runs all of them on params.yaml and changes nothing.
 """
 
+import functools
 import json
 import logging
+import math
 import os
 import shutil
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fintune.params import Base, Train, UserError, read_params
+from fintune.params import Base, Lora, Train, UserError, read_params
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger("fintune")
 GIB = 2**30
 NF4_BYTES = (
     0.516  # per weight: 4 bits, and a doubly quantised scale for every 64 (Dettmers et al. 2023)
 )
-ACTIVATION_BYTES = 40  # per token, layer and hidden unit in 16 bits, measured on Mistral-7B's shape
+ACTIVATION_BYTES = (
+    40  # of plain kernels, a token, layer and hidden unit in 16 bits, measured on Mistral-7B
+)
+CHUNK = 1024  # answer tokens whose logits are held at once
+SAFE_SHARE = 0.92  # of the free memory; the rest is for fragments
+TIME = {"none": 1.0, "selective": 1.15, "full": 1.4}  # of a token
+PASS_TOKENS = 300  # a pass costs the time of so many tokens: weights are dequantised anew
 
 
 def check_base(base: Base) -> int:
@@ -65,76 +80,262 @@ def describe_device() -> str:
     return f"{properties.name}, {properties.total_memory / GIB:.0f} GiB, {kind}"
 
 
-def estimate_memory_gib(
-    config: Any, params: Train, tokens_per_pass: int, weight_bytes: int
-) -> dict[str, float]:
-    """The memory that training needs, by part.
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a base and its adapter that time and memory depend on."""
+
+    hidden: int
+    middle: int
+    layers: int
+    wide: int  # outputs of q
+    narrow: int  # outputs of k, and of v
+    heads: int
+    vocabulary: int
+    rank: int
+    tuned: tuple[str, ...]
+
+    @classmethod
+    def of(cls, config: Any, lora: Lora) -> "Shape":
+        """Read from a transformers config and the parameters."""
+        heads = config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return cls(
+            hidden=config.hidden_size,
+            middle=config.intermediate_size,
+            layers=config.num_hidden_layers,
+            wide=heads * size,
+            narrow=config.num_key_value_heads * size,
+            heads=heads,
+            vocabulary=config.vocab_size,
+            rank=lora.r,
+            tuned=tuple(lora.target_modules),
+        )
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Inputs and outputs of a layer's linear layers."""
+        return {
+            "q_proj": (self.hidden, self.wide),
+            "k_proj": (self.hidden, self.narrow),
+            "v_proj": (self.hidden, self.narrow),
+            "o_proj": (self.wide, self.hidden),
+            "gate_proj": (self.hidden, self.middle),
+            "up_proj": (self.hidden, self.middle),
+            "down_proj": (self.middle, self.hidden),
+        }
+
+    @property
+    def linear_weights(self) -> int:
+        return self.layers * sum(a * b for a, b in self.linears.values())
+
+    @property
+    def adapter_weights(self) -> int:
+        tuned = [self.linears[name] for name in self.tuned if name in self.linears]
+        return self.layers * self.rank * sum(a + b for a, b in tuned)
+
+    def flops(self, tokens: int, answer_tokens: int) -> float:
+        """Of one training step, without what is computed twice to save memory.
+
+        A frozen weight takes part in the product forward and in the gradient of the input, 4
+        operations a token; a trained one in its own gradient as well, 6. The head sees answer tokens
+        alone. Attention's scores are left out: rows of some hundred tokens make them a hundredth.
+        """
+        body = 4 * self.linear_weights + 6 * self.adapter_weights
+        return float(tokens) * body + 4.0 * answer_tokens * self.vocabulary * self.hidden
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a training step is computed; `memory` is the predicted peak in GiB, by part."""
+
+    attention: str
+    kernels: str
+    checkpointing: str
+    tokens_per_pass: int
+    passes: int  # for a step of the expected size
+    memory: dict[str, float]
+
+    @property
+    def peak_gib(self) -> float:
+        return sum(self.memory.values())
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {size:.1f}" for name, size in self.memory.items())
+        return (
+            f"{self.attention} attention, {self.kernels} kernels, checkpointing {self.checkpointing}, "
+            f"{self.passes} pass{'es' * (self.passes > 1)} of up to {self.tokens_per_pass:,} tokens a step; "
+            f"memory about {self.peak_gib:.1f} GiB ({parts})"
+        )
+
+
+def plan_execution(
+    shape: Shape,
+    params: Train,
+    lengths: Sequence[int],
+    bytes_per_value: int,
+    free_gib: float,
+    on_gpu: bool,
+    unsupported: str | None = None,
+) -> Plan:
+    """Choose what `auto` stands for: the fastest way that the estimate fits into the free memory.
 
     Args:
-        config: the base's transformers config.
-        tokens_per_pass: tokens that go through the model at once, padding included.
-        weight_bytes: of one unquantised weight, 2 or 4.
-    """
-    hidden, layers = config.hidden_size, config.num_hidden_layers
-    middle, vocabulary = config.intermediate_size, config.vocab_size
-    head_size = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    wide, narrow = config.num_attention_heads * head_size, config.num_key_value_heads * head_size
-    shapes = {
-        "q_proj": (hidden, wide),
-        "k_proj": (hidden, narrow),
-        "v_proj": (hidden, narrow),
-        "o_proj": (wide, hidden),
-        "gate_proj": (hidden, middle),
-        "up_proj": (hidden, middle),
-        "down_proj": (middle, hidden),
-    }
-    linear = layers * sum(a * b for a, b in shapes.values())
-    tables = 2 * vocabulary * hidden
-    lora = layers * sum(
-        params.lora.r * (a + b)
-        for name, (a, b) in shapes.items()
-        if name in params.lora.target_modules
-    )
-    per_linear = NF4_BYTES if params.quantization == "nf4" else weight_bytes
-    kept = (
-        2 * layers + ACTIVATION_BYTES
-        if params.gradient_checkpointing
-        else ACTIVATION_BYTES * layers
-    )
-    return {
-        "weights": (linear * per_linear + tables * weight_bytes) / GIB,
-        "adapter and optimizer": lora * 16 / GIB,  # weight, gradient and two moments in float32
-        "activations": tokens_per_pass * hidden * kept * weight_bytes / 2 / GIB,
-    }
-
-
-def check_memory(parts: dict[str, float]) -> None:
-    """Print the estimate beside what is there.
+        lengths: tokens of each training row.
+        bytes_per_value: of an activation, 2 or 4.
+        free_gib: what the training may take, the base's weights included.
+        unsupported: why the fused kernels cannot compute this base, if so.
 
     Raises:
-        UserError: the weights alone do not fit.
+        UserError: fused kernels are asked for and cannot compute this base, varlen attention without
+            a GPU, or the weights alone do not fit.
     """
-    free, where = _free_memory_gib()
-    total = sum(parts.values())
-    listed = ", ".join(f"{name} {size:.1f}" for name, size in parts.items())
-    log.info("memory: about %.1f GiB (%s); %.1f GiB free on the %s", total, listed, free, where)
-    advice = "lower train.rows_per_pass, set train.gradient_checkpointing: true"
-    if parts["weights"] > free:
+    if params.kernels == "fused" and unsupported:
         raise UserError(
-            f"the base's weights take {parts['weights']:.1f} GiB and the {where} has {free:.1f} GiB free; "
+            f"train.kernels: fused: they cannot compute {unsupported}; set auto or plain"
+        )
+    if params.attention == "varlen" and not on_gpu:
+        raise UserError("train.attention: varlen needs a GPU; set auto or sdpa")
+    attention = params.attention
+    if attention == "auto":
+        attention = "varlen" if on_gpu else "sdpa"
+    kernels = params.kernels
+    if kernels == "auto":
+        kernels = "plain" if unsupported or attention == "padded" else "fused"
+    if kernels == "plain" and unsupported and params.kernels == "auto":
+        log.info("plain kernels: the fused ones cannot compute %s", unsupported)
+    modes = ["none", "selective", "full"] if kernels == "fused" else ["none", "full"]
+    if params.checkpointing != "auto":
+        modes = [params.checkpointing]
+    step, longest = (
+        _step_tokens(lengths, params.rows_per_step, padded=attention == "padded"),
+        max(lengths),
+    )
+    if params.tokens_per_pass != "auto":
+        limits = [params.tokens_per_pass]
+    else:
+        limits = sorted({max(math.ceil(step / 2**k), longest) for k in range(12)}, reverse=True)
+    estimate = functools.partial(
+        estimate_memory_gib, shape, params.quantization, bytes_per_value, kernels
+    )
+    plans = []
+    for mode in modes:
+        for limit in limits:
+            tokens = max(min(limit, step), min(longest, step))
+            passes = math.ceil(step / tokens)
+            memory = estimate(mode, tokens)
+            plans.append(Plan(attention, kernels, mode, limit, passes, memory))
+    smallest = min(plans, key=lambda plan: plan.peak_gib)
+    if smallest.memory["weights"] > free_gib:
+        raise UserError(
+            f"the base's weights take {smallest.memory['weights']:.1f} GiB and {free_gib:.1f} GiB are free; "
             "use train.quantization: nf4, a smaller base, or other hardware"
         )
-    if total > free:
-        log.warning("warning: that is more than is free; if memory runs out, %s", advice)
+    fitting = [plan for plan in plans if plan.peak_gib <= SAFE_SHARE * free_gib]
+    if not fitting:
+        log.warning(
+            "warning: the training takes about %.1f GiB at least and %.1f GiB are free",
+            smallest.peak_gib,
+            free_gib,
+        )
+        return smallest
+    return min(
+        fitting, key=lambda plan: step * TIME[plan.checkpointing] + plan.passes * PASS_TOKENS
+    )
 
 
-def _free_memory_gib() -> tuple[float, str]:
+def _step_tokens(lengths: Sequence[int], rows: int, padded: bool) -> int:
+    """Tokens of a large step: longer than 99 in 100, when rows are drawn by chance."""
+    if padded:
+        return max(lengths) * min(rows, len(lengths))
+    if rows >= len(lengths):
+        return sum(lengths)
+    spread = statistics.pstdev(lengths) * math.sqrt(rows)
+    return min(math.ceil(statistics.fmean(lengths) * rows + 2.3 * spread), sum(lengths))
+
+
+def estimate_memory_gib(
+    shape: Shape, quantization: str, size: int, kernels: str, checkpointing: str, tokens: int
+) -> dict[str, float]:
+    """The peak of a training's memory, by part.
+
+    Args:
+        size: bytes of an activation and of an unquantised weight.
+        tokens: that go through the model at once, padding included.
+    """
+    s = shape
+    per_weight = NF4_BYTES if quantization == "nf4" else size
+    table = s.vocabulary * s.hidden * size
+    norms = (2 * s.layers + 1) * s.hidden * size
+    qkv = s.wide + 2 * s.narrow
+    copies = s.layers * s.rank * (7 * s.hidden + 3 * qkv + s.wide + 5 * s.middle)
+    logits = CHUNK * s.vocabulary * (size + 8)
+    if kernels == "fused":
+        layer_full = s.hidden * size
+        attention = (qkv + s.wide + s.hidden) * size + 4 * s.heads
+        kept = {
+            "none": layer_full + attention + 2 * s.middle * size,
+            "selective": layer_full + attention,
+            "full": layer_full,
+        }[checkpointing] * s.layers
+        # the feed-forward layer's backward pass: gradients of gate and up, values and gradients between
+        working = (4 * s.middle + 4 * s.hidden) * size
+        if checkpointing == "selective":
+            working += 2 * s.middle * size
+        if checkpointing == "full":
+            working += attention + 2 * s.middle * size
+        weights = max(2 * s.middle, qkv) * s.hidden * size if quantization == "nf4" else 0
+        ends = 3 * s.hidden * size  # states and gradients of the answer's positions
+        activations = tokens * (kept + working + ends) + weights
+        adapter = s.adapter_weights * 16 + copies * size
+    else:
+        kept = ACTIVATION_BYTES * s.hidden * (s.layers if checkpointing == "none" else 1)
+        if checkpointing == "full":
+            kept += 2 * s.layers * s.hidden
+        activations = (
+            tokens * kept * size // 2 + 3 * table
+        )  # PEFT copies both tables to change two rows
+        adapter = s.adapter_weights * 16
+    return {
+        "weights": (s.linear_weights * per_weight + 2 * table + norms) / GIB,
+        "adapter and optimizer": adapter / GIB,  # weight, gradient and two moments in float32
+        "activations": activations / GIB,
+        "logits": logits / GIB,
+    }
+
+
+def free_memory_gib() -> float:
+    """What this process can still take: of the GPU, within its share if it has one, or of the machine."""
     import psutil
     import torch
 
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0] / GIB, "GPU"
-    return psutil.virtual_memory().available / GIB, "machine"
+    if not torch.cuda.is_available():
+        return psutil.virtual_memory().available / GIB
+    free, total = torch.cuda.mem_get_info()
+    reserved = torch.cuda.memory_reserved()
+    share = torch.cuda.get_per_process_memory_fraction() * total - reserved
+    return (min(free, share) + reserved) / GIB
+
+
+def matmul_flops(dtype: "torch.dtype") -> float:
+    """Operations a second of a large matrix product here, the ceiling that MFU is measured against."""
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    n, repeats = (8192, 10) if on_gpu else (1024, 3)
+    where = torch.device("cuda" if on_gpu else "cpu")
+    a, b = (torch.randn(n, n, device=where, dtype=dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    best = math.inf
+    for _ in range(3):
+        if on_gpu:
+            torch.cuda.synchronize()
+        begun = time.perf_counter()
+        for _ in range(repeats):
+            torch.mm(a, b, out=out)
+        if on_gpu:
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - begun)
+    return repeats * 2.0 * n**3 / best
 
 
 def check_disk(needed_bytes: int, folder: Path) -> None:

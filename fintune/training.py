@@ -6,8 +6,10 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +25,21 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from fintune.params import Train
+from fintune.fused import FusedModel, unsupported
+from fintune.params import Train, UserError
+from fintune.preflight import (
+    CHUNK,
+    Plan,
+    Shape,
+    free_memory_gib,
+    matmul_flops,
+    plan_execution,
+)
+from fintune.scoring import TokenRow, batches_by_length
 
 log = logging.getLogger("fintune")
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
-CHUNK = 1024  # answer tokens whose logits are held at once
 IGNORED = -100  # the label of a token that takes no part in the loss
-
-TokenRow = tuple[list[int], list[int]]  # prompt ids, completion ids
 
 
 @dataclass(frozen=True)
@@ -38,60 +47,205 @@ class TrainingResult:
     """The tuned model, its loss curve and what the run cost.
 
     `curve` holds one row a logged step: step, loss, validation_loss, learning_rate (None where not
-    measured at that step). `metrics` are the keys of reports/train.json.
+    measured at that step). `step_tokens` are those of each step's rows, `largest_pass` the most tokens
+    that went through the model at once. `metrics` are the keys of reports/train.json.
     """
 
     model: PeftModel
+    plan: Plan
     curve: list[dict[str, float | None]]
+    step_tokens: list[int]
+    largest_pass: int
     metrics: dict[str, float]
 
 
+@dataclass(frozen=True)
+class Pass:
+    """Rows that go through the model at once, on the device.
+
+    Packed: ids and positions are (1, tokens), `bounds` say where each row starts, then the end, and
+    there is no mask. Padded: (rows, longest) with a mask. `predicting` are the places, in the flattened
+    ids, of the tokens whose next one is an answer's, and `targets` those next ones.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    mask: torch.Tensor | None
+    bounds: torch.Tensor | None
+    longest: int
+    predicting: torch.Tensor
+    targets: torch.Tensor
+
+
+def divide(lengths: Sequence[int], limit: int, padded: bool) -> list[list[int]]:
+    """Rows of a step in passes of at most `limit` tokens, padding included, as equal as they get.
+
+    A row that is longer by itself makes a pass of its own; no row is cut.
+    """
+    if padded:
+        return list(batches_by_length(lengths, limit, rows=len(lengths)))
+    count = max(1, math.ceil(sum(lengths) / limit))
+    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    while True:
+        passes: list[list[int]] = [[] for _ in range(count)]
+        sizes = [0] * count
+        for i in longest_first:
+            least = sizes.index(min(sizes))
+            passes[least].append(i)
+            sizes[least] += lengths[i]
+        if count >= len(lengths) or max(sizes) <= max(limit, max(lengths)):
+            return [sorted(rows) for rows in passes if rows]
+        count += 1
+
+
+def lay_out(rows: Sequence[TokenRow], padded: bool, device: torch.device) -> Pass:
+    """Put rows end to end, or side by side with padding; nothing waits for the device."""
+    lengths = [len(prompt) + len(completion) for prompt, completion in rows]
+    width = max(lengths)
+    starts = [i * width for i in range(len(rows))] if padded else [0, *accumulate(lengths)][:-1]
+    ids = torch.zeros(len(rows) * width if padded else sum(lengths), dtype=torch.long)
+    positions = torch.zeros_like(ids)
+    predicting = []
+    for (prompt, completion), start, length in zip(rows, starts, lengths, strict=True):
+        ids[start : start + length] = torch.tensor(prompt + completion)
+        positions[start : start + length] = torch.arange(length)
+        predicting.append(torch.arange(start + len(prompt) - 1, start + length - 1))
+    places = torch.cat(predicting)
+    shape = (len(rows), width) if padded else (1, -1)
+    mask, bounds = None, None
+    if padded:
+        mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
+    else:
+        bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+
+    def send(values: torch.Tensor) -> torch.Tensor:
+        return (
+            values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
+        )
+
+    return Pass(
+        ids=send(ids.view(shape)),
+        positions=send(positions.view(shape)),
+        mask=None if mask is None else send(mask),
+        bounds=None if bounds is None else send(bounds),
+        longest=width,
+        predicting=send(places),
+        targets=send(ids[places + 1]),
+    )
+
+
 class AnswerTrainer(SFTTrainer):
-    """SFTTrainer with a loss that costs less, token-weighted validation and small checkpoints."""
+    """SFTTrainer whose step costs less, with token-weighted validation and small checkpoints."""
 
-    def __init__(self, *, validate: Callable[[PeftModel], float], **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(
+        self,
+        *,
+        validate: Callable[[PeftModel], float],
+        plan: Plan,
+        dtype: torch.dtype,
+        watch: "Watch",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs, data_collator=_as_step, callbacks=[watch])
         self._validate = validate
-        self.real_tokens = torch.zeros((), dtype=torch.long, device=self.args.device)
+        self.watch = watch
+        self.plan = plan
+        self.limit = plan.tokens_per_pass
+        self.step_tokens: list[int] = []
+        self.largest_pass = 0
+        self.answer_tokens = 0
+        self.fused = None
+        if plan.kernels == "fused":
+            self.fused = FusedModel(self.model, dtype, plan.checkpointing)
 
-    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any) -> torch.Tensor:
-        """Count the tokens that are no padding, without waiting for the device."""
-        mask = inputs.get("attention_mask")
-        self.real_tokens += inputs["input_ids"].numel() if mask is None else mask.sum()
-        loss: torch.Tensor = super().training_step(model, inputs, *args)
+    def training_step(self, model: Any, inputs: dict[str, Any], *_: Any) -> torch.Tensor:
+        """One optimizer step's gradients: the mean over the answer tokens of all its rows.
+
+        If memory runs out, the step begins again with passes of half the size, and so do all later ones;
+        rows and loss stay the same.
+        """
+        model.train()
+        rows: list[TokenRow] = inputs["step"].rows
+        answers = sum(len(completion) for _, completion in rows)
+        lengths = [len(prompt) + len(completion) for prompt, completion in rows]
+        while True:
+            try:
+                loss = self._gradients(rows, lengths, answers)
+                break
+            except torch.OutOfMemoryError:
+                smaller = min(self.limit, sum(lengths)) // 2
+                if len(divide(lengths, self.limit, self._padded)) == len(rows):
+                    raise UserError(
+                        f"train: not enough memory for a single row ({max(lengths):,} tokens); set "
+                        "train.checkpointing: full, or a smaller format.max_tokens"
+                    ) from None
+                log.warning(
+                    "warning: out of memory with %s tokens a pass; going on with %s, the result is the same",
+                    f"{self.limit:,}",
+                    f"{smaller:,}",
+                )
+                self.limit = smaller
+            model.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+        self.step_tokens.append(sum(lengths))
+        self.answer_tokens += answers
         return loss
 
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> torch.Tensor:
-        """The sum over the answer tokens divided by their number in the whole step.
+    @property
+    def _padded(self) -> bool:
+        return self.plan.attention == "padded"
 
-        TRL's loss also takes each token's entropy and rank, which is half of the time of a small
-        model's step. The head is applied to the answer's positions in chunks that are computed again
-        in the backward pass, so that the logits never lie in memory together.
+    def _gradients(self, rows: list[TokenRow], lengths: list[int], answers: int) -> torch.Tensor:
+        total = torch.zeros((), device=self.args.device)
+        for members in divide(lengths, self.limit, self._padded):
+            part = lay_out([rows[i] for i in members], self._padded, self.args.device)
+            self.largest_pass = max(self.largest_pass, part.ids.numel())
+            loss = (self._fused_loss if self.fused else self._plain_loss)(part) / answers
+            self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
+
+    def _fused_loss(self, part: Pass) -> torch.Tensor:
+        assert self.fused is not None and part.bounds is not None
+        states = self.fused.hidden_states(part.ids[0], part.positions[0], part.bounds, part.longest)
+        return self.fused.answer_loss(states.index_select(0, part.predicting), part.targets)
+
+    def _plain_loss(self, part: Pass) -> torch.Tensor:
+        """Summed nats through transformers' and PEFT's own layers.
+
+        The head is applied to the answer's positions in chunks that are computed again in the backward
+        pass, so that the logits never lie in memory together.
         """
-        labels = inputs.pop("labels")
-        plain = model.get_base_model()
+        plain = self.model.get_base_model()
         body, head = plain.get_decoder(), plain.get_output_embeddings()
+        packed = {}
+        if part.bounds is not None:
+            packed = {
+                "cu_seq_lens_q": part.bounds,
+                "cu_seq_lens_k": part.bounds,
+                "max_length_q": part.longest,
+                "max_length_k": part.longest,
+            }
         with self.accelerator.autocast():
-            hidden = body(**inputs, use_cache=False).last_hidden_state
-            answer = labels[:, 1:] != IGNORED
-            states, targets = hidden[:, :-1][answer], labels[:, 1:][answer]
-            loss = torch.stack(
+            hidden = body(
+                input_ids=part.ids,
+                position_ids=part.positions,
+                attention_mask=part.mask,
+                use_cache=False,
+                **packed,
+            ).last_hidden_state
+            states = hidden.flatten(0, 1).index_select(0, part.predicting)
+            return torch.stack(
                 [
                     checkpoint(_summed_loss, head, *chunk, use_reentrant=False)
-                    for chunk in zip(states.split(CHUNK), targets.split(CHUNK), strict=True)
+                    for chunk in zip(states.split(CHUNK), part.targets.split(CHUNK), strict=True)
                 ]
             ).sum()
-        return loss / num_items_in_batch
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """The validation loss per token; the Trainer's own averages batches of unequal size."""
-        metrics = {"eval_loss": self._validate(self.model)}
+        with self.watch.pause():
+            metrics = {"eval_loss": self._validate(self.model)}
         self.model.train()
         self.log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(
@@ -99,9 +253,30 @@ class AnswerTrainer(SFTTrainer):
         )
         return metrics
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self.watch.pause():
+            super()._save_checkpoint(*args, **kwargs)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Adapter and token rows only: no whole embedding, and no pickled arguments."""
         self.model.save_pretrained(output_dir or self.args.output_dir, save_embedding_layers=False)
+
+
+@dataclass(frozen=True)
+class Step:
+    """The rows of one optimizer step; accelerate leaves it alone, so lengths stay known to the host."""
+
+    rows: list[TokenRow]
+
+
+def _as_step(features: Sequence[dict[str, Any]]) -> dict[str, Step]:
+    """Rows of ids and labels as prompts and completions."""
+    rows = []
+    for feature in features:
+        ids, labels = feature["input_ids"], feature["labels"]
+        edge = labels.count(IGNORED)
+        rows.append((ids[:edge], ids[edge:]))
+    return {"step": Step(rows)}
 
 
 def _summed_loss(head: Any, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -111,18 +286,31 @@ def _summed_loss(head: Any, states: torch.Tensor, targets: torch.Tensor) -> torc
 
 
 class Watch(TrainerCallback):
-    """Times the steps, hands each logged value on, and validates and saves at the very end."""
+    """Times the steps, hands each logged value on, and validates and saves at the very end.
+
+    `seconds` are those of the steps, from the beginning of the first one. The device is waited for only
+    where something else begins, so that it never idles in order to be timed.
+    """
 
     def __init__(self, on_log: Callable[[int, dict[str, float]], None]) -> None:
         self.on_log_values = on_log
         self.seconds = 0.0
         self.steps = 0
+        self._begun: float | None = None
+        self._aside = 0.0
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Stop the clock for a validation or a checkpoint; every training ends with one."""
+        begun = _now()
+        self.seconds = begun - (self._begun or begun) - self._aside
+        yield
+        self._aside += _now() - begun
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self._begun = time.perf_counter()
+        self._begun = self._begun or _now()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.seconds += time.perf_counter() - self._begun
         self.steps += 1
         if state.global_step >= state.max_steps:
             control.should_evaluate = control.should_save = True
@@ -131,6 +319,13 @@ class Watch(TrainerCallback):
         values = {name: float(logs[key]) for key, name in CURVE.items() if key in logs}
         if values:
             self.on_log_values(state.global_step, values)
+
+
+def _now() -> float:
+    """Seconds, when the device has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class Bar(ProgressCallback):
@@ -173,7 +368,9 @@ def train(
         scratch: where checkpoints go; removed by the caller once the adapter is safe.
         on_log: called with the step and the values measured there.
     """
-    arguments = _arguments(params, len(rows), dtype, scratch)
+    plan = make_plan(model, params, rows, dtype)
+    log.info("plan: %s", plan)
+    arguments = _arguments(params, len(rows), dtype, scratch, plan)
     watch = Watch(on_log)
     stopping = (
         [EarlyStoppingCallback(params.early_stopping_patience)]
@@ -182,6 +379,9 @@ def train(
     )
     trainer = AnswerTrainer(
         validate=validate,
+        plan=plan,
+        dtype=dtype,
+        watch=watch,
         model=model,
         args=arguments,
         train_dataset=_dataset(rows),
@@ -189,33 +389,61 @@ def train(
             rows[:1]
         ),  # not read: `evaluate` above validates; the Trainer wants one
         processing_class=tokenizer,
-        callbacks=[watch, *stopping],
     )
+    for callback in stopping:
+        trainer.add_callback(callback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(Bar)
     _to_float32(trainer.model)
+    ceiling = matmul_flops(dtype)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     trainer.train(resume_from_checkpoint=last_checkpoint(scratch))
     history = trainer.state.log_history
     losses = [(e["step"], e["loss"]) for e in history if "loss" in e]
     trainable, total = model.get_nb_trainable_parameters()
+    tokens = sum(trainer.step_tokens)
+    flops = _shape(model, params).flops(tokens, trainer.answer_tokens)
     return TrainingResult(
         model=trainer.model,
+        plan=plan,
         curve=_curve(history),
+        step_tokens=trainer.step_tokens,
+        largest_pass=trainer.largest_pass,
         metrics={
             "train_loss": _step_weighted_mean(losses),
             "validation_loss": float(trainer.state.best_metric),
             "best_step": trainer.state.best_global_step,
             "steps": trainer.state.global_step,
             "seconds": watch.seconds,
-            "tokens_per_second": int(trainer.real_tokens) / max(watch.seconds, 1e-9),
-            "rows_per_second": watch.steps * params.rows_per_step / max(watch.seconds, 1e-9),
+            "tokens_per_second": tokens / watch.seconds,
+            "rows_per_second": watch.steps * params.rows_per_step / watch.seconds,
+            "mfu": flops / watch.seconds / ceiling,
             "peak_memory_gib": peak_memory_gib(),
+            "predicted_memory_gib": plan.peak_gib,
             "trainable_parameters": trainable,
             "trainable_percent": 100 * trainable / total,
         },
     )
+
+
+def make_plan(
+    model: PeftModel, params: Train, rows: Sequence[TokenRow], dtype: torch.dtype
+) -> Plan:
+    """How to compute the steps with this model on this hardware; nothing is allocated."""
+    return plan_execution(
+        _shape(model, params),
+        params,
+        [len(prompt) + len(completion) for prompt, completion in rows],
+        dtype.itemsize,
+        free_memory_gib(),
+        torch.cuda.is_available(),
+        unsupported(model),
+    )
+
+
+def _shape(model: PeftModel, params: Train) -> Shape:
+    return Shape.of(model.get_base_model().config, params.lora)
 
 
 def total_steps(params: Train, rows: int) -> int:
@@ -224,13 +452,14 @@ def total_steps(params: Train, rows: int) -> int:
     return min(steps, params.max_steps or steps)
 
 
-def _arguments(params: Train, rows: int, dtype: torch.dtype, scratch: Path) -> SFTConfig:
+def _arguments(
+    params: Train, rows: int, dtype: torch.dtype, scratch: Path, plan: Plan
+) -> SFTConfig:
     steps = total_steps(params, rows)
     on_gpu = torch.cuda.is_available()
     return SFTConfig(
         output_dir=str(scratch),
-        per_device_train_batch_size=params.rows_per_pass,
-        gradient_accumulation_steps=params.rows_per_step // params.rows_per_pass,
+        per_device_train_batch_size=params.rows_per_step,  # a step's passes are made in the step
         max_steps=steps,
         learning_rate=params.learning_rate,
         lr_scheduler_type=SCHEDULES[params.schedule],
@@ -238,9 +467,9 @@ def _arguments(params: Train, rows: int, dtype: torch.dtype, scratch: Path) -> S
         weight_decay=params.weight_decay,
         max_grad_norm=params.max_grad_norm,
         optim="adamw_torch_fused" if on_gpu else "adamw_torch",
-        padding_free=params.packing,
         max_length=None,
-        gradient_checkpointing=params.gradient_checkpointing,
+        gradient_checkpointing=plan.kernels == "plain" and plan.checkpointing == "full",
+        logging_nan_inf_filter=False,  # it waits for the device at every step
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
         use_cpu=not on_gpu,
@@ -257,7 +486,7 @@ def _arguments(params: Train, rows: int, dtype: torch.dtype, scratch: Path) -> S
         seed=params.seed,
         data_seed=params.seed,
         dataset_kwargs={"skip_prepare_dataset": True},
-        dataloader_pin_memory=on_gpu,
+        dataloader_pin_memory=False,  # each pass pins its own
     )
 
 

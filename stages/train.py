@@ -8,13 +8,7 @@ from typing import Any
 
 from fintune.modeling import add_adapter, compute_dtype, load_base, save_adapter
 from fintune.params import Params, read_params
-from fintune.preflight import (
-    check_base,
-    check_disk,
-    check_memory,
-    describe_device,
-    estimate_memory_gib,
-)
+from fintune.preflight import check_base, check_disk, describe_device
 from fintune.prompts import encode, load_tokenizer
 from fintune.records import read_rows
 from fintune.scoring import likelihood
@@ -35,6 +29,7 @@ RUN = Path("models/run.json")
 METRICS = Path("reports/train.json")
 CURVE = Path("reports/train_curve.csv")
 CODE = (
+    "fintune/fused.py",
     "fintune/modeling.py",
     "fintune/training.py",
     "fintune/prompts.py",
@@ -82,17 +77,10 @@ def fine_tune(
         split: [encode(tokenizer, row["prompt"], row["completion"]) for row in part]
         for split, part in rows.items()
     }
-    lengths = [len(prompt) + len(completion) for prompt, completion in tokens["train"]]
-    widest = sum(lengths) / len(lengths) if params.train.packing else max(lengths)
     dtype = compute_dtype(params.train.precision)
     log.info("device: %s", describe_device())
     check_disk(2 * check_base(params.base), Path.cwd())
     model = load_base(params.base, tokenizer, params.train.quantization, dtype)
-    check_memory(
-        estimate_memory_gib(
-            model.config, params.train, int(widest * params.train.rows_per_pass), dtype.itemsize
-        )
-    )
     tuned = add_adapter(model, tokenizer, params.train.lora, params.train.seed)
     trainable, total = tuned.get_nb_trainable_parameters()
     log.info(
@@ -103,8 +91,8 @@ def fine_tune(
     )
     log.info(
         "%d rows, %d steps of %d rows",
-        len(lengths),
-        total_steps(params.train, len(lengths)),
+        len(tokens["train"]),
+        total_steps(params.train, len(tokens["train"])),
         params.train.rows_per_step,
     )
     return train(

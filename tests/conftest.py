@@ -24,7 +24,7 @@ SMALL = {
     "train.lora.r": 4,
     "train.max_steps": 6,
     "train.rows_per_step": 8,
-    "train.rows_per_pass": 4,
+    "train.tokens_per_pass": 600,
     "train.validate_every_steps": 3,
     "evaluate.max_rows": 8,
     "evaluate.max_new_tokens": 8,

@@ -21,7 +21,15 @@ from fintune.modeling import (
 from fintune.params import Base, Lora, Train, UserError
 from fintune.prompts import SPECIAL_TOKENS, encode, end_token_id, load_tokenizer
 from fintune.scoring import answer_logits, generate, likelihood
-from fintune.training import IGNORED, TrainingResult, _dataset, total_steps, train
+from fintune.training import (
+    IGNORED,
+    AnswerTrainer,
+    TrainingResult,
+    _dataset,
+    divide,
+    total_steps,
+    train,
+)
 
 PARAMS = Train(
     quantization="none",
@@ -40,9 +48,10 @@ PARAMS = Train(
     epochs=1.0,
     max_steps=4,
     rows_per_step=4,
-    rows_per_pass=4,
-    packing=True,
-    gradient_checkpointing=False,
+    attention="auto",
+    kernels="auto",
+    checkpointing="auto",
+    tokens_per_pass="auto",
     validate_every_steps=2,
     early_stopping_patience=None,
     seed=0,
@@ -131,10 +140,14 @@ def test_every_adapter_weight_and_both_token_rows_move_and_no_base_weight(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"packing": False},
-        {"rows_per_pass": 1},
-        {"rows_per_pass": 2, "packing": False},
-        {"gradient_checkpointing": True},
+        {"attention": "padded"},
+        {"kernels": "plain"},
+        {"kernels": "plain", "checkpointing": "full"},
+        {"checkpointing": "full"},
+        {"checkpointing": "selective"},
+        {"tokens_per_pass": 1},
+        {"tokens_per_pass": 90},
+        {"tokens_per_pass": 90, "attention": "padded"},
     ],
     ids=str,
 )
@@ -145,6 +158,63 @@ def test_execution_does_not_change_what_is_learned(
     result, other = tune(base, tokenizer, rows, tmp_path / "other", **changes)
     assert other == pytest.approx(plain, rel=1e-5)
     assert result.metrics["steps"] == 4
+
+
+@pytest.mark.parametrize("kernels", ["fused", "plain"])
+def test_out_of_memory_halves_the_passes_and_changes_nothing(
+    base: Base,
+    tokenizer: Any,
+    rows: list[Any],
+    tmp_path: Path,
+    kernels: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Memory for 60 tokens at once, and none left in the middle of a step's gradients."""
+    _, expected = tune(base, tokenizer, rows, tmp_path / "enough", kernels=kernels)
+    sizes: list[int] = []
+    name = f"_{kernels}_loss"
+    loss = getattr(AnswerTrainer, name)
+
+    def scarce(self: Any, part: Any) -> torch.Tensor:
+        sizes.append(part.ids.numel())
+        found: torch.Tensor = loss(self, part)
+        if part.ids.numel() > 60 or len(sizes) == 4:
+            (found * 3).backward()  # gradients that must not stay
+            raise torch.OutOfMemoryError
+        return found
+
+    monkeypatch.setattr(AnswerTrainer, name, scarce)
+    result, losses = tune(base, tokenizer, rows, tmp_path / "scarce", kernels=kernels)
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert max(sizes) > 60 >= sizes[-1]
+    assert result.metrics["steps"] == 4
+    assert "the result is the same" in caplog.text
+
+
+def test_a_row_that_does_not_fit_is_named(
+    base: Base, tokenizer: Any, rows: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left(self: Any, part: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(AnswerTrainer, "_fused_loss", none_left)
+    with pytest.raises(UserError, match=r"not enough memory for a single row \(\d+ tokens\)"):
+        tune(base, tokenizer, rows, tmp_path)
+
+
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("limit", [1, 7, 20, 1000])
+def test_passes_hold_every_row_once_within_the_limit(limit: int, padded: bool) -> None:
+    lengths = [3, 9, 1, 7, 7, 2, 12, 5]
+    passes = divide(lengths, limit, padded)
+    assert sorted(i for rows in passes for i in rows) == list(range(8))
+    for members in passes:
+        sizes = [lengths[i] for i in members]
+        tokens = max(sizes) * len(sizes) if padded else sum(sizes)
+        assert tokens <= max(limit, 12)
+        assert tokens <= limit or len(members) == 1 or not padded
+    assert len(passes) == {1: 8, 1000: 1}.get(limit, len(passes))
 
 
 def test_the_loss_is_the_mean_over_all_answer_tokens_of_a_step(

@@ -1,0 +1,342 @@
+"""How fast is a training step, and what would the hardware allow: this project, TRL as it comes, the floor.
+
+    python benchmarks/random_base.py --tokenizer FOLDER --out base7b
+    python benchmarks/training_speed.py --base base7b --out benchmarks/training_speed.json
+    python benchmarks/training_speed.py --base base7b --out try.json --settings fused fused-full
+
+All settings see the same rows in steps of 32, with the lengths of FiQA's rows under Mistral's tokenizer
+(log-normal, 260 tokens in the mean, no more than 1,024; the tokens themselves are random). Tokens are the
+rows' own, without padding, and a step's time includes the optimizer's. The floor are the base's matrix
+products alone, forward and for the gradient of the input, for as many tokens as a step has, in the
+unfused shapes; MFU is measured against one large matrix product. Losses of random weights mean
+nothing, except that settings which compute the same have the same.
+"""
+
+import argparse
+import gc
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from fintune.modeling import add_adapter, load_base
+from fintune.params import Base, Lora, Train
+from fintune.preflight import GIB, Shape, estimate_memory_gib, matmul_flops
+from fintune.prompts import load_tokenizer
+from fintune.scoring import TokenRow
+from fintune.stage import log, run, write_json
+from fintune.training import train
+
+LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "triton")
+ROWS_PER_STEP = 32
+LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+OURS: dict[str, dict[str, Any]] = {
+    "fused": {"checkpointing": "none"},
+    "fused-selective": {"checkpointing": "selective"},
+    "fused-full": {"checkpointing": "full"},
+    "fused-full-2048": {"checkpointing": "full", "tokens_per_pass": 2048},
+    "fused-dropout": {"checkpointing": "none", "dropout": 0.1},
+    "fused-16-bit": {"checkpointing": "none", "quantization": "none"},
+    "fused-8-gib": {"checkpointing": "auto", "tokens_per_pass": "auto", "memory_gib": 8},
+    "fused-oom": {"checkpointing": "full", "memory_gib": 8},  # too much at once: it has to halve
+    "plain": {"checkpointing": "none", "kernels": "plain"},
+    "plain-full": {"checkpointing": "full", "kernels": "plain"},
+}
+TRL: dict[str, dict[str, Any]] = {
+    "seed": {"rows": 2, "padding_free": False, "dropout": 0.1, "dtype": torch.float16, "steps": 3},
+    "trl-packed": {"rows": 32, "padding_free": True, "dropout": 0.0, "dtype": torch.bfloat16},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--base", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--settings", nargs="+", default=[*OURS, *TRL], choices=[*OURS, *TRL])
+    parser.add_argument("--steps", type=int, default=14)
+    parser.add_argument("--warm-up", type=int, default=4)
+    arguments = parser.parse_args()
+    base = Base(model=str(arguments.base), revision=None)
+    rows = draw_rows((arguments.steps + 1) * ROWS_PER_STEP)
+    tokens = sum(len(p) + len(c) for p, c in rows) / len(rows) * ROWS_PER_STEP
+    shape = shape_of(base)
+    ceiling = matmul_flops(torch.bfloat16)
+    report: dict[str, Any] = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", *sys.argv]),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "versions": {name: version(name) for name in LIBRARIES},
+        "tokens_a_step": tokens,
+        "matmul_tflops": ceiling / 1e12,
+        "floor_tokens_per_second": floor(shape, round(tokens)),
+        "settings": [],
+    }
+    print(f"floor {report['floor_tokens_per_second']:,.0f} tokens/s", flush=True)
+    for name in arguments.settings:
+        free_memory()
+        begun = time.perf_counter()
+        try:
+            measured = measure(name, base, rows, arguments.steps, arguments.warm_up)
+        except Exception as error:  # one setting's failure is a result, too
+            log.exception("%s", name)
+            measured = {"error": f"{type(error).__name__}: {error}"}
+        else:
+            speed = measured["tokens_per_second"]
+            measured["of_floor"] = speed / report["floor_tokens_per_second"]
+            measured["mfu"] = speed * shape.flops(1000, 830) / 1000 / ceiling  # 83 % are answers'
+        report["settings"].append({"name": name} | measured)
+        write_json(arguments.out, report)
+        print(name, {k: v for k, v in measured.items() if k != "losses"}, flush=True)
+        print(
+            f"  losses {measured.get('losses', [])[:4]}, {time.perf_counter() - begun:.0f} s",
+            flush=True,
+        )
+    report["floor_tokens_per_second_again"] = floor(shape, round(tokens))
+    write_json(arguments.out, report)
+    print(table(report))
+
+
+def draw_rows(count: int) -> list[TokenRow]:
+    """Random tokens in rows whose lengths are distributed like FiQA's."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.empty(count).log_normal_(3.770, 0.171, generator=generator)
+    answers = torch.empty(count).log_normal_(5.07, 0.78, generator=generator)
+    rows = []
+    for p, a in zip(prompts.round().int().tolist(), answers.round().int().tolist(), strict=True):
+        ids = torch.randint(5, 31_000, (p + max(2, min(a, 1024 - p)),), generator=generator)
+        rows.append((ids[:p].tolist(), ids[p:].tolist()))
+    return rows
+
+
+def shape_of(base: Base) -> Shape:
+    from transformers import AutoConfig
+
+    lora = Lora(r=16, alpha=32, dropout=0.0, target_modules=LAYERS)
+    return Shape.of(AutoConfig.from_pretrained(base.model), lora)
+
+
+def floor(shape: Shape, tokens: int) -> float:
+    """Tokens a second if there were nothing but the base's products, each in its own shape."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    make = lambda *size: torch.randn(*size, device=device, dtype=torch.bfloat16)  # noqa: E731
+    seconds = 0.0
+    for inputs, outputs in shape.linears.values():
+        x, weight, dy = make(tokens, inputs), make(outputs, inputs), make(tokens, outputs)
+        seconds += timed(lambda x=x, w=weight: x @ w.t()) + timed(lambda d=dy, w=weight: d @ w)
+    return tokens / (seconds * shape.layers)
+
+
+def timed(call: Callable[[], Any], repeats: int = 20) -> float:
+    """Seconds a call, in the median of three series."""
+    for _ in range(3):
+        call()
+    series = []
+    for _ in range(3):
+        synchronize()
+        begun = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        synchronize()
+        series.append((time.perf_counter() - begun) / repeats)
+    return statistics.median(series)
+
+
+def measure(
+    name: str, base: Base, rows: list[TokenRow], steps: int, warm_up: int
+) -> dict[str, Any]:
+    """Tokens and rows a second after the warm-up, what the warm-up cost beyond that, peak memory."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    if name in TRL:
+        settings = dict(TRL[name])
+        steps = settings.pop("steps", steps)
+        warm_up = min(warm_up, steps - 2)
+        ends, step_tokens, losses, more = trl_steps(base, rows, steps, **settings)
+    else:
+        ends, step_tokens, losses, more = our_steps(base, rows, steps, **OURS[name])
+    seconds = ends[-1] - ends[warm_up]
+    counted = step_tokens[warm_up:]
+    steady = seconds / len(counted)
+    return {
+        "tokens_per_second": sum(counted) / seconds,
+        "rows_per_second": ROWS_PER_STEP * len(counted) / seconds,
+        "step_seconds": steady,
+        "warm_up_seconds": ends[warm_up] - ends[0] - warm_up * steady,
+        "peak_memory_gib": torch.cuda.max_memory_allocated() / GIB,
+        "losses": losses,
+    } | more
+
+
+def our_steps(
+    base: Base,
+    rows: list[TokenRow],
+    steps: int,
+    checkpointing: str,
+    kernels: str = "fused",
+    tokens_per_pass: int | str = 1_000_000,
+    quantization: str = "nf4",
+    dropout: float = 0.0,
+    memory_gib: float | None = None,
+) -> tuple[list[float], list[int], list[float], dict[str, Any]]:
+    """Train with this project's trainer; when each step ended, its tokens and its loss."""
+    total = torch.cuda.mem_get_info()[1] / GIB
+    if memory_gib:
+        torch.cuda.set_per_process_memory_fraction(memory_gib / total)
+    params = Train(
+        quantization=quantization, precision="bfloat16",
+        lora=Lora(r=16, alpha=32, dropout=dropout, target_modules=LAYERS),
+        learning_rate=2e-4, schedule="constant", warmup_fraction=0.0, weight_decay=0.0,
+        max_grad_norm=1.0, epochs=9.0, max_steps=steps, rows_per_step=ROWS_PER_STEP,
+        attention="auto", kernels=kernels, checkpointing=checkpointing,
+        tokens_per_pass=tokens_per_pass, validate_every_steps=steps, early_stopping_patience=None,
+        seed=0,
+    )  # fmt: skip
+    ends: list[float] = []
+    losses: list[float] = []
+    tokenizer = load_tokenizer(base)
+    model = load_base(base, tokenizer, quantization, torch.bfloat16)
+    model = add_adapter(model, tokenizer, params.lora, params.seed)
+
+    def note(step: int, values: dict[str, float]) -> None:
+        synchronize()
+        if "loss" in values:
+            ends.append(time.perf_counter())
+            losses.append(values["loss"])
+
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            synchronize()
+            begun = time.perf_counter()
+            result = train(
+                model, tokenizer, rows, params, torch.bfloat16,
+                validate=lambda _: 0.0, scratch=Path(folder), on_log=note,
+            )  # fmt: skip
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    predicted = estimate_memory_gib(
+        shape_of(base), quantization, 2, kernels, result.plan.checkpointing, result.largest_pass
+    )
+    more = {
+        "plan": str(result.plan),
+        "largest_pass_tokens": result.largest_pass,
+        "predicted_memory_gib": sum(predicted.values()),  # of that pass
+    }
+    return [begun, *ends], result.step_tokens, losses, more
+
+
+class Times(TrainerCallback):
+    """When each step ended, the device included."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.on_step_end()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        synchronize()
+        self.ends.append(time.perf_counter())
+
+
+def trl_steps(
+    base: Base, rows: list[TokenRow], steps: int, padding_free: bool, dropout: float,
+    dtype: torch.dtype, **settings: Any,
+) -> tuple[list[float], list[int], list[float], dict[str, Any]]:  # fmt: skip
+    """Train with TRL's own trainer; `rows` in `settings` go through the model at once."""
+    at_once = settings["rows"]
+    four_bits = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )  # fmt: skip
+    attention = (
+        "packed" if padding_free else "sdpa"
+    )  # this project's, which runs torch's varlen kernels
+    model = AutoModelForCausalLM.from_pretrained(
+        base.model, dtype=dtype, quantization_config=four_bits, device_map={"": 0},
+        attn_implementation=attention,
+    )  # fmt: skip
+    model.resize_token_embeddings(32_002, mean_resizing=False)
+    lengths = [len(p) + len(c) for p, c in rows]
+    data = [{"input_ids": p + c, "completion_mask": [0] * len(p) + [1] * len(c)} for p, c in rows]
+    times = Times()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = SFTTrainer(
+            model,
+            SFTConfig(
+                folder, per_device_train_batch_size=at_once,
+                gradient_accumulation_steps=ROWS_PER_STEP // at_once, max_steps=steps,
+                learning_rate=2e-4, logging_steps=1, report_to="none", save_strategy="no",
+                padding_free=padding_free, max_length=1024, completion_only_loss=True,
+                gradient_checkpointing=not padding_free, bf16=dtype == torch.bfloat16,
+                fp16=dtype == torch.float16, disable_tqdm=True,
+            ),
+            train_dataset=Dataset.from_list(data),
+            processing_class=load_tokenizer(base),
+            peft_config=LoraConfig(
+                r=16, lora_alpha=32, lora_dropout=dropout, target_modules=LAYERS,
+                task_type="CAUSAL_LM",
+            ),
+            callbacks=[times],
+        )  # fmt: skip
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad and dtype == torch.float16:
+                parameter.data = parameter.data.float()  # the gradient scaler refuses others
+        trainer.train()
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    seen = [0.0, *(float(entry["num_tokens"]) for entry in history)]
+    step_tokens = [round(b - a) for a, b in pairwise(seen)]
+    assert sum(lengths) >= sum(step_tokens)
+    return times.ends, step_tokens, [float(entry["loss"]) for entry in history], {}
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def table(report: dict[str, Any]) -> str:
+    """One line a setting."""
+    titles = ("tokens/s", "rows/s", "of floor", "MFU", "GiB", "predicted", "warm-up s")
+    widths = (10, 8, 10, 7, 7, 11, 11)
+    lines = [" " * 18 + "".join(f"{t:>{w}}" for t, w in zip(titles, widths, strict=True))]
+    for s in report["settings"]:
+        if "error" in s:
+            lines.append(f"{s['name']:<18}{s['error'][:80]}")
+            continue
+        predicted = f"{s['predicted_memory_gib']:.1f}" if "predicted_memory_gib" in s else ""
+        lines.append(
+            f"{s['name']:<18}{s['tokens_per_second']:>10,.0f}{s['rows_per_second']:>8.1f}{s['of_floor']:>10.3f}"
+            f"{s['mfu']:>7.3f}{s['peak_memory_gib']:>7.1f}{predicted:>11}{s['warm_up_seconds']:>11.1f}"
+        )
+    again = report["floor_tokens_per_second_again"]
+    lines.append(
+        f"floor: {report['floor_tokens_per_second']:,.0f} tokens/s before, {again:,.0f} after"
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run(main)

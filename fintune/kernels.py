@@ -1,0 +1,245 @@
+"""The Triton kernels of the fused layers: each reads its inputs once and writes its output once.
+
+Imported on a GPU only; Triton comes with torch there. Every function here but the dequantisation has
+a counterpart of the same name in fused.py, which says what it computes and runs on a CPU.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class NestedState:
+    """Where bitsandbytes keeps the scales of a doubly quantised weight (Dettmers et al. 2023)."""
+
+    absmax: Tensor  # uint8, one a block of 64 weights
+    code: Tensor  # float32, (256,): what those bytes mean
+    scales: Tensor  # float32, one for 256 blocks
+    offset: float
+    values: Tensor  # float32, (16,): what the 4 bits mean
+
+    @classmethod
+    def of(cls, state: Any) -> "NestedState":
+        """From a quantised weight's `quant_state`; waits for the device."""
+        if not state.nested or state.blocksize != 64 or state.state2.blocksize != 256:
+            raise ValueError("only doubly quantised weights in blocks of 64 are read here")
+        inner = state.state2
+        return cls(state.absmax, inner.code, inner.absmax, float(state.offset), state.code)
+
+
+def dequantize_and_add(
+    packed: Tensor,
+    state: NestedState,
+    lora: tuple[Tensor, Tensor] | None,
+    scaling: float,
+    out: Tensor,
+) -> None:
+    """Write W + scaling B A to `out`, (outputs, inputs), rounded once.
+
+    Args:
+        packed: uint8, two weights a byte, row by row, the first in the high half.
+        lora: A, (rank, inputs), and B, (outputs, rank), in float32 or in 16 bits.
+    """
+    rows, columns = out.shape
+    a, b = lora or (state.values, state.values)
+    rank = a.shape[0] if lora else 0
+    width = max(16, triton.next_power_of_2(rank)) if lora else 0
+    grid = (triton.cdiv(rows, TILE["ROWS"]), triton.cdiv(columns, 64 * TILE["BLOCKS"]))
+    _dequantize_and_add[grid](
+        packed, state.absmax, state.code, state.scales, state.offset, state.values, a, b, out,
+        rows, columns, scaling, RANK=rank, WIDTH=width, **TILE,
+    )  # fmt: skip
+
+
+TILE = {"ROWS": 32, "BLOCKS": 4, "KIND": tl.float16, "num_warps": 4}  # measured on an H200
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    y = torch.empty_like(x)
+    width = triton.next_power_of_2(x.shape[1])
+    _rms_norm[(x.shape[0],)](x, weight, y, x.shape[1], eps, WIDTH=width, num_warps=8)
+    return y
+
+
+def rms_norm_backward(x: Tensor, weight: Tensor, eps: float, dy: Tensor, skip: Tensor) -> Tensor:
+    dx = torch.empty_like(x)
+    width = triton.next_power_of_2(x.shape[1])
+    _rms_norm_backward[(x.shape[0],)](
+        x, weight, dy.contiguous(), skip.contiguous(), dx, x.shape[1], eps, WIDTH=width, num_warps=8
+    )
+    return dx
+
+
+def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, groups: int) -> Tensor:
+    size = qkv.shape[1] // (heads + 2 * groups)
+    out = qkv.new_empty(qkv.shape[0], heads + 2 * groups, size)
+    step = size * (heads + 2 * groups)
+    k = qkv[:, heads * size :]
+    v = k[:, groups * size :]
+    _turn[_per_head(out)](
+        qkv, k, v, step, step, step, cos, sin, out, heads, groups, 1.0,
+        HALF=size // 2, WIDTH=triton.next_power_of_2(size // 2), HEADS=HEADS,
+    )  # fmt: skip
+    return out
+
+
+def rotate_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    tokens, heads, size = dq.shape
+    groups = dk.shape[1]
+    out = dq.new_empty(tokens, heads + 2 * groups, size)
+    parts = [part.contiguous() for part in (dq, dk, dv)]
+    _turn[_per_head(out)](
+        *parts, heads * size, groups * size, groups * size, cos, sin, out, heads, groups, -1.0,
+        HALF=size // 2, WIDTH=triton.next_power_of_2(size // 2), HEADS=HEADS,
+    )  # fmt: skip
+    return out.flatten(1)
+
+
+HEADS = 8  # heads of one token that a program turns
+
+
+def _per_head(out: Tensor) -> tuple[int, int]:
+    return out.shape[0], triton.cdiv(out.shape[1], HEADS)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    tokens, columns = gate_up.shape[0], gate_up.shape[1] // 2
+    y = gate_up.new_empty(tokens, columns)
+    _swiglu[(tokens, triton.cdiv(columns, COLUMNS))](gate_up, y, columns, COLUMNS=COLUMNS)
+    return y
+
+
+def swiglu_backward(gate_up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    tokens, columns = dy.shape
+    value, out = torch.empty_like(dy), torch.empty_like(gate_up)
+    _swiglu_backward[(tokens, triton.cdiv(columns, COLUMNS))](
+        gate_up, dy, value, out, columns, COLUMNS=COLUMNS
+    )
+    return value, out
+
+
+COLUMNS = 1024  # of one token that a program computes
+
+
+@triton.jit
+def _rms_norm(x, weight, y, columns, eps, WIDTH: tl.constexpr):
+    start = tl.program_id(0).to(tl.int64) * columns
+    column = tl.arange(0, WIDTH)
+    inside = column < columns
+    wide = tl.load(x + start + column, mask=inside, other=0.0).to(tl.float32)
+    normal = wide * tl.rsqrt(tl.sum(wide * wide, axis=0) / columns + eps)
+    w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    kind = y.dtype.element_ty
+    tl.store(y + start + column, (normal.to(kind).to(tl.float32) * w).to(kind), mask=inside)
+
+
+@triton.jit
+def _rms_norm_backward(x, weight, dy, skip, dx, columns, eps, WIDTH: tl.constexpr):
+    start = tl.program_id(0).to(tl.int64) * columns
+    column = tl.arange(0, WIDTH)
+    inside = column < columns
+    wide = tl.load(x + start + column, mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(dy + start + column, mask=inside, other=0.0).to(tl.float32) * w
+    r = tl.rsqrt(tl.sum(wide * wide, axis=0) / columns + eps)
+    found = r * (g - wide * r * r * (tl.sum(g * wide, axis=0) / columns))
+    found += tl.load(skip + start + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(dx + start + column, found.to(dx.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _turn(
+    q, k, v, q_step, k_step, v_step, cos, sin, out, heads, groups, direction,
+    HALF: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
+    place = tl.arange(0, WIDTH)[None, :]
+    inside = place < HALF
+    of_q, of_k = inside & (head < heads), inside & (head >= heads) & (head < heads + groups)
+    of_v = inside & (head >= heads + groups) & (head < heads + 2 * groups)
+    in_q = q + token * q_step + head * 2 * HALF + place
+    in_k = k + token * k_step + (head - heads) * 2 * HALF + place
+    in_v = v + token * v_step + (head - heads - groups) * 2 * HALF + place
+    first = tl.load(in_q, mask=of_q, other=0.0).to(tl.float32)
+    first += tl.load(in_k, mask=of_k, other=0.0).to(tl.float32)
+    first += tl.load(in_v, mask=of_v, other=0.0).to(tl.float32)
+    second = tl.load(in_q + HALF, mask=of_q, other=0.0).to(tl.float32)
+    second += tl.load(in_k + HALF, mask=of_k, other=0.0).to(tl.float32)
+    second += tl.load(in_v + HALF, mask=of_v, other=0.0).to(tl.float32)
+    angle = token * 2 * HALF + place
+    turned = head < heads + groups
+    c = tl.where(turned, tl.load(cos + angle, mask=inside, other=1.0).to(tl.float32), 1.0)
+    s = tl.where(turned, tl.load(sin + angle, mask=inside, other=0.0).to(tl.float32), 0.0)
+    s *= direction
+    target = out + token * 2 * HALF * (heads + 2 * groups) + head * 2 * HALF + place
+    kept = inside & (head < heads + 2 * groups)
+    kind = out.dtype.element_ty
+    tl.store(target, (first * c - second * s).to(kind), mask=kept)
+    tl.store(target + HALF, (second * c + first * s).to(kind), mask=kept)
+
+
+@triton.jit
+def _swiglu(gate_up, y, columns, COLUMNS: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < columns
+    gate = tl.load(gate_up + token * 2 * columns + column, mask=inside).to(tl.float32)
+    up = tl.load(gate_up + token * 2 * columns + columns + column, mask=inside).to(tl.float32)
+    value = gate * tl.sigmoid(gate) * up
+    tl.store(y + token * columns + column, value.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _swiglu_backward(gate_up, dy, value, out, columns, COLUMNS: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < columns
+    gate = tl.load(gate_up + token * 2 * columns + column, mask=inside).to(tl.float32)
+    up = tl.load(gate_up + token * 2 * columns + columns + column, mask=inside).to(tl.float32)
+    g = tl.load(dy + token * columns + column, mask=inside).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    kind = out.dtype.element_ty
+    tl.store(value + token * columns + column, (silu * up).to(kind), mask=inside)
+    d_gate = g * up * (sigmoid + silu * (1 - sigmoid))
+    tl.store(out + token * 2 * columns + column, d_gate.to(kind), mask=inside)
+    tl.store(out + token * 2 * columns + columns + column, (g * silu).to(kind), mask=inside)
+
+
+@triton.jit
+def _dequantize_and_add(
+    packed, absmax, code, scales, offset, values, a, b, out,
+    rows, columns, scaling,
+    RANK: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+    KIND: tl.constexpr,
+):  # fmt: skip
+    """One tile of ROWS rows and BLOCKS blocks of 64 columns."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(1) * BLOCKS
+    block = first + tl.arange(0, BLOCKS)
+    inside = (row[:, None] < rows) & (block[None, :] * 64 < columns)
+    number = row[:, None].to(tl.int64) * (columns // 64) + block[None, :]
+    scale = tl.load(code + tl.load(absmax + number, mask=inside, other=0).to(tl.int32))
+    scale = scale * tl.load(scales + number // 256, mask=inside, other=0.0) + offset
+    place = number[:, :, None] * 32 + tl.arange(0, 32)[None, None, :]
+    pair = tl.load(packed + place, mask=inside[:, :, None], other=0).to(tl.int32)
+    high = tl.load(values + (pair >> 4)) * scale[:, :, None]
+    low = tl.load(values + (pair & 15)) * scale[:, :, None]
+    weight = tl.reshape(tl.interleave(high, low), (ROWS, BLOCKS * 64))
+    column = first * 64 + tl.arange(0, BLOCKS * 64)
+    if WIDTH > 0:
+        r = tl.arange(0, WIDTH)
+        kept = (r[:, None] < RANK) & (column[None, :] < columns)
+        a_tile = tl.load(a + r[:, None] * columns + column[None, :], mask=kept, other=0.0)
+        kept = (row[:, None] < rows) & (r[None, :] < RANK)
+        b_tile = tl.load(b + row[:, None] * RANK + r[None, :], mask=kept, other=0.0)
+        weight += scaling * tl.dot(b_tile.to(KIND), a_tile.to(KIND))
+    target = row[:, None].to(tl.int64) * columns + column[None, :]
+    kept = (row[:, None] < rows) & (column[None, :] < columns)
+    tl.store(out + target, weight.to(out.dtype.element_ty), mask=kept)
