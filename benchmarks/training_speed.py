@@ -58,8 +58,14 @@ OURS: dict[str, dict[str, Any]] = {
     "plain-full": {"checkpointing": "full", "kernels": "plain"},
 }
 TRL: dict[str, dict[str, Any]] = {
-    "seed": {"rows": 2, "padding_free": False, "dropout": 0.1, "dtype": torch.float16, "steps": 3},
-    "trl-packed": {"rows": 32, "padding_free": True, "dropout": 0.0, "dtype": torch.bfloat16},
+    "seed": {
+        "at_once": 2,
+        "padding_free": False,
+        "dropout": 0.1,
+        "dtype": torch.float16,
+        "steps": 3,
+    },
+    "trl-packed": {"at_once": 32, "padding_free": True, "dropout": 0.0, "dtype": torch.bfloat16},
 }
 
 
@@ -257,10 +263,9 @@ class Times(TrainerCallback):
 
 def trl_steps(
     base: Base, rows: list[TokenRow], steps: int, padding_free: bool, dropout: float,
-    dtype: torch.dtype, **settings: Any,
+    dtype: torch.dtype, at_once: int,
 ) -> tuple[list[float], list[int], list[float], dict[str, Any]]:  # fmt: skip
-    """Train with TRL's own trainer; `rows` in `settings` go through the model at once."""
-    at_once = settings["rows"]
+    """Train with TRL's own trainer; `at_once` rows go through the model together."""
     four_bits = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,

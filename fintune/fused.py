@@ -99,7 +99,7 @@ class Projections:
         self.up = torch.zeros(sum(self.outputs), ranks, dtype=dtype, device=device)
         self.copies = self._views()
         if self.quantized and device.type == "cuda":
-            from fintune.nf4 import (
+            from fintune.kernels import (
                 NestedState,
             )  # needs Triton, which comes with torch for GPUs only
 
@@ -156,7 +156,7 @@ class Projections:
         if self.parameters and not self.folds:
             inner = dy @ self.up
             if self.dropout:
-                dx.addcmul_(inner @ self.down, self._mask(dx, seed).to(dx.dtype), value=self._alpha)
+                add_dropped_product(dx, inner, self.down, self._alpha, self.dropout, seed)
             else:
                 dx.addmm_(inner, self.down, alpha=self._alpha)
         return dx
@@ -183,14 +183,8 @@ class Projections:
     def _alpha(self) -> float:
         return self.scaling / (1 - self.dropout)
 
-    def _mask(self, x: Tensor, seed: int) -> Tensor:
-        """What dropout keeps, drawn from the seed again where it is needed again."""
-        generator = torch.Generator(x.device).manual_seed(seed)
-        kept = torch.empty(x.shape, dtype=torch.bool, device=x.device)
-        return kept.bernoulli_(1 - self.dropout, generator=generator)
-
     def _dropped(self, x: Tensor, seed: int) -> Tensor:
-        return x * self._mask(x, seed) if self.dropout else x
+        return drop(x, self.dropout, seed) if self.dropout else x
 
 
 def _dequantize(base: Any) -> Tensor:
@@ -203,6 +197,24 @@ def _dequantize(base: Any) -> Tensor:
             weight.data, weight.quant_state
         )
     return dequantize_4bit(weight.data, weight.quant_state).float()
+
+
+def drop(x: Tensor, share: float, seed: int) -> Tensor:
+    """x with a share of its values set to zero; the seed draws the same ones again."""
+    return x * _kept(x, share, seed)
+
+
+def add_dropped_product(
+    x: Tensor, left: Tensor, right: Tensor, scale: float, share: float, seed: int
+) -> None:
+    """Add scale * left @ right to x where `drop` with the same seed keeps values of x's shape."""
+    x.addcmul_(left @ right, _kept(x, share, seed).to(x.dtype), value=scale)
+
+
+def _kept(x: Tensor, share: float, seed: int) -> Tensor:
+    generator = torch.Generator(x.device).manual_seed(seed)
+    kept = torch.empty(x.shape, dtype=torch.bool, device=x.device)
+    return kept.bernoulli_(1 - share, generator=generator)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -440,7 +452,7 @@ class FusedModel:
                 groups=x.self_attn.k_proj.out_features // size,
                 window=getattr(config, "sliding_window", None),
                 keeps_middle=checkpointing != "selective",
-                run=_functions(device.type == "cuda"),
+                run=functions_for(x.input_layernorm.weight),
             )
             for x in self.body.layers
         ]
@@ -452,6 +464,9 @@ class FusedModel:
         head = plain.get_output_embeddings()
         tied = config.tie_word_embeddings
         self.head, self.head_rows, _ = _table(plain.get_input_embeddings() if tied else head)
+        self.indices = torch.tensor(
+            self.tokens, device=device
+        )  # made in a step, it would wait there
 
     def hidden_states(self, ids: Tensor, positions: Tensor, bounds: Tensor, longest: int) -> Tensor:
         """The last hidden states of packed rows, (tokens, hidden).
@@ -482,14 +497,13 @@ class FusedModel:
 
     def answer_loss(self, states: Tensor, targets: Tensor) -> Tensor:
         """The summed loss in nats; `states`, (answer tokens, hidden), predict `targets`."""
-        indices = torch.tensor(self.tokens, device=states.device)
-        loss: Tensor = _AnswerLoss.apply(states, self.head_rows, targets, self.head, indices)
+        loss: Tensor = _AnswerLoss.apply(states, self.head_rows, targets, self.head, self.indices)
         return loss
 
 
-def _functions(on_gpu: bool) -> Any:
-    """The module with the pointwise functions for this device."""
-    if on_gpu:
+def functions_for(x: Tensor) -> Any:
+    """The module with the pointwise functions for this tensor's device."""
+    if x.is_cuda:
         from fintune import kernels
 
         return kernels

@@ -11,7 +11,7 @@ import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -24,6 +24,12 @@ Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Name = Annotated[str, Field(min_length=1)]
+
+
+def _auto_or_count(value: Any) -> Any:
+    if value == "auto" or (type(value) is int and value >= 1):
+        return value
+    raise ValueError(f"give auto or a number of tokens, not {value!r}")
 
 
 class UserError(Exception):
@@ -147,7 +153,7 @@ class Train(Section):
     attention: Literal["auto", "varlen", "sdpa", "padded"]
     kernels: Literal["auto", "fused", "plain"]
     checkpointing: Literal["auto", "none", "selective", "full"]
-    tokens_per_pass: Count | Literal["auto"]
+    tokens_per_pass: Annotated[int | Literal["auto"], PlainValidator(_auto_or_count)]
     validate_every_steps: Count
     early_stopping_patience: Count | None
     seed: Seed

@@ -1,9 +1,19 @@
-"""What a person wants to know when the pipeline is done: `python -m fintune.results`."""
+"""What a person wants to know when the pipeline is done, or of a model that is in use.
 
+python -m fintune.results                           # the last run: quality, cost, where things are
+python -m fintune.results financial-qa@champion     # where a registered version comes from, also NAME/3
+python -m fintune.results models/adapter            # the same of a folder: an adapter or a merged model
+"""
+
+import argparse
+import hashlib
 import json
 import os
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from ruamel.yaml import YAML
 
 from fintune.params import UserError
 
@@ -17,6 +27,16 @@ ROWS = {
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", nargs="?", help="NAME@ALIAS, NAME/VERSION or a folder")
+    model = parser.parse_args().model
+    print(lineage(model) if model else last_run())
+
+
+def last_run() -> str:
+    """The reports of the last `dvc repro`, in short."""
     evaluation = read_report("evaluation")
     export = read_report("export")
     train = read_report("train")
@@ -26,9 +46,10 @@ def main() -> None:
         if uri and uri.startswith("http")
         else "mlflow ui --backend-store-uri sqlite:///mlflow.db"
     )
-    print(compare(evaluation))
-    print(
-        f"""
+    return (
+        compare(evaluation)
+        + f"""
+
 Gate: {evaluation["gate"]["reason"]}
 Trained {train["steps"]} steps in {train["seconds"]:.0f} s, {train["tokens_per_second"]:,.0f} tokens/s, \
 {train["peak_memory_gib"]:.1f} GiB at most
@@ -63,6 +84,92 @@ def read_report(name: str) -> dict[str, Any]:
         raise UserError(f"{path}: not found; run `dvc repro` first")
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return content
+
+
+def lineage(model: str) -> str:
+    """From a registered version or a folder to its run, data, commit and the commands that rebuild it.
+
+    Raises:
+        UserError: there is no such version, or none with this folder's adapter.
+    """
+    from mlflow.exceptions import MlflowException
+
+    from fintune.stage import project_root
+    from fintune.tracking import connect
+
+    client = connect(project_root())
+    try:
+        if Path(model).is_dir():
+            version = _version_of_folder(client, Path(model))
+        elif "@" in model:
+            version = client.get_model_version_by_alias(*model.split("@", 1))
+        elif "/" in model:
+            version = client.get_model_version(*model.rsplit("/", 1))
+        else:
+            raise UserError(
+                f"{model}: no folder here; a registered version is NAME@ALIAS or NAME/VERSION"
+            )
+    except MlflowException as error:
+        known = [registered.name for registered in client.search_registered_models()]
+        raise UserError(
+            f"{model}: not in this registry ({error.message}); it has {', '.join(known) or 'no models'}; "
+            "MLFLOW_TRACKING_URI names another one"
+        ) from None
+    run, tags = client.get_run(version.run_id), version.tags
+    aliases = client.get_model_version(version.name, version.version).aliases
+    ended = datetime.fromtimestamp((run.info.end_time or run.info.start_time) / 1000, UTC)
+    lines = [
+        f"{version.name} version {version.version} ({', '.join(aliases) or 'no alias'})",
+        f"  gate      {tags.get('gate', 'not evaluated')}",
+        f"  run       {run.info.run_id}  {run.info.run_name}, {ended:%Y-%m-%d %H:%M} UTC",
+        *(
+            f"  md5       {tags[key]}  {key.removeprefix('md5.')}"
+            for key in sorted(tags)
+            if "md5." in key
+        ),
+        f"  commit    {tags.get('git_commit', 'none: not run in a git repository')}",
+    ]
+    if tags.get("git_dirty") == "true":
+        lines.append("            with uncommitted changes; the parameters are those of the run")
+    return "\n".join([*lines, *(f"  rebuild   {line}" for line in _rebuild(run.data, tags))])
+
+
+def _rebuild(data: Any, tags: dict[str, str]) -> list[str]:
+    """The commands that make the same model again: from its commit, with the run's own parameters."""
+    commands = [f"git checkout {tags['git_commit']}"] if tags.get("git_commit") else []
+    if experiment := tags.get("dvc_experiment"):
+        return [*commands, f"dvc exp apply {experiment}", "dvc repro --pull"]
+    return [*commands, "dvc repro --pull"]
+
+
+def _version_of_folder(client: Any, folder: Path) -> Any:
+    """The newest version whose adapter this folder holds, or was merged from."""
+    md5 = folder_md5(folder)
+    lock = Path("dvc.lock")
+    stages = YAML(typ="safe").load(lock.read_text())["stages"] if lock.is_file() else {}
+    for stage in stages.values():
+        if any(out["md5"] == md5 for out in stage.get("outs", [])):
+            made_of = [dep["md5"] for dep in stage["deps"] if dep["path"] == "models/adapter"]
+            md5 = made_of[0] if made_of else md5
+    found = client.search_model_versions(f"tags.`md5.models/adapter` = '{md5}'")
+    if not found:
+        raise UserError(
+            f"{folder}: no registered version has this adapter (md5 {md5}); its run may be in another "
+            "store (MLFLOW_TRACKING_URI), or the folder was changed"
+        )
+    return max(found, key=lambda version: int(version.version))
+
+
+def folder_md5(folder: Path) -> str:
+    """The hash by which DVC knows a folder: of the sorted list of its files' hashes and paths."""
+    listed = []
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                md5 = hashlib.file_digest(file, "md5").hexdigest()
+            listed.append({"md5": md5, "relpath": path.relative_to(folder).as_posix()})
+    listed.sort(key=lambda entry: entry["relpath"])
+    return hashlib.md5(json.dumps(listed, sort_keys=True).encode()).hexdigest() + ".dir"
 
 
 if __name__ == "__main__":

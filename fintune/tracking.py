@@ -5,6 +5,8 @@ all that the run's record consists of besides metrics and artifacts, so a run th
 its cache, or that a server has lost, is logged again from the files.
 """
 
+import csv
+import io
 import json
 import logging
 import os
@@ -273,17 +275,19 @@ def _active(run_id: str) -> Iterator[None]:
 
 
 def run_of_adapter(
-    client: MlflowClient,
-    record: dict[str, Any],
-    metrics: dict[str, float],
-    curve: list[dict[str, float | None]],
-    adapter: Path,
+    client: MlflowClient, record_file: Path, metrics_file: Path, curve_file: Path, adapter: Path
 ) -> str:
     """The id of the run that belongs to an adapter, logged again from the files where it is missing.
 
     A run that was logged again has another id than `models/run.json` says; it is found by the tag
     `first_run_id`.
     """
+    record = json.loads(record_file.read_text())
+    metrics = json.loads(metrics_file.read_text())
+    curve = [
+        {key: float(value) if value else None for key, value in row.items()}
+        for row in csv.DictReader(io.StringIO(curve_file.read_text()))
+    ]
     run_id = _existing(client, record["run_id"])
     if run_id is None:
         experiment = mlflow.set_experiment(record["experiment"])

@@ -39,7 +39,6 @@ from fintune.scoring import TokenRow, batches_by_length
 
 log = logging.getLogger("fintune")
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
-IGNORED = -100  # the label of a token that takes no part in the loss
 
 
 @dataclass(frozen=True)
@@ -103,14 +102,20 @@ def lay_out(rows: Sequence[TokenRow], padded: bool, device: torch.device) -> Pas
     lengths = [len(prompt) + len(completion) for prompt, completion in rows]
     width = max(lengths)
     starts = [i * width for i in range(len(rows))] if padded else [0, *accumulate(lengths)][:-1]
-    ids = torch.zeros(len(rows) * width if padded else sum(lengths), dtype=torch.long)
-    positions = torch.zeros_like(ids)
-    predicting = []
-    for (prompt, completion), start, length in zip(rows, starts, lengths, strict=True):
-        ids[start : start + length] = torch.tensor(prompt + completion)
-        positions[start : start + length] = torch.arange(length)
-        predicting.append(torch.arange(start + len(prompt) - 1, start + length - 1))
-    places = torch.cat(predicting)
+    flat: list[int] = []
+    for prompt, completion in rows:
+        flat += prompt
+        flat += completion
+        flat += [0] * (width - len(prompt) - len(completion)) if padded else []
+    ids = torch.tensor(flat)
+    sizes = [width] * len(rows) if padded else lengths
+    positions = torch.cat([torch.arange(size) for size in sizes])
+    places = torch.cat(
+        [
+            torch.arange(start + len(prompt) - 1, start + length - 1)
+            for (prompt, _), start, length in zip(rows, starts, lengths, strict=True)
+        ]
+    )
     shape = (len(rows), width) if padded else (1, -1)
     mask, bounds = None, None
     if padded:
@@ -144,9 +149,17 @@ class AnswerTrainer(SFTTrainer):
         plan: Plan,
         dtype: torch.dtype,
         watch: "Watch",
+        rows: Sequence[TokenRow],
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs, data_collator=_as_step, callbacks=[watch])
+        numbers = Dataset.from_dict({"row": range(len(rows))})
+        super().__init__(
+            **kwargs,
+            train_dataset=numbers,
+            eval_dataset=numbers.take(1),  # not read, but the Trainer wants one to validate
+            data_collator=lambda chosen: {"step": Step([rows[each["row"]] for each in chosen])},
+            callbacks=[watch],
+        )
         self._validate = validate
         self.watch = watch
         self.plan = plan
@@ -164,7 +177,8 @@ class AnswerTrainer(SFTTrainer):
         If memory runs out, the step begins again with passes of half the size, and so do all later ones;
         rows and loss stay the same.
         """
-        model.train()
+        if not model.training:  # setting it takes milliseconds in a model of thousands of modules
+            model.train()
         rows: list[TokenRow] = inputs["step"].rows
         answers = sum(len(completion) for _, completion in rows)
         lengths = [len(prompt) + len(completion) for prompt, completion in rows]
@@ -267,16 +281,6 @@ class Step:
     """The rows of one optimizer step; accelerate leaves it alone, so lengths stay known to the host."""
 
     rows: list[TokenRow]
-
-
-def _as_step(features: Sequence[dict[str, Any]]) -> dict[str, Step]:
-    """Rows of ids and labels as prompts and completions."""
-    rows = []
-    for feature in features:
-        ids, labels = feature["input_ids"], feature["labels"]
-        edge = labels.count(IGNORED)
-        rows.append((ids[:edge], ids[edge:]))
-    return {"step": Step(rows)}
 
 
 def _summed_loss(head: Any, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -384,10 +388,7 @@ def train(
         watch=watch,
         model=model,
         args=arguments,
-        train_dataset=_dataset(rows),
-        eval_dataset=_dataset(
-            rows[:1]
-        ),  # not read: `evaluate` above validates; the Trainer wants one
+        rows=rows,
         processing_class=tokenizer,
     )
     for callback in stopping:
@@ -481,25 +482,13 @@ def _arguments(
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
-        logging_steps=max(1, steps // 200),
+        logging_steps=max(1, steps // 100),  # each waits for the device
         report_to="none",
         seed=params.seed,
         data_seed=params.seed,
         dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
         dataloader_pin_memory=False,  # each pass pins its own
-    )
-
-
-def _dataset(rows: Sequence[TokenRow]) -> Dataset:
-    """Token ids with labels; the prompt's labels are ignored, the end token's is not."""
-    return Dataset.from_list(
-        [
-            {
-                "input_ids": prompt + completion,
-                "labels": [IGNORED] * len(prompt) + completion,
-            }
-            for prompt, completion in rows
-        ]
     )
 
 

@@ -1,7 +1,5 @@
 """Compare base and tuned model on the test rows: likelihood, greedy answers, a verdict."""
 
-import csv
-import io
 import json
 import math
 from pathlib import Path
@@ -40,12 +38,7 @@ Measured = tuple[Likelihood, list[Answer], np.ndarray]  # the array: ROUGE-L, sh
 def main() -> None:
     params = read_params().evaluate
     client = connect(project_root())
-    curve = [
-        {key: float(value) if value else None for key, value in row.items()}
-        for row in csv.DictReader(io.StringIO(TRAIN_CURVE.read_text()))
-    ]
-    trained = json.loads(TRAIN_METRICS.read_text())
-    run_id = run_of_adapter(client, json.loads(RUN.read_text()), trained, curve, ADAPTER)
+    run_id = run_of_adapter(client, RUN, TRAIN_METRICS, TRAIN_CURVE, ADAPTER)
     rows = read_rows(TEST, ["prompt", "completion"])[: params.max_rows]
     measured, sampled = measure(rows, params)
     report = verdict(measured, [normalize_question(row["input"]) for row in rows], params)

@@ -1,8 +1,6 @@
 """Merge the adapter into a 16-bit base, measure that it is the same model, register the adapter."""
 
-import csv
 import gc
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -40,12 +38,7 @@ LOGIT_ROWS = 8  # their answers' logits are held in memory: rows x tokens x voca
 def main() -> None:
     params = read_params().merge_export
     client = connect(project_root())
-    curve = [
-        {key: float(value) if value else None for key, value in row.items()}
-        for row in csv.DictReader(io.StringIO(TRAIN_CURVE.read_text()))
-    ]
-    trained = json.loads(TRAIN_METRICS.read_text())
-    run_id = run_of_adapter(client, json.loads(RUN.read_text()), trained, curve, ADAPTER)
+    run_id = run_of_adapter(client, RUN, TRAIN_METRICS, TRAIN_CURVE, ADAPTER)
     with whole_folder(OUT) as folder:
         measured = export(folder, params)
     evaluation = json.loads(EVALUATION.read_text())

@@ -30,6 +30,7 @@ METRICS = Path("reports/train.json")
 CURVE = Path("reports/train_curve.csv")
 CODE = (
     "fintune/fused.py",
+    "fintune/kernels.py",
     "fintune/modeling.py",
     "fintune/training.py",
     "fintune/prompts.py",

@@ -66,14 +66,36 @@ def test_all_problems_are_listed_with_keys_and_near_matches(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
+    ("edits", "expected"),
+    [
+        (["attention: padded", "kernels: fused"], "fused ones take packed rows"),
+        (["attention: padded", "checkpointing: selective"], "selective needs kernels: fused"),
+        (["kernels: plain", "checkpointing: selective"], "selective needs kernels: fused"),
+    ],
+)
+def test_settings_that_exclude_each_other(tmp_path: Path, edits: list[str], expected: str) -> None:
+    changes = [(f"{edit.split(':')[0]}: auto", edit) for edit in edits]
+    assert expected in problems(changed(tmp_path, *changes))
+
+
+@pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
         ("seed: 13", "seed: 13.5", "split.seed"),
         ("seed: 13", "seed: true", "split.seed"),
-        ("packing: true", "packing: 1", "train.packing"),
+        ("attention: auto", "attention: flash", "train.attention"),
+        (
+            "tokens_per_pass: auto",
+            "tokens_per_pass: all",
+            "train.tokens_per_pass: give auto or a number of tokens",
+        ),
+        (
+            "tokens_per_pass: auto",
+            "tokens_per_pass: 0",
+            "train.tokens_per_pass: give auto or a number of tokens",
+        ),
         ("learning_rate: 3e-3", "learning_rate: .inf", "train.learning_rate"),
         ("learning_rate: 3e-3", "learning_rate: 'high'", "train.learning_rate"),
-        ("rows_per_pass: 16", "rows_per_pass: 5", "multiple of rows_per_pass (5)"),
         ("default_instruction: null", "default_instruction: Answer.", "fetch: give either"),
         ("model: assets/demo-base", "model: some/where/else", "base: model: some/where/else"),
         ("model: assets/demo-base", "model: acme/tiny", "set revision to one of the commits"),

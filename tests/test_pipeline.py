@@ -438,6 +438,65 @@ def test_an_experiment_in_a_temporary_folder_logs_to_the_same_file(
     assert git(project, "status", "--porcelain") == ""
 
 
+@pytest.mark.parametrize(
+    "model", ["financial-qa@candidate", "financial-qa/1", "models/adapter", "models/merged"]
+)
+def test_a_model_leads_back_to_its_run_data_and_commit(finished: Finished, model: str) -> None:
+    told = finished.project.run("python", "-m", "fintune.results", model).stdout
+    assert told.startswith("financial-qa version 1 (candidate)")
+    assert run_of(finished.project).info.run_id in told
+    assert f"git checkout {finished.commit}" in told
+    assert "uncommitted" not in told
+    for path, md5 in locked_md5(finished.project, "fetch", "split", "format", "train").items():
+        assert f"{md5}  {path}" in told
+
+
+def test_the_commands_that_it_prints_rebuild_the_same_data(
+    finished: Finished, copy: Callable[[], Project]
+) -> None:
+    """The data stages alone; what training gives depends on the hardware, too."""
+    project = copy()
+    told = project.run("python", "-m", "fintune.results", "models/merged").stdout
+    commands = [
+        line.split("rebuild", 1)[1].split() for line in told.splitlines() if "rebuild" in line
+    ]
+    assert [command[:2] for command in commands] == [["git", "checkout"], ["dvc", "repro"]]
+    project.run("git", "stash", "--include-untracked")
+    project.run(*commands[0])
+    assert not (project / "dvc.lock").exists()  # that commit is the one before the results
+    project.run(*commands[1], "format")
+    stages = ("fetch", "split", "format")
+    assert locked_md5(project, *stages) == locked_md5(finished.project, *stages)
+
+
+def test_an_experiment_s_model_names_the_experiment(experiment: Finished) -> None:
+    told = experiment.project.run(
+        "python", "-m", "fintune.results", "financial-qa@candidate"
+    ).stdout
+    name = run_of(experiment.project).data.tags["dvc_experiment"]
+    assert told.startswith("financial-qa version 2 (candidate)")
+    assert f"dvc exp apply {name}" in told
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        ("financial-qa@champion", "not in this registry"),
+        ("financial-qa/7", "not in this registry"),
+        ("financial-qa", "NAME@ALIAS or NAME/VERSION"),
+        ("data/raw", "no registered version has this adapter"),
+    ],
+)
+def test_an_unknown_model_is_named_with_the_way_out(
+    finished: Finished, model: str, reason: str
+) -> None:
+    done = finished.project.run("python", "-m", "fintune.results", model, check=False)
+    assert done.returncode != 0
+    assert done.stderr.startswith(f"error: {model}: ")
+    assert reason in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_an_unknown_parameter_is_refused(copy: Callable[[], Project]) -> None:
     project = copy()
     done = project.run("dvc", "exp", "run", "-S", "+train.typo=3", check=False)

@@ -22,11 +22,10 @@ from fintune.params import Base, Lora, Train, UserError
 from fintune.prompts import SPECIAL_TOKENS, encode, end_token_id, load_tokenizer
 from fintune.scoring import answer_logits, generate, likelihood
 from fintune.training import (
-    IGNORED,
     AnswerTrainer,
     TrainingResult,
-    _dataset,
     divide,
+    lay_out,
     total_steps,
     train,
 )
@@ -104,12 +103,26 @@ def tune(
     return result, [logged[step] for step in sorted(logged)]
 
 
-def test_labels_are_the_answer_and_the_end_token(rows: list[Any], tokenizer: Any) -> None:
-    for text, row in zip(TEXTS, _dataset(rows), strict=True):
-        supervised = [label for label in row["labels"] if label != IGNORED]
-        assert tokenizer.decode(supervised) == text[1]
-        assert len(row["labels"]) == len(row["input_ids"])
-        assert row["labels"][-1] == end_token_id(tokenizer)
+@pytest.mark.parametrize("padded", [True, False])
+def test_what_is_predicted_is_the_answer_and_the_end_token(
+    rows: list[Any], tokenizer: Any, padded: bool
+) -> None:
+    part = lay_out(rows, padded, torch.device("cpu"))
+    flat = part.ids.flatten()
+    assert torch.equal(part.targets, flat[part.predicting + 1])
+    assert tokenizer.decode(part.targets) == "".join(completion for _, completion in TEXTS)
+    ends = (part.targets == end_token_id(tokenizer)).sum()
+    assert ends == len(rows)
+    before = [tokenizer.decode(i) for i in flat[part.predicting]]
+    assert before.count("<response>") == len(rows)
+    if padded:
+        assert part.mask is not None
+        assert part.mask.sum() == sum(len(p) + len(c) for p, c in rows)
+    else:
+        assert part.bounds is not None
+        starts = part.bounds[:-1].long()
+        assert part.positions[0, starts].sum() == 0
+        assert tokenizer.decode(flat[starts[1] : starts[2]]) == "<s>" + "".join(TEXTS[1])
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
