@@ -6,6 +6,7 @@ python -m fintune.results models/adapter            # the same of a folder: an a
 """
 
 import argparse
+import configparser
 import hashlib
 import json
 import os
@@ -131,15 +132,18 @@ def lineage(model: str) -> str:
     ]
     if tags.get("git_dirty") == "true":
         lines.append("            with uncommitted changes; the parameters are those of the run")
-    return "\n".join([*lines, *(f"  rebuild   {line}" for line in _rebuild(run.data, tags))])
+    return "\n".join([*lines, *(f"  rebuild   {line}" for line in _rebuild(tags))])
 
 
-def _rebuild(data: Any, tags: dict[str, str]) -> list[str]:
-    """The commands that make the same model again: from its commit, with the run's own parameters."""
+def _rebuild(tags: dict[str, str]) -> list[str]:
+    """The commands that make the same model again: from its commit, with the experiment's changes."""
     commands = [f"git checkout {tags['git_commit']}"] if tags.get("git_commit") else []
     if experiment := tags.get("dvc_experiment"):
-        return [*commands, f"dvc exp apply {experiment}", "dvc repro --pull"]
-    return [*commands, "dvc repro --pull"]
+        commands.append(f"dvc exp apply {experiment}")
+    config = configparser.ConfigParser()
+    config.read([".dvc/config", ".dvc/config.local"])
+    pull = " --pull" if config.has_option("core", "remote") else ""  # refused where there is none
+    return [*commands, f"dvc repro{pull}"]
 
 
 def _version_of_folder(client: Any, folder: Path) -> Any:
