@@ -23,6 +23,7 @@ os.environ.setdefault(
 )  # the default keeps retrying for minutes
 os.environ.setdefault("MLFLOW_ENABLE_ASYNC_LOGGING", "false")
 import mlflow
+from filelock import FileLock
 from mlflow.entities import Metric, RunTag
 from mlflow.entities import Param as MlflowParam
 from mlflow.exceptions import MlflowException
@@ -34,6 +35,7 @@ from fintune.params import UserError
 log = logging.getLogger("fintune")
 EXPERIMENT = "financial-qa"
 COMPLETE = "training_logged"
+SWEEP = "experiments_on_commit"
 for noisy in ("alembic", "mlflow", "sqlalchemy"):
     logging.getLogger(noisy).setLevel(logging.WARNING)
 
@@ -55,6 +57,20 @@ def connect(root: Path) -> MlflowClient:
     if uri.startswith("http"):
         _ask_server(uri)
     mlflow.set_tracking_uri(uri)
+    with _one_at_a_time(root):
+        return _client(root, uri, local)
+
+
+@contextmanager
+def _one_at_a_time(root: Path) -> Iterator[None]:
+    """Workers of `dvc queue start` that find no database or no experiment would both make it."""
+    lock = root / ".checkpoints/mlflow.lock"
+    lock.parent.mkdir(exist_ok=True)
+    with FileLock(lock):
+        yield
+
+
+def _client(root: Path, uri: str, local: bool) -> MlflowClient:
     client = MlflowClient()
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
     try:
@@ -89,12 +105,13 @@ def _shown(uri: str) -> str:
 
 
 @contextmanager
-def training_run(record: Path, name: str) -> Iterator[str]:
+def training_run(record: Path, name: str, parent: str | None) -> Iterator[str]:
     """The active run of a training, with system metrics; a resumed training goes on in its own run.
 
     Args:
         record: keeps the run's id between a kill and the resumption.
         name: of a new run; `dvc exp run` gives its experiment's name instead.
+        parent: the run under which the UI shows a new one, if any.
 
     Yields:
         The run's id. The run ends as FINISHED, KILLED (by the user) or FAILED.
@@ -104,6 +121,7 @@ def training_run(record: Path, name: str) -> Iterator[str]:
         run_id = _existing(MlflowClient(), record.read_text().strip())
     run = mlflow.start_run(
         run_id=run_id,
+        parent_run_id=None if run_id else parent,
         run_name=None if run_id else os.environ.get("DVC_EXP_NAME") or name,
         log_system_metrics=True,
     )
@@ -118,6 +136,30 @@ def training_run(record: Path, name: str) -> Iterator[str]:
         mlflow.end_run("FAILED")
         raise
     _or_later(mlflow.end_run)
+
+
+def sweep_run(client: MlflowClient, root: Path) -> str | None:
+    """The run under which MLflow shows the experiments of one commit, made by the first of them.
+
+    For experiments that DVC runs beside the user's workspace, queued or with --temp: those of a sweep.
+    None for others.
+    """
+    baseline = os.environ.get("DVC_EXP_BASELINE_REV")
+    if not baseline or Path.cwd().resolve() == root:
+        return None
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
+    experiment = client.get_experiment_by_name(name).experiment_id
+    with _one_at_a_time(root):
+        found = client.search_runs([experiment], f"tags.{SWEEP} = '{baseline}'")
+        if found:
+            return str(found[0].info.run_id)
+        tags = {
+            SWEEP: baseline,
+            "mlflow.note.content": "Queued and temporary experiments on this commit",
+        }
+        run = client.create_run(experiment, run_name=f"experiments on {baseline[:7]}", tags=tags)
+        client.set_terminated(run.info.run_id, "FINISHED")
+    return str(run.info.run_id)
 
 
 def live_logger(run_id: str) -> Callable[[int, dict[str, float]], None]:
@@ -363,11 +405,12 @@ def register(
         The version and its aliases: `candidate` always, `champion` where the gate passed.
     """
     try:
-        client.get_registered_model(name)
-    except MlflowException:
         client.create_registered_model(
             name, description="LoRA adapters for financial question answering"
         )
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
     versions = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
     if versions:
         version = str(max(int(v.version) for v in versions))

@@ -19,6 +19,7 @@ from fintune.tracking import (
     live_logger,
     log_table,
     log_training_or_later,
+    sweep_run,
     training_run,
 )
 from fintune.training import TrainingResult, fingerprint, total_steps, train
@@ -51,7 +52,7 @@ def main() -> None:
     scratch = root / ".checkpoints" / fingerprint([*inputs, *map(Path, CODE)], sections)
     scratch.mkdir(parents=True, exist_ok=True)
     name = f"{Path(params.base.model).name} r{params.train.lora.r} lr{params.train.learning_rate:g}"
-    with training_run(scratch / "run_id", name) as run_id:
+    with training_run(scratch / "run_id", name, sweep_run(client, root)) as run_id:
         record = describe_run(run_id, sections, Path.cwd())
         for split, path in zip(rows, inputs, strict=True):
             log_table(run_id, rows[split], split, "training" if split == "train" else split, path)

@@ -109,6 +109,19 @@ class Project:
             )
         return done
 
+    def commit_all(self) -> None:
+        """Make it a git repository with everything in its first commit."""
+        (self / "data/source/.gitkeep").touch()
+        self.run("git", "init", "--quiet")
+        for key, value in {
+            "user.name": "A",
+            "user.email": "a@example.org",
+            "commit.gpgsign": "false",
+        }.items():
+            self.run("git", "config", key, value)
+        self.run("git", "add", "--all")
+        self.run("git", "commit", "--quiet", "--message", "start")
+
     def stage(
         self, name: str, check: bool = True, **extra: str
     ) -> subprocess.CompletedProcess[str]:

@@ -98,16 +98,7 @@ def git(project: Project, *arguments: str) -> str:
 def finished(make_project: Callable[..., Project]) -> Finished:
     """A git repository in which the pipeline ran once and whose results are committed."""
     project = make_project()
-    (project / "data/source/.gitkeep").touch()
-    git(project, "init", "--quiet")
-    for key, value in {
-        "user.name": "A",
-        "user.email": "a@example.org",
-        "commit.gpgsign": "false",
-    }.items():
-        git(project, "config", key, value)
-    git(project, "add", "--all")
-    git(project, "commit", "--quiet", "--message", "start")
+    project.commit_all()
     commit = git(project, "rev-parse", "HEAD")
     output = project.run("dvc", "repro").stdout
     git(project, "add", "--all")
@@ -152,10 +143,11 @@ def store(project: Project) -> MlflowClient:
 
 
 def runs(project: Project) -> list[Run]:
-    """All runs of all experiments, the oldest first."""
+    """All runs of all experiments but those that only hold others, the oldest first."""
     client = store(project)
     experiments = [each.experiment_id for each in client.search_experiments()]
-    return list(client.search_runs(experiments, order_by=["attributes.start_time ASC"]))
+    found = client.search_runs(experiments, order_by=["attributes.start_time ASC"])
+    return [run for run in found if "experiments_on_commit" not in run.data.tags]
 
 
 def run_of(project: Project) -> Run:
