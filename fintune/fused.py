@@ -156,8 +156,7 @@ class Projections:
         if self.parameters and not self.folds:
             inner = dy @ self.up
             if self.dropout:
-                arguments = (dx, inner, self.down, self._alpha, self.dropout, seed)
-                functions_for(dx).add_dropped_product(*arguments)
+                add_dropped_product(dx, inner, self.down, self._alpha, self.dropout, seed)
             else:
                 dx.addmm_(inner, self.down, alpha=self._alpha)
         return dx
@@ -185,7 +184,7 @@ class Projections:
         return self.scaling / (1 - self.dropout)
 
     def _dropped(self, x: Tensor, seed: int) -> Tensor:
-        return functions_for(x).drop(x, self.dropout, seed) if self.dropout else x
+        return drop(x, self.dropout, seed) if self.dropout else x
 
 
 def _dequantize(base: Any) -> Tensor:

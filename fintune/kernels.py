@@ -59,24 +59,6 @@ def dequantize_and_add(
 TILE = {"ROWS": 64, "BLOCKS": 1, "KIND": tl.float16, "num_warps": 4}  # measured on an H200
 
 
-def drop(x: Tensor, share: float, seed: int) -> Tensor:
-    y = torch.empty_like(x)
-    grid = (triton.cdiv(x.numel(), COLUMNS),)
-    _drop[grid](x, y, x.numel(), share, seed, COLUMNS=COLUMNS)
-    return y
-
-
-def add_dropped_product(
-    x: Tensor, left: Tensor, right: Tensor, scale: float, share: float, seed: int
-) -> None:
-    rows, columns = x.shape
-    rank = left.shape[1]
-    _add_dropped_product[(triton.cdiv(rows, 32), triton.cdiv(columns, 128))](
-        x, left, right, rows, columns, scale, share, seed,
-        RANK=rank, WIDTH=max(16, triton.next_power_of_2(rank)), ROWS=32, COLUMNS=128,
-    )  # fmt: skip
-
-
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     y = torch.empty_like(x)
     width = triton.next_power_of_2(x.shape[1])
@@ -142,36 +124,6 @@ def swiglu_backward(gate_up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
 
 
 COLUMNS = 1024  # of one token that a program computes
-
-
-@triton.jit
-def _drop(x, y, values, share, seed, COLUMNS: tl.constexpr):
-    place = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = place < values
-    kept = tl.rand(seed, place) >= share
-    found = tl.load(x + place, mask=inside, other=0.0)
-    tl.store(y + place, tl.where(kept, found, 0.0), mask=inside)
-
-
-@triton.jit
-def _add_dropped_product(
-    x, left, right, rows, columns, scale, share, seed,
-    RANK: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    r = tl.arange(0, WIDTH)
-    kept = (row[:, None] < rows) & (r[None, :] < RANK)
-    left_tile = tl.load(left + row[:, None] * RANK + r[None, :], mask=kept, other=0.0)
-    kept = (r[:, None] < RANK) & (column[None, :] < columns)
-    right_tile = tl.load(right + r[:, None] * columns + column[None, :], mask=kept, other=0.0)
-    product = scale * tl.dot(left_tile, right_tile)
-    place = row[:, None] * columns + column[None, :]
-    inside = (row[:, None] < rows) & (column[None, :] < columns)
-    kept = inside & (tl.rand(seed, place) >= share)
-    found = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-    total = tl.where(kept, found + product, found)
-    tl.store(x + place, total.to(x.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -236,17 +236,6 @@ for rows, columns, rank in ((40, 320, 4), (64, 256, 0), (33, 64, 20)):
         expected = expected + 0.5 * lora[1].double() @ lora[0].double()
     compare("dequantize_and_add", out, expected, 1e-3)
 
-for rows, columns, rank in ((40, 320, 4), (33, 100, 20)):
-    x, left, right = torch.randn(rows, columns), torch.randn(rows, rank), torch.randn(rank, columns)
-    ones = kernels.drop(torch.ones_like(x), 0.3, 11)
-    assert set(ones.unique().tolist()) == {0.0, 1.0}
-    assert abs(float(ones.mean()) - 0.7) < 0.03
-    assert torch.equal(kernels.drop(x, 0.3, 11), x * ones)
-    assert not torch.equal(kernels.drop(x, 0.3, 12), x * ones)
-    expected = x.double() + 2.0 * ones.double() * (left.double() @ right.double())
-    kernels.add_dropped_product(x, left, right, 2.0, 0.3, 11)
-    compare("add_dropped_product", x, expected, 1e-6)
-
 for tokens, hidden, heads, groups, size in ((5, 48, 3, 1, 8), (7, 64, 4, 4, 16), (3, 96, 9, 3, 12)):
     x, dy, skip = (torch.randn(tokens, hidden) for _ in range(3))
     arguments = (x, torch.randn(hidden), 1e-5)
