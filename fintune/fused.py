@@ -18,7 +18,7 @@ import functools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -32,9 +32,7 @@ from fintune.modeling import attend
 from fintune.preflight import CHUNK
 
 ARCHITECTURES = ("mistral", "llama")
-ALIGNMENT = (
-    64  # a row of logits starts at a multiple of this many; unaligned ones take a slow kernel
-)
+ALIGNMENT = 64  # products whose sizes or starts are no multiples of it take slow kernels
 
 
 def unsupported(model: PeftModel) -> str | None:
@@ -97,36 +95,28 @@ class Projections:
         ranks = sum(pair[0].shape[0] for pair in self.loras if pair)
         self.down = torch.zeros(ranks, self.inputs, dtype=dtype, device=device)
         self.up = torch.zeros(sum(self.outputs), ranks, dtype=dtype, device=device)
-        self.copies = self._views()
+        self.rows = _side_by_side(self.outputs)
+        self.ranks = _side_by_side([pair[0].shape[0] if pair else 0 for pair in self.loras])
+        self.copies = self._of_parameters(self.down, self.up)
         if self.quantized and device.type == "cuda":
-            from fintune.kernels import (
-                NestedState,
-            )  # needs Triton, which comes with torch for GPUs only
+            from fintune import kernels  # needs Triton, which comes with torch for GPUs only
 
-            self.states = [NestedState.of(base.weight.quant_state) for base in self.bases]
+            self.states = [kernels.NestedState.of(base.weight.quant_state) for base in self.bases]
 
-    def _views(self) -> list[Tensor]:
-        """Where `down` and `up` hold the copy of each parameter, in their order."""
-        views, rank, output = [], 0, 0
-        for pair, outputs in zip(self.loras, self.outputs, strict=True):
+    def _of_parameters(self, down: Tensor, up: Tensor) -> list[Tensor]:
+        """The parts of tensors of `down`'s and `up`'s shapes that belong to `parameters`, in their order."""
+        parts = []
+        for pair, rows, ranks in zip(self.loras, self.rows, self.ranks, strict=True):
             if pair:
-                r = pair[0].shape[0]
-                views += [self.down[rank : rank + r]]
-                views += [self.up[output : output + outputs, rank : rank + r]]
-                rank += r
-            output += outputs
-        return views
+                parts += [down[ranks], up[rows, ranks]]
+        return parts
 
     def _blocks(self, like: Tensor) -> list[tuple[slice, Tensor]]:
         """Weights, (outputs, inputs), with the outputs that they belong to."""
-        edges = [0]
-        for outputs in self.outputs:
-            edges.append(edges[-1] + outputs)
-        rows = [slice(a, b) for a, b in pairwise(edges)]
         if not self.quantized:
-            return [(r, base.weight) for r, base in zip(rows, self.bases, strict=True)]
-        whole = self.workspace.take(edges[-1], self.inputs, like)
-        for i, (r, base, pair) in enumerate(zip(rows, self.bases, self.loras, strict=True)):
+            return [(r, base.weight) for r, base in zip(self.rows, self.bases, strict=True)]
+        whole = self.workspace.take(sum(self.outputs), self.inputs, like)
+        for i, (r, base, pair) in enumerate(zip(self.rows, self.bases, self.loras, strict=True)):
             pair = pair if self.folds else None
             if like.is_cuda:
                 from fintune.kernels import dequantize_and_add
@@ -135,7 +125,7 @@ class Projections:
             else:
                 weight = _dequantize(base)
                 whole[r] = weight.addmm_(pair[1], pair[0], alpha=self.scaling) if pair else weight
-        return [(slice(0, edges[-1]), whole)]
+        return [(slice(0, len(whole)), whole)]
 
     def forward(self, x: Tensor, seed: int) -> Tensor:
         """(tokens, inputs) to (tokens, outputs)."""
@@ -168,16 +158,7 @@ class Projections:
         x = self._dropped(x, seed)
         d_down = (dy @ self.up).t() @ x
         d_up = dy.t() @ (x @ self.down.t())
-        gradients, rank, output = [], 0, 0
-        for pair, outputs in zip(self.loras, self.outputs, strict=True):
-            if pair:
-                r = pair[0].shape[0]
-                gradients.append(d_down[rank : rank + r].float() * self._alpha)
-                block = d_up[output : output + outputs, rank : rank + r]
-                gradients.append(block.float() * self._alpha)
-                rank += r
-            output += outputs
-        return gradients
+        return [part.float() * self._alpha for part in self._of_parameters(d_down, d_up)]
 
     @property
     def _alpha(self) -> float:
@@ -185,6 +166,10 @@ class Projections:
 
     def _dropped(self, x: Tensor, seed: int) -> Tensor:
         return drop(x, self.dropout, seed) if self.dropout else x
+
+
+def _side_by_side(sizes: Sequence[int]) -> list[slice]:
+    return [slice(a, b) for a, b in pairwise([0, *accumulate(sizes)])]
 
 
 def _dequantize(base: Any) -> Tensor:

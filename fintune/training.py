@@ -158,7 +158,6 @@ class AnswerTrainer(SFTTrainer):
             train_dataset=numbers,
             eval_dataset=numbers.take(1),  # not read, but the Trainer wants one to validate
             data_collator=lambda chosen: {"step": Step([rows[each["row"]] for each in chosen])},
-            callbacks=[watch],
         )
         self._validate = validate
         self.watch = watch
@@ -390,9 +389,8 @@ def train(
         args=arguments,
         rows=rows,
         processing_class=tokenizer,
+        callbacks=[watch, *stopping],
     )
-    for callback in stopping:
-        trainer.add_callback(callback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(Bar)
     _to_float32(trainer.model)

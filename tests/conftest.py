@@ -13,6 +13,9 @@ import torch
 from ruamel.yaml import YAML
 from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
 
+from fintune.params import Base
+from fintune.prompts import load_tokenizer
+
 ROOT = Path(__file__).parent.parent
 COPIED = ("fintune", "stages", "recipes", "dvc.yaml", ".dvcignore", ".gitignore")
 
@@ -56,6 +59,18 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     MistralForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base: Path) -> Base:
+    """The tiny base as the stages' parameters name it."""
+    return Base(model=str(tiny_base), revision=None)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(base: Base) -> Any:
+    """Its tokenizer with the two tokens."""
+    return load_tokenizer(base)
 
 
 class Project:

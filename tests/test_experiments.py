@@ -54,7 +54,7 @@ def shown(project: Project) -> list[dict[str, Any]]:
     """The experiments that `dvc exp show` knows, without workspace and commit."""
     table = json.loads(project.run("dvc", "exp", "show", "--json").stdout)
     return [
-        revision["data"]
+        revision
         for baseline in table
         for group in baseline.get("experiments") or []
         for revision in group["revs"]
@@ -70,7 +70,7 @@ def logged(project: Project) -> list[Run]:
 
 def test_all_of_them_are_in_both_with_the_same_parameters(swept: Project) -> None:
     wanted = sorted((rate, rank) for rate in RATES for rank in RANKS)
-    trained = [row["params"]["params.yaml"]["data"]["train"] for row in shown(swept)]
+    trained = [each["data"]["params"]["params.yaml"]["data"]["train"] for each in shown(swept)]
     of_dvc = sorted((train["learning_rate"], train["lora"]["r"]) for train in trained)
     runs = [run for run in logged(swept) if "experiments_on_commit" not in run.data.tags]
     keys = ("train.learning_rate", "train.lora.r")
@@ -79,13 +79,7 @@ def test_all_of_them_are_in_both_with_the_same_parameters(swept: Project) -> Non
     assert of_mlflow == wanted
     assert {type(rate) for rate, _ in of_dvc + of_mlflow} == {float}
     assert all(run.info.status == "FINISHED" for run in runs)
-    names = {row["exp_name"] if "exp_name" in row else row["name"] for row in names_of(swept)}
-    assert {run.info.run_name for run in runs} == names
-
-
-def names_of(project: Project) -> list[dict[str, Any]]:
-    table = json.loads(project.run("dvc", "exp", "show", "--json").stdout)
-    return [group for baseline in table for group in baseline.get("experiments") or []]
+    assert {run.info.run_name for run in runs} == {each["name"] for each in shown(swept)}
 
 
 def test_they_lie_under_one_run_that_names_the_commit(swept: Project) -> None:

@@ -23,7 +23,7 @@ from fintune.fused import (
 )
 from fintune.modeling import add_adapter, load_base
 from fintune.params import Base, Lora
-from fintune.prompts import encode, load_tokenizer
+from fintune.prompts import encode
 from fintune.training import lay_out
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -35,16 +35,6 @@ TEXTS = [
 def distance(ours: torch.Tensor, reference: torch.Tensor) -> float:
     """Relative, in the Frobenius norm."""
     return float((ours.double() - reference.double()).norm() / reference.double().norm())
-
-
-@pytest.fixture(scope="module")
-def base(tiny_base: Path) -> Base:
-    return Base(model=str(tiny_base), revision=None)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(base: Base) -> Any:
-    return load_tokenizer(base)
 
 
 def adapted(

@@ -1,17 +1,14 @@
 """The prompt, what is learned of a row, and what happens to a row that is too long."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fintune.params import Base
 from fintune.prompts import (
     describe_tokens,
     encode,
     end_token_id,
     format_row,
-    load_tokenizer,
     render_completion,
     render_prompt,
 )
@@ -21,11 +18,6 @@ ROW = {
     "input": "Should I refinance?",
     "output": "It depends on the rate. Compare the costs first! Then decide whether it pays off.",
 }
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_base: Path) -> Any:
-    return load_tokenizer(Base(model=str(tiny_base), revision=None))
 
 
 def test_the_prompt_is_the_recipes() -> None:

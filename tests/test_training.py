@@ -19,7 +19,7 @@ from fintune.modeling import (
     save_merged,
 )
 from fintune.params import Base, Lora, Train, UserError
-from fintune.prompts import SPECIAL_TOKENS, encode, end_token_id, load_tokenizer
+from fintune.prompts import SPECIAL_TOKENS, encode, end_token_id
 from fintune.scoring import answer_logits, generate, likelihood
 from fintune.training import (
     AnswerTrainer,
@@ -60,16 +60,6 @@ TEXTS = [
     for a in range(6)
     for b in range(4)
 ]
-
-
-@pytest.fixture(scope="module")
-def base(tiny_base: Path) -> Base:
-    return Base(model=str(tiny_base), revision=None)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(base: Base) -> Any:
-    return load_tokenizer(base)
 
 
 @pytest.fixture(scope="module")
