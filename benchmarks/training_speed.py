@@ -6,10 +6,11 @@
 
 All settings see the same rows in steps of 32, with the lengths of FiQA's rows under Mistral's tokenizer
 (log-normal, 260 tokens in the mean, no more than 1,024; the tokens themselves are random). Tokens are the
-rows' own, without padding, and a step's time includes the optimizer's. The floor are the base's matrix
-products alone, forward and for the gradient of the input, for as many tokens as a step has, in the
-unfused shapes; MFU is measured against one large matrix product. Losses of random weights mean
-nothing, except that settings which compute the same have the same.
+rows' own, without padding, and a step's time includes the optimizer's. As in a long training, the losses are
+not read at every step, which would wait for the device, but in the middle and at the end; the second half
+is timed. The floor are the base's matrix products alone, forward and for the gradient of the input, for
+as many tokens as a step has, in the unfused shapes; MFU is measured against one large matrix product.
+Losses of random weights mean nothing, except that settings which compute the same have the same.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from trl import SFTConfig, SFTTrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from fintune import training
 from fintune.modeling import add_adapter, load_base
 from fintune.params import Base, Lora, Train
 from fintune.preflight import GIB, Shape, estimate_memory_gib, matmul_flops
@@ -46,13 +48,20 @@ LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "triton")
 ROWS_PER_STEP = 32
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 OURS: dict[str, dict[str, Any]] = {
-    "fused": {"checkpointing": "none"},
+    "fused": {"checkpointing": "none", "dequantize": "once"},
+    "fused-always": {"checkpointing": "none"},
     "fused-selective": {"checkpointing": "selective"},
     "fused-full": {"checkpointing": "full"},
-    "fused-full-2048": {"checkpointing": "full", "tokens_per_pass": 2048},
-    "fused-dropout": {"checkpointing": "none", "dropout": 0.1},
+    "fused-full-8k": {"checkpointing": "full", "tokens_per_pass": 8192},
+    "fused-full-once": {"checkpointing": "full", "dequantize": "once"},
+    "fused-dropout": {"checkpointing": "none", "dequantize": "once", "dropout": 0.1},
     "fused-16-bit": {"checkpointing": "none", "quantization": "none"},
-    "fused-8-gib": {"checkpointing": "auto", "tokens_per_pass": "auto", "memory_gib": 8},
+    "fused-8-gib": {
+        "checkpointing": "auto",
+        "dequantize": "auto",
+        "tokens_per_pass": "auto",
+        "memory_gib": 8,
+    },
     "fused-oom": {"checkpointing": "full", "memory_gib": 8},  # too much at once: it has to halve
     "plain": {"checkpointing": "none", "kernels": "plain"},
     "plain-full": {"checkpointing": "full", "kernels": "plain"},
@@ -63,7 +72,7 @@ TRL: dict[str, dict[str, Any]] = {
         "padding_free": False,
         "dropout": 0.1,
         "dtype": torch.float16,
-        "steps": 3,
+        "steps": 4,
     },
     "trl-packed": {"at_once": 32, "padding_free": True, "dropout": 0.0, "dtype": torch.bfloat16},
 }
@@ -76,8 +85,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--settings", nargs="+", default=[*OURS, *TRL], choices=[*OURS, *TRL])
-    parser.add_argument("--steps", type=int, default=14)
-    parser.add_argument("--warm-up", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=20, help="an even number")
     arguments = parser.parse_args()
     base = Base(model=str(arguments.base), revision=None)
     rows = draw_rows((arguments.steps + 1) * ROWS_PER_STEP)
@@ -99,7 +107,7 @@ def main() -> None:
         free_memory()
         begun = time.perf_counter()
         try:
-            measured = measure(name, base, rows, arguments.steps, arguments.warm_up)
+            measured = measure(name, base, rows, arguments.steps)
         except Exception as error:  # one setting's failure is a result, too
             log.exception("%s", name)
             measured = {"error": f"{type(error).__name__}: {error}"}
@@ -164,20 +172,18 @@ def timed(call: Callable[[], Any], repeats: int = 20) -> float:
     return statistics.median(series)
 
 
-def measure(
-    name: str, base: Base, rows: list[TokenRow], steps: int, warm_up: int
-) -> dict[str, Any]:
-    """Tokens and rows a second after the warm-up, what the warm-up cost beyond that, peak memory."""
+def measure(name: str, base: Base, rows: list[TokenRow], steps: int) -> dict[str, Any]:
+    """Tokens and rows a second in the second half of the steps, what the first cost more, peak memory."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     if name in TRL:
         settings = dict(TRL[name])
         steps = settings.pop("steps", steps)
-        warm_up = min(warm_up, steps - 2)
         ends, step_tokens, losses, more = trl_steps(base, rows, steps, **settings)
     else:
         ends, step_tokens, losses, more = our_steps(base, rows, steps, **OURS[name])
-    seconds = ends[-1] - ends[warm_up]
+    warm_up = steps // 2
+    seconds = ends[steps] - ends[warm_up]
     counted = step_tokens[warm_up:]
     steady = seconds / len(counted)
     return {
@@ -199,8 +205,9 @@ def our_steps(
     tokens_per_pass: int | str = 1_000_000,
     quantization: str = "nf4",
     dropout: float = 0.0,
+    dequantize: str = "always",
     memory_gib: float | None = None,
-) -> tuple[list[float], list[int], list[float], dict[str, Any]]:
+) -> tuple[dict[int, float], list[float], list[float], dict[str, Any]]:
     """Train with this project's trainer; when each step ended, its tokens and its loss."""
     total = torch.cuda.mem_get_info()[1] / GIB
     if memory_gib:
@@ -210,12 +217,11 @@ def our_steps(
         lora=Lora(r=16, alpha=32, dropout=dropout, target_modules=LAYERS),
         learning_rate=2e-4, schedule="constant", warmup_fraction=0.0, weight_decay=0.0,
         max_grad_norm=1.0, epochs=9.0, max_steps=steps, rows_per_step=ROWS_PER_STEP,
-        attention="auto", kernels=kernels, checkpointing=checkpointing,
+        attention="auto", kernels=kernels, checkpointing=checkpointing, dequantize=dequantize,
         tokens_per_pass=tokens_per_pass, validate_every_steps=steps, early_stopping_patience=None,
         seed=0,
     )  # fmt: skip
-    ends: list[float] = []
-    losses: list[float] = []
+    ends, losses = {}, []
     tokenizer = load_tokenizer(base)
     model = load_base(base, tokenizer, quantization, torch.bfloat16)
     model = add_adapter(model, tokenizer, params.lora, params.seed)
@@ -223,12 +229,13 @@ def our_steps(
     def note(step: int, values: dict[str, float]) -> None:
         synchronize()
         if "loss" in values:
-            ends.append(time.perf_counter())
+            ends[step] = time.perf_counter()
             losses.append(values["loss"])
 
     try:
         with tempfile.TemporaryDirectory() as folder:
             synchronize()
+            training.POINTS = 2
             begun = time.perf_counter()
             result = train(
                 model, tokenizer, rows, params, torch.bfloat16,
@@ -237,34 +244,36 @@ def our_steps(
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     predicted = estimate_memory_gib(
-        shape_of(base), quantization, 2, kernels, result.plan.checkpointing, result.largest_pass
-    )
+        shape_of(base), quantization, 2, kernels, result.plan.checkpointing,
+        result.plan.dequantize == "once", result.largest_pass,
+    )  # fmt: skip
     more = {
         "plan": str(result.plan),
         "largest_pass_tokens": result.largest_pass,
         "predicted_memory_gib": sum(predicted.values()),  # of that pass
     }
-    return [begun, *ends], result.step_tokens, losses, more
+    return {0: begun} | ends, result.step_tokens, losses, more
 
 
 class Times(TrainerCallback):
-    """When each step ended, the device included."""
+    """When the training began and when each logged step ended, the device included."""
 
     def __init__(self) -> None:
-        self.ends: list[float] = []
+        self.ends: dict[int, float] = {}
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self.on_step_end()
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
         synchronize()
-        self.ends.append(time.perf_counter())
+        self.ends[0] = time.perf_counter()
+
+    def on_log(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        synchronize()
+        self.ends.setdefault(state.global_step, time.perf_counter())
 
 
 def trl_steps(
     base: Base, rows: list[TokenRow], steps: int, padding_free: bool, dropout: float,
     dtype: torch.dtype, at_once: int,
-) -> tuple[list[float], list[int], list[float], dict[str, Any]]:  # fmt: skip
+) -> tuple[dict[int, float], list[float], list[float], dict[str, Any]]:  # fmt: skip
     """Train with TRL's own trainer; `at_once` rows go through the model together."""
     four_bits = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
@@ -287,8 +296,8 @@ def trl_steps(
             SFTConfig(
                 folder, per_device_train_batch_size=at_once,
                 gradient_accumulation_steps=ROWS_PER_STEP // at_once, max_steps=steps,
-                learning_rate=2e-4, logging_steps=1, report_to="none", save_strategy="no",
-                padding_free=padding_free, max_length=1024, completion_only_loss=True,
+                learning_rate=2e-4, logging_steps=steps // 2, report_to="none", save_strategy="no",
+                padding_free=padding_free, max_length=None, completion_only_loss=True,
                 gradient_checkpointing=not padding_free, bf16=dtype == torch.bfloat16,
                 fp16=dtype == torch.float16, disable_tqdm=True,
             ),
@@ -305,8 +314,10 @@ def trl_steps(
                 parameter.data = parameter.data.float()  # the gradient scaler refuses others
         trainer.train()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    # of two halves, each as many steps; only their sums are read
     seen = [0.0, *(float(entry["num_tokens"]) for entry in history)]
-    step_tokens = [round(b - a) for a, b in pairwise(seen)]
+    halves = [(b - a) / (steps // 2) for a, b in pairwise(seen)]
+    step_tokens = [tokens for tokens in halves for _ in range(steps // 2)]
     assert sum(lengths) >= sum(step_tokens)
     return times.ends, step_tokens, [float(entry["loss"]) for entry in history], {}
 

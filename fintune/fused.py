@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
@@ -26,7 +26,7 @@ from bitsandbytes.functional import dequantize_4bit
 from peft import PeftModel
 from torch import Tensor
 from torch.autograd import Function
-from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from fintune.modeling import attend
 from fintune.preflight import CHUNK
@@ -35,9 +35,9 @@ ARCHITECTURES = ("mistral", "llama")
 ALIGNMENT = 64  # products whose sizes or starts are no multiples of it take slow kernels
 
 
-def unsupported(model: PeftModel) -> str | None:
+def unsupported(model: PeftModel | PreTrainedModel) -> str | None:
     """Why this model cannot be computed here, or None if it can."""
-    config = model.get_base_model().config
+    config = base_of(model).config
     if config.model_type not in ARCHITECTURES:
         return f"a base of type {config.model_type}"
     if config.hidden_act != "silu":
@@ -46,6 +46,11 @@ def unsupported(model: PeftModel) -> str | None:
         if name.rsplit(".", 1)[-1] in LINEAR and getattr(module, "bias", None) is not None:
             return f"a bias in {name}"
     return None
+
+
+def base_of(model: Any) -> Any:
+    """transformers' own model, whose layers an adapter may sit in."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -72,24 +77,33 @@ class Projections:
     `parameters` are A and B of each layer that has them; gradients come in that order. Ranks and
     outputs of the layers lie side by side in `down`, (ranks, inputs), and `up`, (outputs, ranks),
     which is zero where a rank belongs to another layer; both are copies in the activations' type.
+    `refresh` takes over the parameters' values. With `keep`, 4-bit weights are dequantised there and
+    stay in 16 bits; otherwise each product makes them anew.
     """
 
-    def __init__(self, modules: Sequence[Any], dtype: torch.dtype, workspace: Workspace) -> None:
+    def __init__(
+        self,
+        modules: Sequence[Any],
+        dtype: torch.dtype,
+        workspace: Workspace,
+        keep: bool,
+        training: bool,
+    ) -> None:
         self.bases = [getattr(module, "base_layer", module) for module in modules]
         self.outputs = [base.out_features for base in self.bases]
         self.inputs: int = self.bases[0].in_features
         self.quantized = hasattr(self.bases[0].weight, "quant_state")
         self.workspace = workspace
-        tuned = [m if hasattr(m, "lora_A") else None for m in modules]
+        tuned = [(m, active_adapter(m)) for m in modules]
         self.loras = [
-            (m.lora_A["default"].weight, m.lora_B["default"].weight) if m else None for m in tuned
+            (m.lora_A[name].weight, m.lora_B[name].weight) if name else None for m, name in tuned
         ]
         self.parameters: tuple[Tensor, ...] = tuple(p for pair in self.loras if pair for p in pair)
-        present = [m for m in tuned if m]
-        self.scaling: float = present[0].scaling["default"] if present else 0.0
-        self.dropout: float = (
-            getattr(present[0].lora_dropout["default"], "p", 0.0) if present else 0
-        )
+        present = [(m, name) for m, name in tuned if name]
+        self.scaling: float = present[0][0].scaling[present[0][1]] if present else 0.0
+        self.dropout: float = 0.0
+        if present and training:
+            self.dropout = getattr(present[0][0].lora_dropout[present[0][1]], "p", 0.0)
         self.folds = bool(present) and self.quantized and not self.dropout
         device = self.bases[0].weight.device
         ranks = sum(pair[0].shape[0] for pair in self.loras if pair)
@@ -102,6 +116,16 @@ class Projections:
             from fintune import kernels  # needs Triton, which comes with torch for GPUs only
 
             self.states = [kernels.NestedState.of(base.weight.quant_state) for base in self.bases]
+        self.kept: Tensor | None = None
+        if keep and self.quantized:
+            self.kept = torch.empty(sum(self.outputs), self.inputs, dtype=dtype, device=device)
+            if not self.folds:  # otherwise `refresh` does, before the first use
+                self._fill(self.kept)
+
+    def refresh(self) -> None:
+        """Follow parameters that have changed, once `copies` have."""
+        if self.kept is not None and self.folds:
+            self._fill(self.kept)
 
     def _of_parameters(self, down: Tensor, up: Tensor) -> list[Tensor]:
         """The parts of tensors of `down`'s and `up`'s shapes that belong to `parameters`, in their order."""
@@ -115,17 +139,24 @@ class Projections:
         """Weights, (outputs, inputs), with the outputs that they belong to."""
         if not self.quantized:
             return [(r, base.weight) for r, base in zip(self.rows, self.bases, strict=True)]
-        whole = self.workspace.take(sum(self.outputs), self.inputs, like)
+        whole = self.kept
+        if whole is None:
+            whole = self.workspace.take(sum(self.outputs), self.inputs, like)
+            self._fill(whole)
+        return [(slice(0, len(whole)), whole)]
+
+    @torch.no_grad()
+    def _fill(self, whole: Tensor) -> None:
+        """Dequantise the weights, (outputs, inputs), and add the adapter where it is folded in."""
         for i, (r, base, pair) in enumerate(zip(self.rows, self.bases, self.loras, strict=True)):
             pair = pair if self.folds else None
-            if like.is_cuda:
+            if whole.is_cuda:
                 from fintune.kernels import dequantize_and_add
 
                 dequantize_and_add(base.weight, self.states[i], pair, self.scaling, whole[r])
             else:
                 weight = _dequantize(base)
                 whole[r] = weight.addmm_(pair[1], pair[0], alpha=self.scaling) if pair else weight
-        return [(slice(0, len(whole)), whole)]
 
     def forward(self, x: Tensor, seed: int) -> Tensor:
         """(tokens, inputs) to (tokens, outputs)."""
@@ -146,7 +177,8 @@ class Projections:
         if self.parameters and not self.folds:
             inner = dy @ self.up
             if self.dropout:
-                add_dropped_product(dx, inner, self.down, self._alpha, self.dropout, seed)
+                arguments = (dx, inner, self.down, self._alpha, self.dropout, seed)
+                functions_for(dx).add_dropped_product(*arguments)
             else:
                 dx.addmm_(inner, self.down, alpha=self._alpha)
         return dx
@@ -165,7 +197,16 @@ class Projections:
         return self.scaling / (1 - self.dropout)
 
     def _dropped(self, x: Tensor, seed: int) -> Tensor:
-        return drop(x, self.dropout, seed) if self.dropout else x
+        return functions_for(x).drop(x, self.dropout, seed) if self.dropout else x
+
+
+def active_adapter(module: Any) -> str | None:
+    """The adapter that a layer of PEFT's computes with; None where it is switched off, or has none."""
+    if not getattr(module, "active_adapters", None) or module.disable_adapters:
+        return None
+    name: str = module.active_adapters[0]
+    mine = getattr(module, "lora_A", None) or getattr(module, "token_indices", {})
+    return name if name in mine else None
 
 
 def _side_by_side(sizes: Sequence[int]) -> list[slice]:
@@ -239,6 +280,41 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat(turned, dim=-1).to(x.dtype)
 
 
+def attend_to_cache(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    window: int | None,
+    scale: float,
+) -> Tensor:
+    """What the newest token of each row sees, itself and all before it.
+
+    Args:
+        q: (rows, heads, size).
+        keys: (slots, length, groups, size), as `values`: those of the tokens so far.
+        slots: (rows,): which slot holds each row.
+        positions: (rows,): of the newest token in its slot.
+        window: how many tokens are seen, the newest included; None for all.
+
+    Returns:
+        (rows, heads, size).
+    """
+    rows, heads, size = q.shape
+    groups, longest = keys.shape[2], int(positions.max()) + 1
+    k, v = (cache[slots, :longest].transpose(1, 2) for cache in (keys, values))
+    place = torch.arange(longest, device=q.device)
+    seen = place <= positions[:, None]
+    if window is not None:
+        seen &= place > positions[:, None] - window
+    # heads that share a key are queries at the same place
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q.view(rows, groups, heads // groups, size), k, v, seen[:, None, None], scale=scale
+    )
+    return out.reshape(rows, heads, size)
+
+
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up; (tokens, 2 n) to (tokens, n)."""
     gate, up = gate_up.chunk(2, dim=-1)
@@ -273,13 +349,55 @@ class Layer:
 
     def __call__(self, x: Tensor, place: Place, seed: int) -> Tensor:
         """(tokens, hidden) to (tokens, hidden)."""
+        out: Tensor = _FeedForward.apply(
+            self.attention(x, place, seed), self, seed + 2, *self.of_feed_forward
+        )
+        return out
+
+    def attention(self, x: Tensor, place: Place, seed: int) -> Tensor:
+        """The first half, residual included."""
         q, k, v, x = _QueryKeyValue.apply(x, self, place, seed, *self.qkv.parameters)
         scale = q.shape[-1] ** -0.5
         seen = attend(q, k, v, place.bounds, place.longest, self.window, scale)
-        x = _Output.apply(seen.flatten(1), x, self, seed + 1, *self.output.parameters)
-        parameters = (*self.gate_up.parameters, *self.down.parameters)
-        out: Tensor = _FeedForward.apply(x, self, seed + 2, *parameters)
+        out: Tensor = _Output.apply(seen.flatten(1), x, self, seed + 1, *self.output.parameters)
         return out
+
+    @property
+    def of_attention(self) -> tuple[Tensor, ...]:
+        return (*self.qkv.parameters, *self.output.parameters)
+
+    @property
+    def of_feed_forward(self) -> tuple[Tensor, ...]:
+        return (*self.gate_up.parameters, *self.down.parameters)
+
+    def feed_forward_gradients(
+        self, x: Tensor, gate_up: Tensor | None, dy: Tensor, seed: int
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Of x, and of `of_feed_forward`; without `gate_up` that product is made again."""
+        normal = self.run.rms_norm(x, self.norms[1], self.eps)
+        if gate_up is None:
+            gate_up = self.gate_up.forward(normal, seed)
+        d_middle = self.down.input_gradient(dy, seed + 1)
+        middle, d_gate_up = self.run.swiglu_backward(gate_up, d_middle)
+        del gate_up, d_middle
+        of_down = self.down.parameter_gradients(middle, dy, seed + 1)
+        del middle
+        of_gate_up = self.gate_up.parameter_gradients(normal, d_gate_up, seed)
+        del normal
+        d_normal = self.gate_up.input_gradient(d_gate_up, seed)
+        del d_gate_up
+        dx = self.run.rms_norm_backward(x, self.norms[1], self.eps, d_normal, dy)
+        return dx, [*of_gate_up, *of_down]
+
+    def infer(self, x: Tensor, cos: Tensor, sin: Tensor, look: Callable[..., Tensor]) -> Tensor:
+        """The same without gradients; `look` takes q, k and v and gives what each token has seen."""
+        normal = self.run.rms_norm(x, self.norms[0], self.eps)
+        turned = self.run.rotate(self.qkv.forward(normal, 0), cos, sin, self.heads, self.groups)
+        seen = look(*turned.split([self.heads, self.groups, self.groups], dim=1))
+        x = self.output.forward(seen.flatten(1), 0).add_(x)
+        normal = self.run.rms_norm(x, self.norms[1], self.eps)
+        middle = self.run.swiglu(self.gate_up.forward(normal, 0))
+        return self.down.forward(middle, 0).add_(x)
 
 
 @dataclass(frozen=True)
@@ -350,21 +468,30 @@ class _FeedForward(Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        (dy,), (x, gate_up), layer, seed = gradients, ctx.saved_tensors, ctx.layer, ctx.seed
-        normal = layer.run.rms_norm(x, layer.norms[1], layer.eps)
-        if gate_up is None:
-            gate_up = layer.gate_up.forward(normal, seed)
-        d_middle = layer.down.input_gradient(dy, seed + 1)
-        middle, d_gate_up = layer.run.swiglu_backward(gate_up, d_middle)
-        del gate_up, d_middle
-        of_down = layer.down.parameter_gradients(middle, dy, seed + 1)
-        del middle
-        of_gate_up = layer.gate_up.parameter_gradients(normal, d_gate_up, seed)
-        del normal
-        d_normal = layer.gate_up.input_gradient(d_gate_up, seed)
-        del d_gate_up
-        dx = layer.run.rms_norm_backward(x, layer.norms[1], layer.eps, d_normal, dy)
-        return dx, None, None, *of_gate_up, *of_down
+        x, gate_up = ctx.saved_tensors
+        dx, of_parameters = ctx.layer.feed_forward_gradients(x, gate_up, gradients[0], ctx.seed)
+        return dx, None, None, *of_parameters
+
+
+class _Again(Function):
+    """A layer of which only the input is kept; all but its last product is computed again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Layer, place: Place, seed: int, *_: Tensor) -> Any:
+        ctx.save_for_backward(x)
+        ctx.layer, ctx.place, ctx.seed = layer, place, seed
+        return layer(x, place, seed)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        layer, x = ctx.layer, ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            middle = layer.attention(x, ctx.place, ctx.seed)
+        d_middle, of_feed_forward = layer.feed_forward_gradients(
+            middle.detach(), None, gradients[0], ctx.seed + 2
+        )
+        dx, *of_attention = torch.autograd.grad(middle, [x, *layer.of_attention], d_middle)
+        return dx, None, None, None, *of_attention, *of_feed_forward
 
 
 class _AnswerLoss(Function):
@@ -377,16 +504,11 @@ class _AnswerLoss(Function):
         total = torch.zeros((), dtype=torch.float32, device=states.device)
         d_states, d_rows = torch.empty_like(states), torch.zeros_like(rows)
         own = rows.to(states.dtype)
-        vocabulary = weight.shape[0]
-        stride = -(-vocabulary // ALIGNMENT) * ALIGNMENT
-        even = vocabulary // ALIGNMENT * ALIGNMENT
+        even = len(weight) // ALIGNMENT * ALIGNMENT
         for x, target, dx in zip(
             states.split(CHUNK), targets.split(CHUNK), d_states.split(CHUNK), strict=True
         ):
-            logits = x.new_empty(len(x), stride)[:, :vocabulary]
-            torch.mm(x, weight[:even].t(), out=logits[:, :even])
-            torch.mm(x, weight[even:].t(), out=logits[:, even:])
-            logits.index_copy_(1, indices, x @ own.t())
+            logits = logits_of(x, weight, own, indices)
             wide = logits.float()
             log_sum = wide.logsumexp(dim=-1, keepdim=True)
             total += (log_sum - wide.gather(1, target[:, None])).sum()
@@ -407,22 +529,45 @@ class _AnswerLoss(Function):
         return d_states * gradients[0], d_rows * gradients[0], None, None, None
 
 
+def logits_of(states: Tensor, weight: Tensor, own: Tensor, indices: Tensor) -> Tensor:
+    """(tokens, vocabulary); the rows `own` stand in the head's `weight` at `indices`."""
+    vocabulary = len(weight)
+    stride = -(-vocabulary // ALIGNMENT) * ALIGNMENT
+    even = vocabulary // ALIGNMENT * ALIGNMENT
+    logits = states.new_empty(len(states), stride)[:, :vocabulary]
+    torch.mm(states, weight[:even].t(), out=logits[:, :even])
+    torch.mm(states, weight[even:].t(), out=logits[:, even:])
+    return logits.index_copy_(1, indices, states @ own.t())
+
+
 class FusedModel:
-    """A PEFT model's fast path for training on packed rows; uses its weights and leaves it as it is.
+    """A PEFT model's fast path on packed rows; uses its weights and leaves it as it is.
 
     Args:
-        model: the base with LoRA on any of the seven projections and trainable token rows.
+        model: a base, or one with LoRA on any of the seven projections and trainable token rows; computed
+            as it stands, with its active adapter or, in `disable_adapter()`, without.
         dtype: of the activations.
         checkpointing: `none`; `selective` computes gate and up again in the backward pass; `full`
             computes a whole layer again.
+        keep: hold 4-bit weights in 16 bits, 2 bytes a weight, instead of dequantising for each product.
+        training: whether LoRA's dropout is at work.
     """
 
-    def __init__(self, model: PeftModel, dtype: torch.dtype, checkpointing: str) -> None:
-        plain: Any = model.get_base_model()
+    def __init__(
+        self,
+        model: PeftModel | PreTrainedModel,
+        dtype: torch.dtype,
+        checkpointing: str = "none",
+        keep: bool = False,
+        training: bool = True,
+    ) -> None:
+        plain: Any = base_of(model)
         config, self.body = plain.config, plain.get_decoder()
         device = next(self.body.parameters()).device
         workspace = Workspace()
-        group = functools.partial(Projections, dtype=dtype, workspace=workspace)
+        group = functools.partial(
+            Projections, dtype=dtype, workspace=workspace, keep=keep, training=training
+        )
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.checkpointing = checkpointing
         self.layers = [
@@ -441,17 +586,17 @@ class FusedModel:
             )
             for x in self.body.layers
         ]
-        groups = [p for x in self.layers for p in (x.qkv, x.output, x.gate_up, x.down)]
-        self.copies = [view for p in groups for view in p.copies]
-        self.parameters = [parameter for p in groups for parameter in p.parameters]
-        self.drops = any(p.dropout for p in groups)
+        self.groups = [p for x in self.layers for p in (x.qkv, x.output, x.gate_up, x.down)]
+        self.copies = [view for p in self.groups for view in p.copies]
+        self.parameters = [parameter for p in self.groups for parameter in p.parameters]
+        self._followed: list[tuple[int, int]] = []
+        self.drops = any(p.dropout for p in self.groups)
         self.embedding, self.embedding_rows, self.tokens = _table(plain.get_input_embeddings())
         head = plain.get_output_embeddings()
         tied = config.tie_word_embeddings
         self.head, self.head_rows, _ = _table(plain.get_input_embeddings() if tied else head)
-        self.indices = torch.tensor(
-            self.tokens, device=device
-        )  # made in a step, it would wait there
+        # made in a step, it would wait there
+        self.indices = torch.tensor(self.tokens, dtype=torch.long, device=device)
 
     def hidden_states(self, ids: Tensor, positions: Tensor, bounds: Tensor, longest: int) -> Tensor:
         """The last hidden states of packed rows, (tokens, hidden).
@@ -461,24 +606,48 @@ class FusedModel:
             bounds: int32, (documents + 1,): where each document starts, then the end.
             longest: tokens of the longest document.
         """
-        with torch.no_grad():
-            torch._foreach_copy_(self.copies, self.parameters)
-        x = torch.nn.functional.embedding(ids, self.embedding)
-        for token, row in zip(self.tokens, self.embedding_rows, strict=True):
-            x = torch.where((ids == token)[:, None], row.to(x.dtype), x)
-        cos, sin = self.body.rotary_emb(x, positions[None])
-        place = Place(cos[0], sin[0], bounds, longest)
+        self.follow()
+        x = self.embed(ids)
+        place = Place(*self.angles(x, positions), bounds, longest)
         seed = (
             int(torch.randint(2**48, ())) if self.drops else 0
         )  # drawn from the trainer's generator
         for number, layer in enumerate(self.layers):
-            run = (layer, x, place, seed + 4 * number)
-            if self.checkpointing == "full" and torch.is_grad_enabled():
-                x = checkpoint(*run, use_reentrant=False, preserve_rng_state=False)
+            if self.checkpointing == "full":
+                parameters = (*layer.of_attention, *layer.of_feed_forward)
+                x = _Again.apply(x, layer, place, seed + 4 * number, *parameters)
             else:
-                x = layer(*run[1:])
+                x = layer(x, place, seed + 4 * number)
         normal: Tensor = self.body.norm(x)
         return normal
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Take over what an optimizer has made of the parameters since the last time."""
+        now = [(p.data_ptr(), p._version) for p in self.parameters]
+        if now == self._followed:
+            return
+        torch._foreach_copy_(self.copies, self.parameters)
+        for group in self.groups:
+            group.refresh()
+        self._followed = now
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """(tokens,) to (tokens, hidden)."""
+        x = torch.nn.functional.embedding(ids, self.embedding)
+        for token, row in zip(self.tokens, self.embedding_rows, strict=True):
+            x = torch.where((ids == token)[:, None], row.to(x.dtype), x)
+        return x
+
+    def angles(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines for `positions`, (tokens,), in x's type: (tokens, head size) each."""
+        cos, sin = self.body.rotary_emb(x, positions[None])
+        return cos[0], sin[0]
+
+    @torch.no_grad()
+    def logits(self, states: Tensor) -> Tensor:
+        """(tokens, vocabulary) from normalised hidden states, (tokens, hidden)."""
+        return logits_of(states, self.head, self.head_rows.to(states.dtype), self.indices)
 
     def answer_loss(self, states: Tensor, targets: Tensor) -> Tensor:
         """The summed loss in nats; `states`, (answer tokens, hidden), predict `targets`."""
@@ -496,7 +665,11 @@ def functions_for(x: Tensor) -> Any:
 
 
 def _table(module: Any) -> tuple[Tensor, Tensor, list[int]]:
-    """Weight, trained rows and their token ids of an embedding or head wrapped by PEFT."""
-    tokens = module.token_adapter
-    weight = tokens.base_layer.weight
-    return weight, tokens.trainable_tokens_delta["default"], tokens.token_indices["default"]
+    """Weight, trained rows and their token ids of an embedding or head; no rows without an adapter."""
+    tokens: Any = getattr(module, "token_adapter", module)
+    name = active_adapter(tokens)
+    if name is None:
+        weight: Tensor = getattr(tokens, "base_layer", module).weight
+        return weight, weight[:0], []
+    rows = tokens.trainable_tokens_delta[name]
+    return tokens.base_layer.weight, rows, tokens.token_indices[name]

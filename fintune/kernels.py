@@ -59,6 +59,24 @@ def dequantize_and_add(
 TILE = {"ROWS": 64, "BLOCKS": 1, "KIND": tl.float16, "num_warps": 4}  # measured on an H200
 
 
+def drop(x: Tensor, share: float, seed: int) -> Tensor:
+    y = torch.empty_like(x)
+    grid = (triton.cdiv(x.numel(), COLUMNS),)
+    _drop[grid](x, y, x.numel(), share, seed, QUARTER=COLUMNS // 4)
+    return y
+
+
+def add_dropped_product(
+    x: Tensor, left: Tensor, right: Tensor, scale: float, share: float, seed: int
+) -> None:
+    rows, columns = x.shape
+    rank = left.shape[1]
+    _add_dropped_product[(triton.cdiv(rows, 32), triton.cdiv(columns, 128))](
+        x, left, right, rows, columns, scale, share, seed,
+        RANK=rank, WIDTH=max(16, triton.next_power_of_2(rank)), ROWS=32, QUARTER=32,
+    )  # fmt: skip
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     y = torch.empty_like(x)
     width = triton.next_power_of_2(x.shape[1])
@@ -107,6 +125,27 @@ def _per_head(out: Tensor) -> tuple[int, int]:
     return out.shape[0], triton.cdiv(out.shape[1], HEADS)
 
 
+def attend_to_cache(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    window: int | None,
+    scale: float,
+) -> Tensor:
+    rows, heads, size = q.shape
+    length, groups = keys.shape[1:3]
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    repeats = heads // groups
+    _attend_to_cache[(rows, groups)](
+        q, q.stride(0), keys, values, slots, positions, out, length, groups, window or length, scale,
+        REPEATS=repeats, QUERIES=max(16, triton.next_power_of_2(repeats)), SIZE=size,
+        WIDTH=max(16, triton.next_power_of_2(size)), PLACES=64, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
 def swiglu(gate_up: Tensor) -> Tensor:
     tokens, columns = gate_up.shape[0], gate_up.shape[1] // 2
     y = gate_up.new_empty(tokens, columns)
@@ -124,6 +163,45 @@ def swiglu_backward(gate_up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
 
 
 COLUMNS = 1024  # of one token that a program computes
+
+
+@triton.jit
+def _random(seed, four):
+    """Uniform in [0, 1): four numbers for each of `four`, side by side in the last dimension."""
+    a, b, c, d = tl.rand4x(seed, four)
+    return tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
+
+
+@triton.jit(do_not_specialize=["values", "seed"])
+def _drop(x, y, values, share, seed, QUARTER: tl.constexpr):
+    first = tl.program_id(0).to(tl.int64) * QUARTER
+    place = 4 * first + tl.arange(0, 4 * QUARTER)
+    inside = place < values
+    kept = _random(seed, first + tl.arange(0, QUARTER)) >= share
+    found = tl.load(x + place, mask=inside, other=0.0)
+    tl.store(y + place, tl.where(kept, found, 0.0), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "seed"])
+def _add_dropped_product(
+    x, left, right, rows, columns, scale, share, seed,
+    RANK: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, QUARTER: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * 4 * QUARTER + tl.arange(0, 4 * QUARTER)
+    r = tl.arange(0, WIDTH)
+    kept = (row[:, None] < rows) & (r[None, :] < RANK)
+    left_tile = tl.load(left + row[:, None] * RANK + r[None, :], mask=kept, other=0.0)
+    kept = (r[:, None] < RANK) & (column[None, :] < columns)
+    right_tile = tl.load(right + r[:, None] * columns + column[None, :], mask=kept, other=0.0)
+    product = scale * tl.dot(left_tile, right_tile, input_precision="ieee")
+    place = row[:, None] * columns + column[None, :]
+    inside = (row[:, None] < rows) & (column[None, :] < columns)
+    fours = tl.program_id(1) * QUARTER + tl.arange(0, QUARTER)
+    kept = inside & (_random(seed, row[:, None] * (columns // 4) + fours[None, :]) >= share)
+    found = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    total = tl.where(kept, found + product, found)
+    tl.store(x + place, total.to(x.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -182,6 +260,43 @@ def _turn(
     kind = out.dtype.element_ty
     tl.store(target, (first * c - second * s).to(kind), mask=kept)
     tl.store(target + HALF, (second * c + first * s).to(kind), mask=kept)
+
+
+@triton.jit
+def _attend_to_cache(
+    q, q_step, keys, values, slots, positions, out, length, groups, window, scale,
+    REPEATS: tl.constexpr, QUERIES: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
+    PLACES: tl.constexpr,
+):  # fmt: skip
+    """One row and one group of heads that share keys, by a running softmax over PLACES tokens at a time."""
+    row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    slot, last = tl.load(slots + row), tl.load(positions + row)
+    head = group * REPEATS + tl.arange(0, QUERIES)[:, None]
+    column = tl.arange(0, WIDTH)[None, :]
+    own = (tl.arange(0, QUERIES)[:, None] < REPEATS) & (column < SIZE)
+    query = tl.load(q + row * q_step + head * SIZE + column, mask=own, other=0.0)
+    highest = tl.full((QUERIES,), -float("inf"), tl.float32)
+    total = tl.zeros((QUERIES,), tl.float32)
+    found = tl.zeros((QUERIES, WIDTH), tl.float32)
+    start = tl.maximum(last + 1 - window, 0)
+    while start <= last:
+        place = start + tl.arange(0, PLACES)
+        where = ((slot * length + place)[:, None] * groups + group) * SIZE + column
+        kept = (place <= last)[:, None] & (column < SIZE)
+        key = tl.load(keys + where, mask=kept, other=0.0)
+        score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+        score = tl.where((place <= last)[None, :], score, -float("inf"))
+        above = tl.maximum(highest, tl.max(score, axis=1))
+        share = tl.exp(score - above[:, None])
+        shrink = tl.exp(highest - above)
+        value = tl.load(values + where, mask=kept, other=0.0)
+        product = tl.dot(share.to(value.dtype), value, input_precision="ieee")
+        found = found * shrink[:, None] + product
+        total = total * shrink + tl.sum(share, axis=1)
+        highest = above
+        start += PLACES
+    target = out + (row * groups * REPEATS + head) * SIZE + column
+    tl.store(target, (found / total[:, None]).to(out.dtype.element_ty), mask=own)
 
 
 @triton.jit

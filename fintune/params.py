@@ -135,8 +135,8 @@ class Lora(Section):
 class Train(Section):
     """The fine-tuning run.
 
-    Batches are counted in rows. `attention`, `kernels`, `checkpointing` and `tokens_per_pass` say how a
-    step is computed and not what is learned; `auto` chooses by the hardware.
+    Batches are counted in rows. `attention`, `kernels`, `checkpointing`, `dequantize` and `tokens_per_pass`
+    say how a step is computed and not what is learned; `auto` chooses by the hardware.
     """
 
     quantization: Literal["nf4", "none"]
@@ -153,6 +153,7 @@ class Train(Section):
     attention: Literal["auto", "varlen", "sdpa", "padded"]
     kernels: Literal["auto", "fused", "plain"]
     checkpointing: Literal["auto", "none", "selective", "full"]
+    dequantize: Literal["auto", "once", "always"]
     tokens_per_pass: Annotated[int | Literal["auto"], PlainValidator(_auto_or_count)]
     validate_every_steps: Count
     early_stopping_patience: Count | None

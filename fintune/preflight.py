@@ -4,6 +4,7 @@
 """
 
 import functools
+import itertools
 import json
 import logging
 import math
@@ -29,10 +30,11 @@ NF4_BYTES = (
 ACTIVATION_BYTES = 44  # of plain kernels: a token, layer and hidden unit in 16 bits, measured
 CHUNK = 1024  # answer tokens whose logits are held at once
 SAFE_SHARE = 0.92  # of the free memory; the rest is for fragments
-# measured on an H200, in the time of one token: of a token, of dequantising all weights for a pass, and the
-# least that a pass takes, since the host needs as long to launch it
+# measured on an H200, in the time of one token: of a token, of dequantising all weights once, and the least
+# that a pass takes, since the host needs as long to launch it
 TIME = {"none": 1.0, "selective": 1.2, "full": 1.42}
-PASS_TOKENS, LEAST_TOKENS = 500, 2600
+DEQUANTIZE_TOKENS, LEAST_TOKENS = 160, 2600
+DEQUANTIZATIONS = {"none": 2, "selective": 3, "full": 3}  # in a pass: forward, again, backward
 
 
 def check_base(base: Base) -> int:
@@ -151,6 +153,7 @@ class Plan:
     attention: str
     kernels: str
     checkpointing: str
+    dequantize: str
     tokens_per_pass: int
     passes: int  # for a step of the expected size
     memory: dict[str, float]
@@ -163,6 +166,7 @@ class Plan:
         parts = ", ".join(f"{name} {size:.1f}" for name, size in self.memory.items())
         return (
             f"{self.attention} attention, {self.kernels} kernels, checkpointing {self.checkpointing}, "
+            f"dequantize {self.dequantize}, "
             f"{self.passes} pass{'es' * (self.passes > 1)} of up to {self.tokens_per_pass:,} tokens a step; "
             f"memory about {self.peak_gib:.1f} GiB ({parts})"
         )
@@ -206,6 +210,14 @@ def plan_execution(
     modes = ["none", "selective", "full"] if kernels == "fused" else ["none", "full"]
     if params.checkpointing != "auto":
         modes = [params.checkpointing]
+    keeps = kernels == "fused" and params.quantization == "nf4"
+    dequantize = ["once", "always"] if keeps else ["always"]
+    if params.dequantize != "auto":
+        if params.dequantize not in dequantize:
+            raise UserError(
+                "train.dequantize: once: only fused kernels keep the 16-bit weights of a 4-bit base; set auto"
+            )
+        dequantize = [params.dequantize]
     step, longest = (
         _step_tokens(lengths, params.rows_per_step, padded=attention == "padded"),
         max(lengths),
@@ -218,12 +230,11 @@ def plan_execution(
         estimate_memory_gib, shape, params.quantization, bytes_per_value, kernels
     )
     plans = []
-    for mode in modes:
-        for limit in limits:
-            tokens = max(min(limit, step), min(longest, step))
-            passes = math.ceil(step / tokens)
-            memory = estimate(mode, tokens)
-            plans.append(Plan(attention, kernels, mode, limit, passes, memory))
+    for mode, how, limit in itertools.product(modes, dequantize, limits):
+        tokens = max(min(limit, step), min(longest, step))
+        passes = math.ceil(step / tokens)
+        memory = estimate(mode, how == "once", tokens)
+        plans.append(Plan(attention, kernels, mode, how, limit, passes, memory))
     smallest = min(plans, key=lambda plan: plan.peak_gib)
     if smallest.memory["weights"] > free_gib:
         raise UserError(
@@ -244,7 +255,8 @@ def plan_execution(
 def _time(plan: Plan, tokens: int) -> float:
     """What a step of so many tokens takes, in the time of one token."""
     computed = tokens / plan.passes * TIME[plan.checkpointing]
-    return plan.passes * (PASS_TOKENS + max(LEAST_TOKENS, computed))
+    times = 1 if plan.dequantize == "once" else plan.passes * DEQUANTIZATIONS[plan.checkpointing]
+    return plan.passes * max(LEAST_TOKENS, computed) + times * DEQUANTIZE_TOKENS
 
 
 def _step_tokens(lengths: Sequence[int], rows: int, padded: bool) -> int:
@@ -258,12 +270,19 @@ def _step_tokens(lengths: Sequence[int], rows: int, padded: bool) -> int:
 
 
 def estimate_memory_gib(
-    shape: Shape, quantization: str, size: int, kernels: str, checkpointing: str, tokens: int
+    shape: Shape,
+    quantization: str,
+    size: int,
+    kernels: str,
+    checkpointing: str,
+    keeps: bool,
+    tokens: int,
 ) -> dict[str, float]:
     """The peak of a training's memory, by part.
 
     Args:
         size: bytes of an activation and of an unquantised weight.
+        keeps: whether a 4-bit base is held dequantised as well.
         tokens: that go through the model at once, padding included.
     """
     s = shape
@@ -287,7 +306,8 @@ def estimate_memory_gib(
             working += 2 * s.middle * size
         if checkpointing == "full":
             working += attention + 2 * s.middle * size
-        weights = max(2 * s.middle, qkv) * s.hidden * size if quantization == "nf4" else 0
+        buffer = quantization == "nf4" and not keeps
+        weights = max(2 * s.middle, qkv) * s.hidden * size if buffer else 0
         activations = tokens * (kept + working) + weights
         adapter = s.adapter_weights * 16 + copies * size
     else:
@@ -298,8 +318,9 @@ def estimate_memory_gib(
             tokens * kept * size // 2 + 3 * table
         )  # PEFT copies both tables to change two rows
         adapter = s.adapter_weights * 16
+    dequantized = s.linear_weights * size if keeps else 0
     return {
-        "weights": (s.linear_weights * per_weight + 2 * table + norms) / GIB,
+        "weights": (s.linear_weights * per_weight + dequantized + 2 * table + norms) / GIB,
         "adapter and optimizer": adapter / GIB,  # weight, gradient and two moments in float32
         "activations": activations / GIB,
         "logits": logits / GIB,

@@ -38,6 +38,7 @@ from fintune.preflight import (
 from fintune.scoring import TokenRow, batches_by_length
 
 log = logging.getLogger("fintune")
+POINTS = 100  # of the loss curve, at least, where there are as many steps
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
@@ -166,9 +167,11 @@ class AnswerTrainer(SFTTrainer):
         self.step_tokens: list[int] = []
         self.largest_pass = 0
         self.answer_tokens = 0
+        self.model.train()  # here and after a validation: it takes milliseconds
         self.fused = None
         if plan.kernels == "fused":
-            self.fused = FusedModel(self.model, dtype, plan.checkpointing)
+            keep = plan.dequantize == "once"
+            self.fused = FusedModel(self.model, dtype, plan.checkpointing, keep)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *_: Any) -> torch.Tensor:
         """One optimizer step's gradients: the mean over the answer tokens of all its rows.
@@ -176,8 +179,6 @@ class AnswerTrainer(SFTTrainer):
         If memory runs out, the step begins again with passes of half the size, and so do all later ones;
         rows and loss stay the same.
         """
-        if not model.training:  # setting it takes milliseconds in a model of thousands of modules
-            model.train()
         rows: list[TokenRow] = inputs["step"].rows
         answers = sum(len(completion) for _, completion in rows)
         lengths = [len(prompt) + len(completion) for prompt, completion in rows]
@@ -480,7 +481,7 @@ def _arguments(
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
-        logging_steps=max(1, steps // 100),  # each waits for the device
+        logging_steps=max(1, steps // POINTS),  # each waits for the device
         report_to="none",
         seed=params.seed,
         data_seed=params.seed,

@@ -69,8 +69,11 @@ def plain_loss(model: Any, part: Any) -> torch.Tensor:
     return total
 
 
-def fused_loss(model: Any, part: Any, checkpointing: str) -> torch.Tensor:
-    fused = FusedModel(model, torch.float32, checkpointing)
+def fused_loss(model: Any, part: Any, checkpointing: str, keep: bool = False) -> torch.Tensor:
+    return loss_of(FusedModel(model, torch.float32, checkpointing, keep), part)
+
+
+def loss_of(fused: FusedModel, part: Any) -> torch.Tensor:
     states = fused.hidden_states(part.ids[0], part.positions[0], part.bounds, part.longest)
     return fused.answer_loss(states.index_select(0, part.predicting), part.targets)
 
@@ -89,7 +92,8 @@ def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
         {"tuned": ["q_proj", "v_proj"]},
         {"tuned": ["up_proj", "o_proj"]},
         {"quantization": "nf4"},
-        {"quantization": "nf4", "tuned": ["k_proj", "down_proj"]},
+        {"quantization": "nf4", "keep": True},
+        {"quantization": "nf4", "keep": True, "tuned": ["k_proj", "down_proj"]},
         {"sliding_window": 5},
     ],
     ids=str,
@@ -98,9 +102,11 @@ def test_loss_and_gradients_are_the_plain_model_s(
     base: Base, tokenizer: Any, changes: dict[str, Any], checkpointing: str
 ) -> None:
     """Float64 where there are no 4-bit weights, which bitsandbytes computes in float32 at most."""
+    keep = changes.get("keep", False)
+    changes = {key: value for key, value in changes.items() if key != "keep"}
     model = adapted(base, tokenizer, **changes)
     part = lay_out([encode(tokenizer, *t) for t in TEXTS], False, torch.device("cpu"))
-    loss = fused_loss(model, part, checkpointing)
+    loss = fused_loss(model, part, checkpointing, keep)
     ours = gradients(model, loss)
     if "quantization" not in changes:
         model = model.double()
@@ -111,6 +117,55 @@ def test_loss_and_gradients_are_the_plain_model_s(
     for name, gradient in expected.items():
         assert gradient.norm() > 0, name
         assert distance(ours[name], gradient) < 2e-5, name
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_kept_weights_follow_the_optimizer(base: Base, tokenizer: Any, dropout: float) -> None:
+    model = adapted(base, tokenizer, "nf4", dropout=dropout)
+    part = lay_out([encode(tokenizer, *t) for t in TEXTS], False, torch.device("cpu"))
+    kept = FusedModel(model, torch.float32, keep=True)
+    anew = FusedModel(model, torch.float32, keep=False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    seen = []
+    for _ in range(3):
+        losses = []
+        for fused in (kept, anew):
+            torch.manual_seed(3)
+            losses.append(loss_of(fused, part))
+        assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
+        seen.append(losses[0].item())
+        optimizer.zero_grad()
+        (losses[0] / 100).backward()
+        optimizer.step()
+    assert len(set(seen)) == 3
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_it_computes_with_the_adapter_that_is_switched_on(
+    base: Base, tokenizer: Any, quantization: str, tmp_path: Path
+) -> None:
+    model = adapted(base, tokenizer, quantization).eval()
+    part = lay_out([encode(tokenizer, *t) for t in TEXTS], False, torch.device("cpu"))
+
+    def losses() -> tuple[float, float]:
+        fused = FusedModel(model, torch.float32, training=False)
+        return loss_of(fused, part).item(), plain_loss(model, part).item()
+
+    tuned = losses()
+    with model.disable_adapter():
+        bare = losses()
+    model.save_pretrained(str(tmp_path), save_embedding_layers=False)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.mul_(0.5)
+    model.load_adapter(str(tmp_path), "other")
+    halved = losses()
+    model.set_adapter("other")
+    other = losses()
+    for ours, plain in (tuned, bare, halved, other):
+        assert ours == pytest.approx(plain, rel=1e-5)
+    assert other == pytest.approx(tuned, rel=1e-4)
+    assert len({round(ours, 3) for ours, _ in (tuned, bare, halved)}) == 3
 
 
 def test_documents_do_not_see_each_other(base: Base, tokenizer: Any) -> None:
@@ -209,6 +264,8 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from fintune import fused, kernels
 
 torch.manual_seed(0)
+if torch.cuda.is_available():
+    torch.set_default_device("cuda")
 
 def compare(name, ours, reference, limit):
     error = float((ours.double() - reference.double()).norm() / reference.double().norm())
@@ -225,6 +282,17 @@ for rows, columns, rank in ((40, 320, 4), (64, 256, 0), (33, 64, 20)):
     if lora:
         expected = expected + 0.5 * lora[1].double() @ lora[0].double()
     compare("dequantize_and_add", out, expected, 1e-3)
+
+for rows, columns, rank in ((40, 320, 4), (33, 100, 20)):  # in fours
+    x, left, right = torch.randn(rows, columns), torch.randn(rows, rank), torch.randn(rank, columns)
+    ones = kernels.drop(torch.ones_like(x), 0.3, 11)
+    assert set(ones.unique().tolist()) == {0.0, 1.0}
+    assert abs(float(ones.mean()) - 0.7) < 0.03
+    assert torch.equal(kernels.drop(x, 0.3, 11), x * ones)
+    assert not torch.equal(kernels.drop(x, 0.3, 12), x * ones)
+    expected = x.double() + 2.0 * ones.double() * (left.double() @ right.double())
+    kernels.add_dropped_product(x, left, right, 2.0, 0.3, 11)
+    compare("add_dropped_product", x, expected, 1e-6)
 
 for tokens, hidden, heads, groups, size in ((5, 48, 3, 1, 8), (7, 64, 4, 4, 16), (3, 96, 9, 3, 12)):
     x, dy, skip = (torch.randn(tokens, hidden) for _ in range(3))
@@ -246,16 +314,25 @@ for tokens, hidden, heads, groups, size in ((5, 48, 3, 1, 8), (7, 64, 4, 4, 16),
     found, expected = kernels.swiglu_backward(gate_up, dy), fused.swiglu_backward(gate_up, dy)
     compare("swiglu_backward", found[0], expected[0], 1e-6)
     compare("swiglu_backward", found[1], expected[1], 1e-6)
+for rows, heads, groups, size, window in ((5, 8, 2, 16, None), (3, 6, 6, 24, 40), (2, 4, 1, 128, 7)):
+    q = torch.randn(rows, heads + 2 * groups, size)[:, :heads]
+    keys, values = torch.randn(2, rows + 1, 150, groups, size).unbind()
+    slots = torch.randperm(rows + 1)[:rows]
+    positions = torch.randint(0, 150, (rows,))
+    positions[0] = 0
+    arguments = (q, keys, values, slots, positions, window, 0.3)
+    found, expected = kernels.attend_to_cache(*arguments), fused.attend_to_cache(*arguments)
+    compare("attend_to_cache", found, expected, 1e-5)
 print("equal")
 """
 
 
 def test_the_gpu_kernels_compute_what_the_cpu_functions_do() -> None:
-    """Interpreted on the CPU where Triton is installed; the speed benchmark compares losses on a GPU."""
+    """On a GPU, or interpreted on the CPU where Triton is installed."""
     pytest.importorskip("triton")
     done = subprocess.run(
         [sys.executable, "-c", KERNELS],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
+        env=os.environ | ({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}),
         cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,

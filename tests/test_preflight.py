@@ -61,8 +61,8 @@ def test_few_large_passes_are_better_than_less_work_in_many_small_ones() -> None
 
 def test_it_says_what_it_chose() -> None:
     text = str(plan(139))
-    assert "varlen attention, fused kernels, checkpointing none, 1 pass" in text
-    for part in ("weights 3.8", "adapter and optimizer", "activations", "logits"):
+    assert "varlen attention, fused kernels, checkpointing none, dequantize once, 1 pass" in text
+    for part in ("weights 16.8", "adapter and optimizer", "activations", "logits"):
         assert part in text
 
 
@@ -74,6 +74,14 @@ def test_every_choice_can_be_overridden() -> None:
     assert (chosen.kernels, chosen.attention) == ("plain", "sdpa")
     assert chosen.passes > 5
     assert plan(139, attention="padded").kernels == "plain"
+
+
+def test_kept_weights_need_a_4_bit_base_and_room() -> None:
+    small = plan(139, dequantize="always").memory["weights"]
+    assert plan(139, dequantize="once").memory["weights"] == pytest.approx(small + 13, abs=0.1)
+    assert plan(16).dequantize == plan(139, quantization="none").dequantize == "always"
+    with pytest.raises(UserError, match=r"train\.dequantize: once: only fused kernels"):
+        plan(139, dequantize="once", kernels="plain")
 
 
 def test_no_row_is_cut_by_a_small_pass() -> None:
@@ -124,7 +132,9 @@ def test_the_estimate_is_within_a_tenth_of_the_measured_peaks() -> None:
             continue
         mode = modes[setting["name"]] or setting["plan"].split("checkpointing ")[1].split(",")[0]
         tokens = setting["largest_pass_tokens"]
-        parts = estimate_memory_gib(SHAPE, "nf4", 2, "fused", mode, tokens)
+        parts = estimate_memory_gib(
+            SHAPE, "nf4", 2, "fused", mode, "dequantize once" in setting["plan"], tokens
+        )
         assert sum(parts.values()) == pytest.approx(setting["peak_memory_gib"], rel=0.1)
         compared += 1
     assert compared == 4

@@ -50,6 +50,7 @@ PARAMS = Train(
     attention="auto",
     kernels="auto",
     checkpointing="auto",
+    dequantize="auto",
     tokens_per_pass="auto",
     validate_every_steps=2,
     early_stopping_patience=None,
@@ -161,6 +162,28 @@ def test_execution_does_not_change_what_is_learned(
     result, other = tune(base, tokenizer, rows, tmp_path / "other", **changes)
     assert other == pytest.approx(plain, rel=1e-5)
     assert result.metrics["steps"] == 4
+
+
+def test_full_checkpointing_of_plain_layers_computes_each_one_again(
+    base: Base, tokenizer: Any, rows: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = adapted(base, tokenizer, PARAMS).get_base_model().get_decoder().layers
+    kind = type(layers[0].mlp)
+    forward, calls = kind.forward, [0]
+
+    def counted(self: Any, *arguments: Any) -> torch.Tensor:
+        calls[0] += 1
+        result: torch.Tensor = forward(self, *arguments)
+        return result
+
+    monkeypatch.setattr(kind, "forward", counted)
+    found = {}
+    for checkpointing in ("none", "full"):
+        calls[0] = 0
+        scratch = tmp_path / checkpointing
+        tune(base, tokenizer, rows, scratch, kernels="plain", checkpointing=checkpointing)
+        found[checkpointing] = calls[0]
+    assert found["full"] - found["none"] == 4 * len(layers)  # once more in each of four steps
 
 
 @pytest.mark.parametrize("kernels", ["fused", "plain"])
