@@ -18,6 +18,15 @@ ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 LIMIT = 24
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    """Thousands of tiny steps: a second thread is waited for longer than it helps."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def prompts(tokenizer: Any) -> list[list[int]]:
     """Random tokens; of different lengths, one of them a single token, in no order."""
