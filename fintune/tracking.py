@@ -11,10 +11,12 @@ import json
 import logging
 import os
 import subprocess
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ log = logging.getLogger("fintune")
 EXPERIMENT = "financial-qa"
 COMPLETE = "training_logged"
 SWEEP = "experiments_on_commit"
+TABLES = "mlflow.loggedArtifacts"  # the tag by which MLflow's pages find tables
 for noisy in ("alembic", "mlflow", "sqlalchemy"):
     logging.getLogger(noisy).setLevel(logging.WARNING)
 
@@ -326,10 +329,7 @@ def run_of_adapter(
     """
     record = json.loads(record_file.read_text())
     metrics = json.loads(metrics_file.read_text())
-    curve = [
-        {key: float(value) if value else None for key, value in row.items()}
-        for row in csv.DictReader(io.StringIO(curve_file.read_text()))
-    ]
+    curve = read_curve(curve_file)
     run_id = _existing(client, record["run_id"])
     if run_id is None:
         experiment = mlflow.set_experiment(record["experiment"])
@@ -349,6 +349,14 @@ def run_of_adapter(
         log_training(client, {**record, "run_id": run_id}, metrics, adapter, curve)
         client.set_terminated(run_id, "FINISHED")
     return str(run_id)
+
+
+def read_curve(path: Path) -> list[dict[str, float | None]]:
+    """The training's values step by step; None where a step has none."""
+    return [
+        {key: float(value) if value else None for key, value in row.items()}
+        for row in csv.DictReader(io.StringIO(path.read_text()))
+    ]
 
 
 def _existing(client: MlflowClient, run_id: str) -> str | None:
@@ -386,6 +394,93 @@ def log_results(
     )
     for file in files:
         client.log_artifact(run_id, str(file))
+
+
+def log_predictions(client: MlflowClient, run_id: str, rows: list[dict[str, Any]]) -> None:
+    """Log rows as a table that the run's page shows.
+
+    `mlflow.log_table` would append them to the table of an earlier evaluation.
+    """
+    import pandas as pd
+
+    name = "predictions.json"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        pd.DataFrame(rows).to_json(path, orient="split", index=False)
+        client.log_artifact(run_id, str(path))
+    client.set_tag(run_id, TABLES, json.dumps([{"path": name, "type": "table"}]))
+
+
+@dataclass(frozen=True)
+class Champion:
+    """The adapter that a registered model's `champion` is, or the reason why there is none to compare.
+
+    `broken` says that there may be one which could not be had.
+    """
+
+    folder: Path | None
+    version: str | None
+    run_id: str | None
+    reason: str
+    broken: bool
+
+
+def fetch_champion(client: MlflowClient, name: str | None, adapter: Path, into: Path) -> Champion:
+    """Download the champion's adapter, unless it is the one at hand or cannot go on the same base.
+
+    Args:
+        name: the registered model; None where no champion is wanted.
+        adapter: the folder of the adapter that it is to be compared with.
+        into: an empty folder for the download.
+    """
+    if name is None:
+        return Champion(None, None, None, "evaluate.champion is null", False)
+    try:
+        version = client.get_model_version_by_alias(name, "champion")
+    except Exception as error:  # a store has its own library's kinds
+        code = getattr(error, "error_code", "")
+        if code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return Champion(None, None, None, f"{name} has no champion yet", False)
+        return _no_champion(name, None, error)
+    found = {"version": str(version.version), "run_id": str(version.run_id)}
+    try:
+        path = mlflow.artifacts.download_artifacts(
+            run_id=version.run_id, artifact_path="adapter", dst_path=str(into)
+        )
+        folder = Path(path)
+        reason = _unlike(folder, adapter)
+    except Exception as error:
+        return _no_champion(name, found, error)
+    if reason:
+        return Champion(None, **found, reason=f"version {found['version']} {reason}", broken=False)
+    return Champion(folder, **found, reason="", broken=False)
+
+
+def _no_champion(name: str, found: dict[str, str] | None, error: Exception) -> Champion:
+    first = (str(error).strip().splitlines() or [""])[0][:300]
+    reason = f"the champion of {name} could not be fetched ({type(error).__name__}: {first})"
+    log.warning("MLflow: %s", reason)
+    known = found or {}
+    return Champion(None, known.get("version"), known.get("run_id"), reason, True)
+
+
+def _unlike(champion: Path, adapter: Path) -> str:
+    """Why two adapters are not to be compared on one base; empty where they are."""
+    weights = "adapter_model.safetensors"
+    if (champion / weights).read_bytes() == (adapter / weights).read_bytes():
+        return "is this very adapter"
+    settings = [
+        json.loads((folder / "training.json").read_text()) for folder in (champion, adapter)
+    ]
+    theirs, ours = (each["base"] for each in settings)
+    if theirs != ours:
+        named = [f"{each['model']} at {each['revision']}" for each in (theirs, ours)]
+        return f"has another base: {named[0]}, not {named[1]}"
+    tokens = [
+        json.loads((folder / "adapter_config.json").read_text())["trainable_token_indices"]
+        for folder in (champion, adapter)
+    ]
+    return "" if tokens[0] == tokens[1] else "has other tokens"
 
 
 def _number(text: str) -> bool:
