@@ -12,7 +12,7 @@ import numpy as np
 from fintune.answers import similarities, text_scores
 from fintune.harness import run_harness
 from fintune.modeling import compute_dtype, load_adapter, load_another_adapter, load_base
-from fintune.params import Base, Evaluate
+from fintune.params import Base, Evaluate, UserError
 from fintune.prompts import RESPONSE_END, encode, end_token_id, load_tokenizer
 from fintune.scoring import Answer, Likelihood, generate, likelihood
 from fintune.verdict import Sums
@@ -35,6 +35,7 @@ class Measured:
     similarity: dict[str, np.ndarray]
     sampled: list[str]
     harness: dict[str, Any]
+    champion_fault: str  # why the champion could not be measured, where it should have been
     about: dict[str, Any]
 
 
@@ -63,9 +64,13 @@ def measure(
         "base": model.disable_adapter,
         "tuned": nullcontext,
     }
+    champion_fault = ""
     if champion:
-        load_another_adapter(model, champion, "champion")
-        states["champion"] = nullcontext
+        try:
+            load_another_adapter(model, champion, "champion")
+            states["champion"] = nullcontext
+        except UserError as error:  # what is in the registry must not stop the evaluation
+            champion_fault = str(error)
     tokens = [encode(tokenizer, row["prompt"], row["completion"]) for row in rows]
     general = [encode_passage(tokenizer, passage) for passage in passages]
     options = (end_token_id(tokenizer), params.max_new_tokens, params.rows_per_batch)
@@ -89,6 +94,8 @@ def measure(
     model.set_adapter("default")
     sampling = params.sampling.model_dump(exclude={"rows"})
     prompts = [prompt for prompt, _ in tokens[: params.sampling.rows]]
+    if not np.isfinite(sides["tuned"].scores.nll).all():
+        prompts = []  # nothing can be drawn from what are no probabilities
     sampled = generate(model, tokenizer, prompts, *options, "samples", sampling, params.seed)
     similarity = {}
     if params.embedding:
@@ -110,6 +117,7 @@ def measure(
         similarity,
         [each.text for each in sampled],
         run_harness(model, tokenizer, params.harness, compared, params.rows_per_batch, params.seed),
+        champion_fault,
         about,
     )
 

@@ -224,7 +224,7 @@ class Evaluate(Section):
     sampling: Sampling
     embedding: Embedding | None
     general_text: Name | None
-    champion: Name | None
+    champion: Annotated[str, Field(pattern=r"^[^/:]+$")] | None
     harness: Harness
     bootstrap_samples: Count
     seed: Seed

@@ -16,7 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ log = logging.getLogger("fintune")
 EXPERIMENT = "financial-qa"
 COMPLETE = "training_logged"
 SWEEP = "experiments_on_commit"
+NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # a model, an alias
 TABLES = "mlflow.loggedArtifacts"  # the tag by which MLflow's pages find tables
 for noisy in ("alembic", "mlflow", "sqlalchemy"):
     logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -415,53 +416,57 @@ def log_predictions(client: MlflowClient, run_id: str, rows: list[dict[str, Any]
 class Champion:
     """The adapter that a registered model's `champion` is, or the reason why there is none to compare.
 
-    `broken` says that there may be one which could not be had.
+    `broken` says that there may be one which could not be had, `note` what to mind in a comparison.
     """
 
-    folder: Path | None
-    version: str | None
-    run_id: str | None
-    reason: str
-    broken: bool
+    folder: Path | None = None
+    version: str | None = None
+    run_id: str | None = None
+    reason: str = ""
+    broken: bool = False
+    note: str = ""
 
 
-def fetch_champion(client: MlflowClient, name: str | None, adapter: Path, into: Path) -> Champion:
+def fetch_champion(
+    client: MlflowClient, name: str | None, record_file: Path, adapter: Path, into: Path
+) -> Champion:
     """Download the champion's adapter, unless it is the one at hand or cannot go on the same base.
 
     Args:
         name: the registered model; None where no champion is wanted.
-        adapter: the folder of the adapter that it is to be compared with.
+        record_file: `models/run.json` of the adapter that it is to be compared with.
+        adapter: that adapter's folder.
         into: an empty folder for the download.
     """
     if name is None:
-        return Champion(None, None, None, "evaluate.champion is null", False)
+        return Champion(reason="evaluate.champion is null")
     try:
         version = client.get_model_version_by_alias(name, "champion")
     except Exception as error:  # a store has its own library's kinds
-        code = getattr(error, "error_code", "")
-        if code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            return Champion(None, None, None, f"{name} has no champion yet", False)
-        return _no_champion(name, None, error)
-    found = {"version": str(version.version), "run_id": str(version.run_id)}
+        if getattr(error, "error_code", "") in NOT_THERE:
+            return Champion(reason=f"{name} has no champion yet")
+        return _not_fetched(Champion(), name, error)
+    found = Champion(version=str(version.version), run_id=str(version.run_id))
     try:
-        path = mlflow.artifacts.download_artifacts(
+        folder = mlflow.artifacts.download_artifacts(
             run_id=version.run_id, artifact_path="adapter", dst_path=str(into)
         )
-        folder = Path(path)
-        reason = _unlike(folder, adapter)
+        reason = _unlike(Path(folder), adapter)
     except Exception as error:
-        return _no_champion(name, found, error)
+        return _not_fetched(found, name, error)
     if reason:
-        return Champion(None, **found, reason=f"version {found['version']} {reason}", broken=False)
-    return Champion(folder, **found, reason="", broken=False)
+        return replace(found, reason=f"version {found.version} {reason}")
+    ours = json.loads(record_file.read_text())["tags"].get("md5.data/split")
+    same_split = version.tags.get("md5.data/split") == ours
+    note = "" if same_split else "its rows were split otherwise: it may have seen these test rows"
+    return replace(found, folder=Path(folder), note=note)
 
 
-def _no_champion(name: str, found: dict[str, str] | None, error: Exception) -> Champion:
+def _not_fetched(found: Champion, name: str, error: Exception) -> Champion:
     first = (str(error).strip().splitlines() or [""])[0][:300]
     reason = f"the champion of {name} could not be fetched ({type(error).__name__}: {first})"
     log.warning("MLflow: %s", reason)
-    known = found or {}
-    return Champion(None, known.get("version"), known.get("run_id"), reason, True)
+    return replace(found, reason=reason, broken=True)
 
 
 def _unlike(champion: Path, adapter: Path) -> str:

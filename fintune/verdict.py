@@ -255,7 +255,8 @@ def _by_length(words: Sequence[int]) -> list[tuple[int, str]]:
     for place in set(places.tolist()):
         of_part = [w for w, p in zip(words, places, strict=True) if p == place]
         low, high = min(of_part), max(of_part)
-        labels[place] = f"{low} words" if low == high else f"{low} to {high} words"
+        range_of_words = f"{low}" if low == high else f"{low} to {high}"
+        labels[place] = f"{range_of_words} word{'s' * (high > 1)}"
     return [(place, labels[place]) for place in places.tolist()]
 
 

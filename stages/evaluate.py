@@ -2,6 +2,7 @@
 
 import hashlib
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,11 @@ def main() -> None:
             params.general_text,
         )
     with tempfile.TemporaryDirectory() as folder:
-        champion = fetch_champion(client, params.champion, ADAPTER, Path(folder))
+        champion = fetch_champion(client, params.champion, RUN, ADAPTER, Path(folder))
         measured = measure(ADAPTER, champion.folder, rows, references, passages, params)
+    if measured.champion_fault:
+        log.warning("the champion is not compared: %s", measured.champion_fault)
+        champion = replace(champion, reason=measured.champion_fault, broken=True)
     sums = {
         name: sums_of(side, rows, references, measured.similarity.get(name))
         for name, side in measured.sides.items()
@@ -122,6 +126,7 @@ def conclude(
         "version": champion.version,
         "run": champion.run_id,
         "reason": champion.reason,
+        "note": champion.note,
         "broken": champion.broken,
     }
     if "champion" in sums:
