@@ -38,7 +38,7 @@ def run_harness(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    logging.getLogger("lm_eval").setLevel(logging.WARNING)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of a model that is loaded
     results: Results = {}
     for side, switched in sides.items():
         with switched():
