@@ -14,7 +14,8 @@ from fintune.harness import run_harness
 from fintune.modeling import add_adapter, load_base
 from fintune.params import Base, Harness, Lora, UserError
 
-WORDS = ("loan", "bird", "price", "fish", "plan", "hat", "part", "colour", "tax", "coin")
+# a token each: in a random model, the number of tokens decides
+WORDS = ("loan", "price", "plan", "part", "tax", "bank", "rate", "market", "money", "state")
 QUESTIONS = [
     (f"A {thing} is", f" a {first}", f" a {second}")
     for thing in ("bond", "share", "budget")
@@ -55,10 +56,10 @@ def model(base: Base, tokenizer: Any) -> Any:
     """The tiny base with an adapter that changes it."""
     lora = Lora(r=4, alpha=8, dropout=0.0, target_modules=["q_proj", "down_proj"])
     tuned = add_adapter(load_base(base, tokenizer, "none", torch.float32), tokenizer, lora, 0)
-    torch.manual_seed(4)
+    torch.manual_seed(1)
     for name, weight in tuned.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=50.0)
+            torch.nn.init.normal_(weight, std=2.0)
     return tuned.eval()
 
 
