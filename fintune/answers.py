@@ -63,12 +63,27 @@ def _score(job: tuple[str, tuple[str, ...]]) -> tuple[float, ...]:
     )
 
 
+class _Words:
+    """ROUGE's own words and stems, each word stemmed once: stemming takes half of the time."""
+
+    def __init__(self) -> None:
+        from nltk.stem.porter import PorterStemmer
+
+        self.stem = lru_cache(maxsize=None)(PorterStemmer().stem)
+
+    def tokenize(self, text: str) -> list[str]:
+        from rouge_score.tokenize import tokenize
+
+        words: list[str] = tokenize(text, self)
+        return words
+
+
 @lru_cache
 def _scorers() -> tuple[Any, Any]:
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu.metrics.chrf import CHRF
 
-    return RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True), CHRF()
+    return RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=_Words()), CHRF()
 
 
 def distinct_2(words: Sequence[str]) -> float:

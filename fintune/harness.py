@@ -63,9 +63,9 @@ def run_harness(
                 ) from error
         for task, metrics in (found or {})["results"].items():
             for key, value in metrics.items():
-                name, _, _ = key.partition(",")  # `acc,none`: the metric and its filter
+                name, comma, _ = key.partition(",")  # `acc,none`: the metric and its filter
                 kind = f"{side}_stderr" if name.endswith("_stderr") else side
-                if isinstance(value, int | float):
+                if comma and isinstance(value, int | float):
                     metric = results.setdefault(task, {}).setdefault(
                         name.removesuffix("_stderr"), {}
                     )

@@ -167,7 +167,7 @@ def _row_losses(table: Rows) -> dict[str, Any]:
     )  # fmt: skip
     top = max([v for v in (*base, *tuned) if v == v] or [1.0]) * 1.05
     axes.plot([0, top], [0, top], color=COLORS["soft"], linewidth=1, linestyle="--")
-    axes.text(top, top, "no change ", ha="right", va="top", color=COLORS["soft"])
+    axes.text(0.92 * top, 0.97 * top, "no change", ha="right", va="top", color=COLORS["soft"])
     axes.set(xlabel="base, nats an answer token", ylabel="tuned", xlim=(0, top), ylim=(0, top))
     return plot | {"svg": _svg(figure, "rows")}
 

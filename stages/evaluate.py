@@ -95,7 +95,7 @@ def main() -> None:
     log_table(run_id, rows, "test", "evaluation", TEST)
     settings = {"evaluate": params.model_dump(), "gate_passed": report["gate"]["passed"]}
     log_results(client, run_id, report, settings, [METRICS, PREDICTIONS, PAGE])
-    log_predictions(client, run_id, table)
+    log_predictions(client, run_id, [{key: row[key] for key in SCHEMA} for row in table])
     told = ("loss", "perplexity", "token_accuracy", "rouge_l", "stop_rate", "mean_answer_tokens")
     for name in ("base", "tuned"):
         figures = (f"{key} {number(report[name][key])}" for key in told)

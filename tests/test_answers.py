@@ -28,6 +28,20 @@ def test_rouge_by_hand() -> None:
     assert scores["rouge_l"] == pytest.approx([f1(3, 3, 5), 0, 1])
 
 
+def test_rouge_is_the_library_s_own_with_stemming() -> None:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    plain = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    answer, reference = (
+        "Bonds' yields were rising, 5% fewer.",
+        "The bond yielded 5 % and the rises ended",
+    )
+    expected = plain.score(reference, answer)
+    scores = text_scores([answer], [[reference]])
+    for name, kind in (("rouge_1", "rouge1"), ("rouge_2", "rouge2"), ("rouge_l", "rougeL")):
+        assert scores[name] == [expected[kind].fmeasure]
+
+
 def test_chrf_by_hand() -> None:
     """'abc' and 'abd' share 2 of 3 letters, 1 of 2 pairs, 0 of 1 triple; longer ones there are none."""
     scores = text_scores(["abc", "abc"], [["abd"], ["abc"]])

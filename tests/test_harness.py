@@ -92,6 +92,7 @@ def test_both_sides_get_the_accuracy_that_they_have(
     assert found["tuned"] == accuracy(model, tokenizer, QUESTIONS)
     assert found["base"] != found["tuned"]
     assert 0 < found["base_stderr"] < 1
+    assert set(results["two_choices"]) == {"acc"}
     json.dumps(results, allow_nan=False)
 
 

@@ -248,6 +248,11 @@ def test_a_browser_shows_it_without_errors_requests_or_overflow(
         width,
     )
     assert wide == []
+    narrow = browser.execute_script(
+        """return [...document.querySelectorAll(".stack th[scope=row], .text, dd")]
+        .filter(e => e.getBoundingClientRect().width < 90).map(e => e.outerHTML)"""
+    )
+    assert narrow == []
 
 
 def test_hostile_texts_are_shown_as_texts(
