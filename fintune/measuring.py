@@ -17,6 +17,8 @@ from fintune.prompts import RESPONSE_END, encode, end_token_id, load_tokenizer
 from fintune.scoring import Answer, Likelihood, generate, likelihood
 from fintune.verdict import Sums
 
+PASSAGE_TOKENS = 512
+
 
 @dataclass(frozen=True)
 class Side:
@@ -123,8 +125,11 @@ def measure(
 
 
 def encode_passage(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
-    """A text as the model saw texts before it was tuned: all of it but the first token is predicted."""
-    ids = tokenizer(text)["input_ids"]
+    """A text as the model saw texts before it was tuned: all of it but the first token is predicted.
+
+    A long one is cut.
+    """
+    ids = tokenizer(text)["input_ids"][:PASSAGE_TOKENS]
     return ids[:1], ids[1:]
 
 

@@ -1,6 +1,7 @@
 """The evaluation as one page to read: self-contained, without scripts, every text escaped."""
 
 import io
+import math
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -54,7 +55,7 @@ def render(
 
 def number(value: float | None) -> str:
     """Four digits, as a person reads them."""
-    if value is None:
+    if value is None or not math.isfinite(value):
         return "not a number"
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}".replace("-", "−")
 
@@ -165,7 +166,7 @@ def _row_losses(table: Rows) -> dict[str, Any]:
         base, tuned, s=9, alpha=0.6, color=COLORS["tuned"], linewidths=0,
         rasterized=len(table) > DRAWN_POINTS,
     )  # fmt: skip
-    top = max([v for v in (*base, *tuned) if v == v] or [1.0]) * 1.05
+    top = max([v for v in (*base, *tuned) if math.isfinite(v)] or [1.0]) * 1.05
     axes.plot([0, top], [0, top], color=COLORS["soft"], linewidth=1, linestyle="--")
     axes.text(0.92 * top, 0.97 * top, "no change", ha="right", va="top", color=COLORS["soft"])
     axes.set(xlabel="base, nats an answer token", ylabel="tuned", xlim=(0, top), ylim=(0, top))

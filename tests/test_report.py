@@ -179,6 +179,23 @@ def test_equal_evaluations_give_equal_pages(content: Any, params: Evaluate) -> N
     assert render(*content, params) == render(*content, params)
 
 
+def test_a_page_can_show_a_model_whose_numbers_are_none(content: Any, params: Evaluate) -> None:
+    report, table, curve = content
+    lost = dict.fromkeys(("value", "low", "high"))
+    report["tuned"] = dict.fromkeys(report["tuned"])
+    report["improvement"] = dict.fromkeys(report["improvement"], lost)
+    report["forgetting"] |= {"tuned": None, "rise": lost}
+    report["calibration"]["tuned"] = {"error": None, "bins": [
+        {"tokens": 3, "confidence": None, "accuracy": 0.0},
+    ]}  # fmt: skip
+    for part in (part for parts in report["breakdown"].values() for part in parts):
+        part |= {"tuned_loss": None}
+    for row, loss in zip(table, (float("nan"), float("inf")), strict=False):
+        row["tuned_loss"] = loss
+    text = Elements(render(report, table, curve, params)).text
+    assert "not a number" in text and not re.search(r"\b(nan|inf)\b", text)
+
+
 def test_numbers_as_a_person_reads_them() -> None:
     assert [number(v) for v in (0.12345, -1.5, 12345.6, 0.0, None)] == [
         "0.1235", "−1.5", "12,346", "0", "not a number",
