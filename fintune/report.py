@@ -174,7 +174,7 @@ def _row_losses(table: Rows) -> dict[str, Any]:
 
 
 def _calibration(curves: dict[str, Any]) -> dict[str, Any]:
-    errors = "; ".join(f"{n} {number(curves[n]['error'])}" for n in ("base", "tuned"))
+    errors = "; ".join(f"{n} {number(curves[n]['calibration_error'])}" for n in ("base", "tuned"))
     figure, axes, plot = _figure(
         "Calibration",
         "How often the most likely token is the right one, by the probability that the model gives "

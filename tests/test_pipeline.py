@@ -364,7 +364,9 @@ def test_version_one_is_registered_as_candidate(finished: Finished) -> None:
 
 def test_dvc_shows_metrics_plots_and_params(finished: Finished, tmp_path: Path) -> None:
     project = finished.project
-    shown = json.loads(project.run("dvc", "metrics", "show", "--json").stdout)
+    metrics = project.run("dvc", "metrics", "show", "--json")
+    assert "failed to load" not in metrics.stderr
+    shown = json.loads(metrics.stdout)
     names = ("split", "format", "train", "evaluation", "export")
     assert set(shown[""]["data"]) == {f"reports/{name}.json" for name in names}
     project.run("dvc", "params", "diff")

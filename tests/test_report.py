@@ -185,7 +185,7 @@ def test_a_page_can_show_a_model_whose_numbers_are_none(content: Any, params: Ev
     report["tuned"] = dict.fromkeys(report["tuned"])
     report["improvement"] = dict.fromkeys(report["improvement"], lost)
     report["forgetting"] |= {"tuned": None, "rise": lost}
-    report["calibration"]["tuned"] = {"error": None, "bins": [
+    report["calibration"]["tuned"] = {"calibration_error": None, "bins": [
         {"tokens": 3, "confidence": None, "accuracy": 0.0},
     ]}  # fmt: skip
     for part in (part for parts in report["breakdown"].values() for part in parts):

@@ -217,7 +217,7 @@ def test_calibration_by_hand() -> None:
     sums = np.zeros((BINS, 3))
     sums[2], sums[9] = (4, 1.0, 1), (6, 5.4, 3)
     curve = calibration_curve(sums)
-    assert curve["error"] == pytest.approx(0.24)
+    assert curve["calibration_error"] == pytest.approx(0.24)
     assert [each["tokens"] for each in curve["bins"]] == [4, 6]
     assert curve["bins"][1]["accuracy"] == 0.5
 
