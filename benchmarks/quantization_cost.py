@@ -26,16 +26,17 @@ from ruamel.yaml import YAML
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from fintune.measuring import Side, sums_of
 from fintune.modeling import add_adapter, compute_dtype, load_adapter, load_base, save_adapter
 from fintune.params import Params, UserError, read_params
 from fintune.preflight import check_base
 from fintune.prompts import encode, end_token_id, load_tokenizer
 from fintune.records import read_source, select_records
-from fintune.scoring import TokenRow, generate, likelihood, rouge_l
+from fintune.scoring import TokenRow, generate, likelihood
 from fintune.splitting import split_rows
 from fintune.stage import log, run, write_json
 from fintune.training import train
-from stages.evaluate import describe
+from fintune.verdict import summarize
 from stages.format import format_rows
 from stages.merge_export import free_memory
 
@@ -76,7 +77,6 @@ def main() -> None:
         name: [encode(tokenizer, row["prompt"], row["completion"]) for row in part]
         for name, part in rows.items()
     }
-    references = [row["output"] for row in rows["test"]]
     report = describe_setting(params, tokens) | {"runs": []}
     plan = [("base", q, params.evaluate.seed) for q in QUANTIZATIONS]
     plan += [("tuned", q, seed) for seed in arguments.seeds for q in QUANTIZATIONS]
@@ -90,7 +90,7 @@ def main() -> None:
             else:
                 cost = fine_tune(here, tokenizer, tokens, Path(folder))
             adapter = Path(folder) / "adapter" if name == "tuned" else None
-            values = measure(here, tokenizer, tokens["test"], references, adapter)
+            values = measure(here, tokenizer, tokens["test"], rows["test"], adapter)
         run_of = {"model": name, "quantization": quantization, "seed": seed}
         report["runs"].append(run_of | values | cost)
         write_json(arguments.out, report)
@@ -185,7 +185,7 @@ def measure(
     params: Params,
     tokenizer: Any,
     rows: list[TokenRow],
-    references: list[str],
+    test: list[dict[str, Any]],
     adapter: Path | None,
 ) -> dict[str, float]:
     """The evaluate stage's metrics, and `sampled_*` of answers drawn at temperature 1.
@@ -204,8 +204,11 @@ def measure(
     for title, sampling in (("greedy answers", None), ("sampled answers", SAMPLING)):
         options = (*bounds, title, sampling, params.train.seed)
         answers = generate(model, tokenizer, prompts, end, *options)
-        rouge = rouge_l([answer.text for answer in answers], references)
-        described.append(describe(scores, answers, rouge))
+        references = [[row["output"]] for row in test]
+        sums = sums_of(Side(scores, answers, None), test, references, None)
+        described.append(
+            {key: value for key, value in summarize(sums).items() if value is not None}
+        )
     greedy, sampled = described
     return greedy | {f"sampled_{key}": sampled[key] for key in OF_ANSWERS}
 

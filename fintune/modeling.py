@@ -311,6 +311,22 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     return tuned.eval()
 
 
+def load_another_adapter(model: PeftModel, folder: Path, name: str) -> None:
+    """Put a second saved adapter beside the first, which stays the active one; `set_adapter` switches.
+
+    To be called before the model has computed anything: PEFT reads the model's state here, and on some
+    CPUs bitsandbytes rounds the 4-bit weights' scales once more when its state is read after a pass.
+
+    Raises:
+        UserError: the adapter does not fit this base.
+    """
+    try:
+        model.load_adapter(str(folder), adapter_name=name)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{folder}: the adapter does not fit its base: {error}") from error
+    model.eval()
+
+
 def merge(model: PeftModel) -> PreTrainedModel:
     """Fold the adapter into its base's weights; the model that remains needs no PEFT.
 

@@ -179,23 +179,67 @@ class Sampling(Section):
     rows: Annotated[int, Field(ge=0)]
 
 
-class Gate(Section):
-    """What the tuned model must reach on the test rows to become the champion."""
+class Embedding(Section):
+    """The model whose vectors tell how alike answer and reference are: a folder, or a pinned hub id."""
 
-    min_perplexity_reduction: Annotated[float, Field(ge=0, lt=1)]
-    min_stop_rate: Share
+    model: Name
+    revision: Name | None
+
+    @model_validator(mode="after")
+    def _pinned(self) -> "Embedding":
+        if not Path(self.model).is_dir() and not COMMIT.fullmatch(self.revision or ""):
+            raise ValueError(
+                f"model: {self.model} is no folder here; if it is a hub id, set revision to a "
+                f"commit's 40 hex digits, not {self.revision!r}"
+            )
+        return self
+
+
+class Harness(Section):
+    """Tasks of lm-evaluation-harness that base and tuned model take; none where `tasks` is empty."""
+
+    tasks: list[Name]
+    include_path: Name | None
+    limit: Count | None
+
+
+class Gate(Section):
+    """What the tuned model must reach to become the champion; null switches a rule off.
+
+    `strict` makes the stage fail, after all is written, where a rule is broken.
+    """
+
+    min_perplexity_reduction: Annotated[float, Field(ge=0, lt=1)] | None
+    min_stop_rate: Share | None
+    max_forgetting: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
+    max_loss_above_champion: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
+    strict: bool
 
 
 class Evaluate(Section):
-    """How base and tuned model are compared on the test rows."""
+    """How base, tuned model and champion are compared on the test rows."""
 
     max_rows: Count | None
     max_new_tokens: Count
     rows_per_batch: Count
     sampling: Sampling
+    embedding: Embedding | None
+    general_text: Name | None
+    champion: Annotated[str, Field(pattern=r"^[^/:]+$")] | None
+    harness: Harness
     bootstrap_samples: Count
     seed: Seed
     gate: Gate
+
+    @model_validator(mode="after")
+    def _rules_have_something_to_judge(self) -> "Evaluate":
+        if self.general_text is None and self.gate.max_forgetting is not None:
+            raise ValueError("general_text is null, so gate.max_forgetting has to be null, too")
+        if self.champion is None and self.gate.max_loss_above_champion is not None:
+            raise ValueError(
+                "champion is null, so gate.max_loss_above_champion has to be null, too"
+            )
+        return self
 
 
 class MergeExport(Section):

@@ -160,6 +160,21 @@ def _fault(value: Any) -> str | None:
     return "literal_nan" if value.strip().lower() in NOT_A_TEXT else None
 
 
+def read_passages(source: str) -> list[str]:
+    """The texts of a table with a column `text`.
+
+    Raises:
+        RecordError: it cannot be read, has no row, or a row without a text of some words.
+    """
+    rows = read_source(source)
+    for number, row in enumerate(rows, start=1):
+        if _fault(row.get("text")) or len(row["text"].split()) < 2:
+            raise RecordError(f"{source} row {number}: text is {row.get('text')!r}, not some words")
+    if not rows:
+        raise RecordError(f"{source}: no rows")
+    return [row["text"] for row in rows]
+
+
 def read_rows(path: Path, columns: Iterable[str] = COLUMNS) -> list[Row]:
     """Read a table that an earlier stage wrote.
 

@@ -58,7 +58,7 @@ Trained {train["steps"]} steps in {train["seconds"]:.0f} s, {train["tokens_per_s
 Adapter       models/adapter
 Merged model  models/merged   (logits within {export["max_logit_difference"]:.2g} of the adapter's)
 Registered    {export["registered_model"]} version {export["version"]} ({", ".join(export["aliases"])})
-Samples       reports/samples.md
+Report        reports/evaluation.html   (verdict, intervals, plots, samples)
 
 Browse the runs   source .venv/bin/activate && {show_ui}   then http://127.0.0.1:5000
 Try a change      dvc exp run -S train.learning_rate=1e-3   then   dvc exp show"""
@@ -69,8 +69,9 @@ def compare(evaluation: dict[str, Any]) -> str:
     """Base and tuned model side by side, a line a metric."""
     lines = [f"{evaluation['rows']} test questions    {'base':>10} {'tuned':>10}"]
     for key, title in ROWS.items():
-        base, tuned = evaluation["base"][key], evaluation["tuned"][key]
-        lines.append(f"{title:<22} {base:>10.4g} {tuned:>10.4g}")
+        values = (evaluation[side][key] for side in ("base", "tuned"))
+        base, tuned = ("none" if value is None else f"{value:.4g}" for value in values)
+        lines.append(f"{title:<22} {base:>10} {tuned:>10}")
     return "\n".join(lines)
 
 

@@ -1,6 +1,6 @@
-"""Measuring a model on question-answer rows: likelihood, generated answers, differences with intervals."""
+"""Measuring a model on question-answer rows: how likely it finds the answers, and what it answers."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ TokenRow = tuple[list[int], list[int]]  # prompt ids, completion ids
 TOKENS_PER_BATCH = (
     8192  # padded; bounds the memory of a batch, and changes no result beyond rounding
 )
+BINS = 10  # of the calibration, equally wide
 
 
 @dataclass(frozen=True)
@@ -19,12 +20,15 @@ class Likelihood:
     """Sums over each row's answer tokens, in the order of the rows; arrays of shape (rows,).
 
     `nll` is the negative log-likelihood in nats, `correct` counts the tokens that were the most
-    likely ones, `tokens` counts all of them, the end token included.
+    likely ones, `tokens` counts all of them, the end token included. `calibration`, shape (BINS, 3),
+    has all rows' tokens by the probability that the model gave to its own favourite: their number,
+    the sum of those probabilities, and how often the favourite was right.
     """
 
     nll: np.ndarray
     correct: np.ndarray
     tokens: np.ndarray
+    calibration: np.ndarray
 
     @property
     def loss(self) -> float:
@@ -72,6 +76,7 @@ def likelihood(model: Any, rows: Sequence[TokenRow], title: str) -> Likelihood:
     model.eval()
     body, head = _body_and_head(model)
     nll, correct = np.zeros(len(rows)), np.zeros(len(rows))
+    calibration = np.zeros((BINS, 3))
     lengths = [len(prompt) + len(completion) for prompt, completion in rows]
     with tqdm(total=len(rows), desc=title, unit="row", leave=False) as bar:
         for batch in batches_by_length(lengths, TOKENS_PER_BATCH, rows=256):
@@ -88,14 +93,41 @@ def likelihood(model: Any, rows: Sequence[TokenRow], title: str) -> Likelihood:
             hidden = body(input_ids=ids, attention_mask=seen, use_cache=False).last_hidden_state
             logits = head(hidden[:, :-1][answer[:, 1:]]).float()
             labels = ids[:, 1:][answer[:, 1:]]
-            losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-            owner = answer[:, 1:].nonzero()[:, 0].cpu().numpy()
-            np.add.at(nll, np.array(batch)[owner], losses.double().cpu().numpy())
-            hits = (logits.argmax(dim=-1) == labels).double().cpu().numpy()
-            np.add.at(correct, np.array(batch)[owner], hits)
+            losses, hits, confidence = token_figures(logits, labels)
+            owner = np.array(batch)[answer[:, 1:].nonzero()[:, 0].cpu().numpy()]
+            np.add.at(nll, owner, losses)
+            np.add.at(correct, owner, hits)
+            calibration += calibration_sums(confidence, hits)
             bar.update(len(batch))
     tokens = np.array([len(completion) for _, completion in rows], dtype=float)
-    return Likelihood(nll, correct, tokens)
+    return Likelihood(nll, correct, tokens, calibration)
+
+
+def token_figures(
+    logits: torch.Tensor, labels: torch.Tensor
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What is measured at each answer token.
+
+    Args:
+        logits: float32, (tokens, vocabulary), that predict the labels; labels: (tokens,).
+
+    Returns:
+        The losses in nats, 1 where the most likely token was the right one and else 0, and the
+        probability of the most likely token; float64, each of shape (tokens,).
+    """
+    total = logits.logsumexp(dim=-1)
+    losses = total - logits.gather(-1, labels[:, None])[:, 0]
+    top, favourite = logits.max(dim=-1)
+    figures = torch.stack([losses, (favourite == labels).float(), (top - total).exp()])
+    losses, hits, confidence = figures.double().cpu().numpy()
+    return losses, hits, confidence
+
+
+def calibration_sums(confidence: np.ndarray, hits: np.ndarray) -> np.ndarray:
+    """Tokens by confidence: number, sum of confidence, number right; shape (BINS, 3)."""
+    places = np.clip(np.nan_to_num(confidence) * BINS, 0, BINS - 1).astype(int)
+    columns = (np.ones_like(confidence), confidence, hits)
+    return np.stack([np.bincount(places, each, minlength=BINS) for each in columns], axis=1)
 
 
 @torch.no_grad()
@@ -174,42 +206,3 @@ def _answer(tokenizer: Any, new: list[int], end_id: int, ends: Sequence[int]) ->
     length = next((k for k, token in enumerate(new) if token in ends), len(new))
     text = tokenizer.decode(new[:length], skip_special_tokens=True).strip()
     return Answer(text, length, stopped=length < len(new) and new[length] == end_id)
-
-
-def rouge_l(answers: Sequence[str], references: Sequence[str]) -> np.ndarray:
-    """ROUGE-L F1 of each answer against its reference, with stemming (Lin 2004); shape (rows,)."""
-    from rouge_score.rouge_scorer import RougeScorer
-
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    return np.array(
-        [
-            scorer.score(reference, answer)["rougeL"].fmeasure
-            for answer, reference in zip(answers, references, strict=True)
-        ]
-    )
-
-
-def bootstrap_interval(
-    statistic: Callable[[np.ndarray], float],
-    questions: Sequence[str],
-    samples: int,
-    seed: int,
-) -> tuple[float, float]:
-    """The 95 % interval of a statistic when whole questions are drawn again with replacement.
-
-    Args:
-        statistic: takes row indices, repeats included, and gives the figure for those rows.
-        questions: the question of each row; rows of one question are drawn together, since their
-            errors go together.
-    """
-    groups: dict[str, list[int]] = {}
-    for i, question in enumerate(questions):
-        groups.setdefault(question, []).append(i)
-    members = [np.array(group) for _, group in sorted(groups.items())]
-    generator = np.random.default_rng(seed)
-    values = [
-        statistic(np.concatenate([members[k] for k in draw]))
-        for draw in generator.integers(len(members), size=(samples, len(members)))
-    ]
-    low, high = np.percentile(values, [2.5, 97.5])
-    return float(low), float(high)

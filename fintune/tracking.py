@@ -11,10 +11,12 @@ import json
 import logging
 import os
 import subprocess
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,8 @@ log = logging.getLogger("fintune")
 EXPERIMENT = "financial-qa"
 COMPLETE = "training_logged"
 SWEEP = "experiments_on_commit"
+NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # a model, an alias
+TABLES = "mlflow.loggedArtifacts"  # the tag by which MLflow's pages find tables
 for noisy in ("alembic", "mlflow", "sqlalchemy"):
     logging.getLogger(noisy).setLevel(logging.WARNING)
 
@@ -326,10 +330,7 @@ def run_of_adapter(
     """
     record = json.loads(record_file.read_text())
     metrics = json.loads(metrics_file.read_text())
-    curve = [
-        {key: float(value) if value else None for key, value in row.items()}
-        for row in csv.DictReader(io.StringIO(curve_file.read_text()))
-    ]
+    curve = read_curve(curve_file)
     run_id = _existing(client, record["run_id"])
     if run_id is None:
         experiment = mlflow.set_experiment(record["experiment"])
@@ -349,6 +350,14 @@ def run_of_adapter(
         log_training(client, {**record, "run_id": run_id}, metrics, adapter, curve)
         client.set_terminated(run_id, "FINISHED")
     return str(run_id)
+
+
+def read_curve(path: Path) -> list[dict[str, float | None]]:
+    """The training's values step by step; None where a step has none."""
+    return [
+        {key: float(value) if value else None for key, value in row.items()}
+        for row in csv.DictReader(io.StringIO(path.read_text()))
+    ]
 
 
 def _existing(client: MlflowClient, run_id: str) -> str | None:
@@ -386,6 +395,97 @@ def log_results(
     )
     for file in files:
         client.log_artifact(run_id, str(file))
+
+
+def log_predictions(client: MlflowClient, run_id: str, rows: list[dict[str, Any]]) -> None:
+    """Log rows as a table that the run's page shows.
+
+    `mlflow.log_table` would append them to the table of an earlier evaluation.
+    """
+    import pandas as pd
+
+    name = "predictions.json"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        pd.DataFrame(rows).to_json(path, orient="split", index=False)
+        client.log_artifact(run_id, str(path))
+    client.set_tag(run_id, TABLES, json.dumps([{"path": name, "type": "table"}]))
+
+
+@dataclass(frozen=True)
+class Champion:
+    """The adapter that a registered model's `champion` is, or the reason why there is none to compare.
+
+    `broken` says that there may be one which could not be had, `note` what to mind in a comparison.
+    """
+
+    folder: Path | None = None
+    version: str | None = None
+    run_id: str | None = None
+    reason: str = ""
+    broken: bool = False
+    note: str = ""
+
+
+def fetch_champion(
+    client: MlflowClient, name: str | None, record_file: Path, adapter: Path, into: Path
+) -> Champion:
+    """Download the champion's adapter, unless it is the one at hand or cannot go on the same base.
+
+    Args:
+        name: the registered model; None where no champion is wanted.
+        record_file: `models/run.json` of the adapter that it is to be compared with.
+        adapter: that adapter's folder.
+        into: an empty folder for the download.
+    """
+    if name is None:
+        return Champion(reason="evaluate.champion is null")
+    try:
+        version = client.get_model_version_by_alias(name, "champion")
+    except Exception as error:  # a store has its own library's kinds
+        if getattr(error, "error_code", "") in NOT_THERE:
+            return Champion(reason=f"{name} has no champion yet")
+        return _not_fetched(Champion(), name, error)
+    found = Champion(version=str(version.version), run_id=str(version.run_id))
+    try:
+        folder = mlflow.artifacts.download_artifacts(
+            run_id=version.run_id, artifact_path="adapter", dst_path=str(into)
+        )
+        reason = _unlike(Path(folder), adapter)
+    except Exception as error:
+        return _not_fetched(found, name, error)
+    if reason:
+        return replace(found, reason=f"version {found.version} {reason}")
+    ours = json.loads(record_file.read_text())["tags"].get("md5.data/split")
+    same_split = version.tags.get("md5.data/split") == ours
+    note = "" if same_split else "its rows were split otherwise: it may have seen these test rows"
+    return replace(found, folder=Path(folder), note=note)
+
+
+def _not_fetched(found: Champion, name: str, error: Exception) -> Champion:
+    first = (str(error).strip().splitlines() or [""])[0][:300]
+    reason = f"the champion of {name} could not be fetched ({type(error).__name__}: {first})"
+    log.warning("MLflow: %s", reason)
+    return replace(found, reason=reason, broken=True)
+
+
+def _unlike(champion: Path, adapter: Path) -> str:
+    """Why two adapters are not to be compared on one base; empty where they are."""
+    weights = "adapter_model.safetensors"
+    if (champion / weights).read_bytes() == (adapter / weights).read_bytes():
+        return "is this very adapter"
+    settings = [
+        json.loads((folder / "training.json").read_text()) for folder in (champion, adapter)
+    ]
+    theirs, ours = (each["base"] for each in settings)
+    if theirs != ours:
+        named = [f"{each['model']} at {each['revision']}" for each in (theirs, ours)]
+        return f"has another base: {named[0]}, not {named[1]}"
+    tokens = [
+        json.loads((folder / "adapter_config.json").read_text())["trainable_token_indices"]
+        for folder in (champion, adapter)
+    ]
+    return "" if tokens[0] == tokens[1] else "has other tokens"
 
 
 def _number(text: str) -> bool:

@@ -1,21 +1,40 @@
-"""Compare base and tuned model on the test rows: likelihood, greedy answers, a verdict."""
+"""Compare base, tuned model and champion on the test rows: likelihood, greedy answers, a verdict."""
 
-import json
-import math
+import hashlib
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
-from fintune.modeling import compute_dtype, load_adapter, load_base
-from fintune.params import Base, Evaluate, Gate, read_params
-from fintune.prompts import encode, end_token_id, load_tokenizer
-from fintune.records import read_rows, write_rows
-from fintune.scoring import Answer, Likelihood, bootstrap_interval, generate, likelihood, rouge_l
+from fintune.harness import task_manager
+from fintune.measuring import Measured, measure, sums_of
+from fintune.params import Evaluate, UserError, read_params
+from fintune.records import read_passages, read_rows, write_rows
+from fintune.report import number, render
 from fintune.splitting import normalize_question
 from fintune.stage import log, project_root, run, write_json, write_text
-from fintune.tracking import connect, log_results, log_table, run_of_adapter
+from fintune.tracking import (
+    Champion,
+    connect,
+    fetch_champion,
+    log_predictions,
+    log_results,
+    log_table,
+    read_curve,
+    run_of_adapter,
+)
+from fintune.verdict import (
+    Sums,
+    break_down,
+    calibration_curve,
+    compare,
+    extremes,
+    judge,
+    select_rows,
+    summarize,
+)
 
 TEST = Path("data/formatted/test.parquet")
 ADAPTER = Path("models/adapter")
@@ -23,7 +42,9 @@ RUN = Path("models/run.json")
 TRAIN_METRICS = Path("reports/train.json")
 TRAIN_CURVE = Path("reports/train_curve.csv")
 METRICS = Path("reports/evaluation.json")
+PAGE = Path("reports/evaluation.html")
 PREDICTIONS = Path("reports/predictions.parquet")
+WATCHED = Path("assets/general-text.jsonl")  # the general text that dvc.yaml names as an input
 ROW_LOSS = Path("reports/row_loss.csv")
 TEXTS = ("instruction", "question", "reference", "base", "tuned", "sampled")
 SCHEMA = {
@@ -32,18 +53,40 @@ SCHEMA = {
     **dict.fromkeys(("base_loss", "tuned_loss", "base_rouge_l", "tuned_rouge_l"), pa.float64()),
 }
 
-Measured = tuple[Likelihood, list[Answer], np.ndarray]  # the array: ROUGE-L, shape (rows,)
-
 
 def main() -> None:
     params = read_params().evaluate
+    if params.harness.tasks:
+        task_manager(params.harness)  # a missing package or task is told before minutes are spent
     client = connect(project_root())
     run_id = run_of_adapter(client, RUN, TRAIN_METRICS, TRAIN_CURVE, ADAPTER)
-    rows = read_rows(TEST, ["prompt", "completion"])[: params.max_rows]
-    measured, sampled = measure(rows, params)
-    report = verdict(measured, [normalize_question(row["input"]) for row in rows], params)
+    stored = read_rows(TEST, ["instruction", "input", "output", "prompt", "completion"])
+    asked = [normalize_question(row["input"]) for row in stored]
+    rows, questions, references = select_rows(stored, asked, params.max_rows)
+    passages = read_passages(params.general_text) if params.general_text else []
+    if passages and Path(params.general_text or "").resolve() != WATCHED.resolve():
+        log.warning(
+            "note: DVC does not watch evaluate.general_text: %s; after editing it run "
+            "`dvc repro --force evaluate`",
+            params.general_text,
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        champion = fetch_champion(client, params.champion, RUN, ADAPTER, Path(folder))
+        measured = measure(ADAPTER, champion.folder, rows, references, passages, params)
+    if measured.champion_fault:
+        log.warning("the champion is not compared: %s", measured.champion_fault)
+        champion = replace(champion, reason=measured.champion_fault, broken=True)
+    sums = {
+        name: sums_of(side, rows, references, measured.similarity.get(name))
+        for name, side in measured.sides.items()
+    }
+    test = {"test_rows": len(stored), "test_md5": hashlib.md5(TEST.read_bytes()).hexdigest()}
+    about = measured.about | {"adapter_run": run_id} | test
+    report = conclude(measured, sums, rows, questions, champion, params) | {"evaluated": about}
+    table = predictions(rows, measured, sums)
+    page = render(report, table, read_curve(TRAIN_CURVE), params)
     write_json(METRICS, report)
-    table = predictions(rows, measured, sampled)
+    write_text(PAGE, page)
     write_rows(PREDICTIONS, table, SCHEMA)
     write_text(
         ROW_LOSS,
@@ -51,110 +94,66 @@ def main() -> None:
     )
     log_table(run_id, rows, "test", "evaluation", TEST)
     settings = {"evaluate": params.model_dump(), "gate_passed": report["gate"]["passed"]}
-    log_results(
-        client,
-        run_id,
-        report,
-        settings,
-        [METRICS, PREDICTIONS, samples_page(table, params.sampling.rows)],
-    )
+    log_results(client, run_id, report, settings, [METRICS, PREDICTIONS, PAGE])
+    log_predictions(client, run_id, [{key: row[key] for key in SCHEMA} for row in table])
+    told = ("loss", "perplexity", "token_accuracy", "rouge_l", "stop_rate", "mean_answer_tokens")
     for name in ("base", "tuned"):
-        log.info(
-            "%-5s %s", name, "  ".join(f"{key} {value:.4g}" for key, value in report[name].items())
-        )
+        figures = (f"{key} {number(report[name][key])}" for key in told)
+        log.info("%-5s %s", name, "  ".join(figures))
     log.info("gate: %s", report["gate"]["reason"])
+    if params.gate.strict and not report["gate"]["passed"]:
+        raise UserError(
+            f"evaluate.gate: {report['gate']['reason']}; {PAGE} shows why, and "
+            "evaluate.gate.strict: false lets the pipeline go on without moving the champion"
+        )
 
 
-def measure(rows: list[dict[str, Any]], params: Evaluate) -> tuple[dict[str, Measured], list[str]]:
-    """Load the model once and measure it with its adapter off and on; samples come from the tuned one."""
-    trained = json.loads((ADAPTER / "training.json").read_text())
-    base = Base(**trained["base"])
-    tokenizer = load_tokenizer(base)
-    dtype = compute_dtype(trained["train"]["precision"])
-    model = load_adapter(
-        load_base(base, tokenizer, trained["train"]["quantization"], dtype), ADAPTER
-    )
-    tokens = [encode(tokenizer, row["prompt"], row["completion"]) for row in rows]
-    prompts = [prompt for prompt, _ in tokens]
-    options = (end_token_id(tokenizer), params.max_new_tokens, params.rows_per_batch)
-
-    def both(name: str) -> Measured:
-        answers = generate(model, tokenizer, prompts, *options, title=f"{name} answers")
-        scores = rouge_l([answer.text for answer in answers], [row["output"] for row in rows])
-        return likelihood(model, tokens, f"{name} likelihood"), answers, scores
-
-    with model.disable_adapter():
-        measured = {"base": both("base")}
-    measured["tuned"] = both("tuned")
-    sampling = params.sampling.model_dump(exclude={"rows"})
-    sampled = generate(
-        model,
-        tokenizer,
-        prompts[: params.sampling.rows],
-        *options,
-        "samples",
-        sampling,
-        params.seed,
-    )
-    return measured, [answer.text for answer in sampled]
-
-
-def verdict(
-    measured: dict[str, Measured], questions: list[str], params: Evaluate
+def conclude(
+    measured: Measured,
+    sums: dict[str, Sums],
+    rows: list[dict[str, Any]],
+    questions: list[str],
+    champion: Champion,
+    params: Evaluate,
 ) -> dict[str, Any]:
-    """The metrics of both, the tuned model's improvement with 95 % intervals by question, and the gate."""
-    report: dict[str, Any] = {name: describe(*each) for name, each in measured.items()}
-    (base, _, base_rouge), (tuned, _, tuned_rouge) = measured["base"], measured["tuned"]
-
-    def reduction(index: np.ndarray) -> float:
-        tokens = base.tokens[index].sum()
-        return 1 - math.exp((tuned.nll[index].sum() - base.nll[index].sum()) / tokens)
-
-    def rouge_gain(index: np.ndarray) -> float:
-        return float((tuned_rouge[index] - base_rouge[index]).mean())
-
-    report["improvement"] = {}
-    for name, statistic in {"perplexity_reduction": reduction, "rouge_l": rouge_gain}.items():
-        low, high = bootstrap_interval(statistic, questions, params.bootstrap_samples, params.seed)
-        value = statistic(np.arange(len(questions)))
-        report["improvement"][name] = {"value": value, "low": low, "high": high}
-    report["rows"] = len(questions)
+    """The content of evaluation.json: metrics, differences with intervals, breakdowns and the gate."""
+    draws = (params.bootstrap_samples, params.seed)
+    sides = measured.sides
+    report: dict[str, Any] = {name: summarize(sums[name]) for name in ("base", "tuned")}
+    report["improvement"] = compare(sums["base"], sums["tuned"], questions, *draws)
+    report["champion"] = {
+        "compared": "champion" in sums,
+        "version": champion.version,
+        "run": champion.run_id,
+        "reason": champion.reason,
+        "note": champion.note,
+        "broken": champion.broken,
+    }
+    if "champion" in sums:
+        better = compare(sums["champion"], sums["tuned"], questions, *draws)
+        report["champion"] |= {"metrics": summarize(sums["champion"]), "improvement": better}
+    if sides["base"].general and sides["tuned"].general:
+        losses = {
+            n: {"loss": (s.general.nll, s.general.tokens)} for n, s in sides.items() if s.general
+        }
+        ids = [str(i) for i in range(len(losses["base"]["loss"][0]))]
+        # the improvement of the base on the tuned model is what the tuned model has lost
+        rise = compare(losses["tuned"], losses["base"], ids, *draws)["loss"]
+        report["forgetting"] = {name: summarize(each)["loss"] for name, each in losses.items()}
+        report["forgetting"] |= {"rise": rise, "passages": len(ids)}
+    if measured.harness:
+        report["harness"] = measured.harness
+    report["rows"] = len(rows)
+    report["questions"] = len(set(questions))
     report["gate"] = judge(report, params.gate)
+    report["calibration"] = {n: calibration_curve(s.scores.calibration) for n, s in sides.items()}
+    report["breakdown"] = break_down(rows, sums["base"], sums["tuned"])
+    report["worst_rows"], report["best_rows"] = extremes(sums["base"], sums["tuned"])
     return report
 
 
-def describe(scores: Likelihood, answers: list[Answer], rouge: np.ndarray) -> dict[str, float]:
-    """The metrics of one model."""
-    return {
-        "loss": scores.loss,
-        "perplexity": math.exp(scores.loss),
-        "token_accuracy": scores.accuracy,
-        "rouge_l": float(rouge.mean()),
-        "stop_rate": float(np.mean([answer.stopped for answer in answers])),
-        "mean_answer_tokens": float(np.mean([answer.tokens for answer in answers])),
-    }
-
-
-def judge(report: dict[str, Any], gate: Gate) -> dict[str, Any]:
-    """Whether the tuned model may become champion, and why."""
-    low = report["improvement"]["perplexity_reduction"]["low"]
-    stops = report["tuned"]["stop_rate"]
-    rules = {
-        f"perplexity reduction at least {low:.3f} (95 %), {gate.min_perplexity_reduction} required": (
-            low >= gate.min_perplexity_reduction
-        ),
-        f"stop rate {stops:.3f}, {gate.min_stop_rate} required": stops >= gate.min_stop_rate,
-    }
-    passed = all(rules.values())
-    failed = [rule for rule, held in rules.items() if not held]
-    return {
-        "passed": passed,
-        "reason": f"{'passed' if passed else 'failed'}: {'; '.join(failed or rules)}",
-    }
-
-
 def predictions(
-    rows: list[dict[str, Any]], measured: dict[str, Measured], sampled: list[str]
+    rows: list[dict[str, Any]], measured: Measured, sums: dict[str, Sums]
 ) -> list[dict[str, Any]]:
     """One row a test row: the question, its reference, both models' answers and figures."""
     table = []
@@ -163,24 +162,14 @@ def predictions(
             key: row[column]
             for key, column in zip(TEXTS, ("instruction", "input", "output"), strict=False)
         }
-        line["sampled"] = sampled[i] if i < len(sampled) else None
-        for name, (scores, answers, rouge) in measured.items():
-            line |= {name: answers[i].text, f"{name}_stopped": answers[i].stopped}
-            line |= {f"{name}_loss": scores.nll[i] / scores.tokens[i], f"{name}_rouge_l": rouge[i]}
+        line["sampled"] = measured.sampled[i] if i < len(measured.sampled) else None
+        for name in ("base", "tuned"):
+            answer, (nll, tokens) = measured.sides[name].answers[i], sums[name]["loss"]
+            line |= {name: answer.text, f"{name}_stopped": answer.stopped}
+            line[f"{name}_loss"] = float(nll[i] / tokens[i])
+            line[f"{name}_rouge_l"] = float(sums[name]["rouge_l"][0][i])
         table.append(line)
     return table
-
-
-def samples_page(table: list[dict[str, Any]], count: int) -> Path:
-    """The first rows as text to read, for the run's page in MLflow."""
-    path = Path("reports/samples.md")
-    parts = [
-        f"Question: {row['question']}\n\nReference: {row['reference']}\n\nBase: {row['base']}\n\n"
-        f"Tuned: {row['tuned']}\n\nTuned, sampled: {row['sampled']}\n"
-        for row in table[:count]
-    ]
-    write_text(path, "\n---\n\n".join(parts))
-    return path
 
 
 if __name__ == "__main__":

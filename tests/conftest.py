@@ -164,6 +164,7 @@ def make_project(
         (folder / "data/source").mkdir(parents=True)
         (folder / ".dvc").mkdir()
         shutil.copy(ROOT / ".dvc/config", folder / ".dvc/config")
+        shutil.copy(ROOT / "assets/general-text.jsonl", folder / "assets/general-text.jsonl")
         questions = (ROOT / "assets/demo-questions.jsonl").read_text().splitlines()[::6]
         (folder / "assets/demo-questions.jsonl").write_text("\n".join(questions) + "\n")
         shutil.copytree(tiny_base, folder / "base")

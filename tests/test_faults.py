@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -178,6 +179,65 @@ def test_a_run_that_mlflow_lost_is_logged_again_once(trained: Project, tmp_path:
     (still,) = all_runs(client)
     assert still.info.run_id == run.info.run_id
     assert still.data.metrics["tuned/loss"] == pytest.approx(run.data.metrics["tuned/loss"])
+
+
+def test_a_strict_gate_fails_the_stage_after_all_is_written(
+    trained: Project, tmp_path: Path
+) -> None:
+    project = copy(trained, tmp_path)
+    project.set(evaluate__gate__strict=True)
+    done = project.stage("evaluate", check=False)
+    assert done.returncode == 1
+    assert "error: evaluate.gate: failed: " in done.stderr and "Traceback" not in done.stderr
+    report = read_json(project / "reports/evaluation.json")
+    assert report["gate"]["passed"] is False
+    for name in ("evaluation.html", "predictions.parquet", "row_loss.csv"):
+        assert (project / "reports" / name).stat().st_size > 0
+    (run,) = all_runs(client_of(project))
+    assert run.data.metrics["tuned/loss"] == pytest.approx(report["tuned"]["loss"])
+    logged = {file.path for file in client_of(project).list_artifacts(run.info.run_id)}
+    assert {"evaluation.html", "evaluation.json", "predictions.json"} <= logged
+
+
+def test_the_champion_stays_until_something_is_no_worse(trained: Project, tmp_path: Path) -> None:
+    """A first champion, itself again, a worse adapter, and one whose champion has been lost."""
+    project = copy(trained, tmp_path)
+    rules = {
+        "min_perplexity_reduction": None,
+        "min_stop_rate": None,
+        "max_loss_above_champion": 0.0,
+    }
+    project.set_all({f"evaluate.gate.{rule}": limit for rule, limit in rules.items()})
+
+    def evaluate() -> dict[str, Any]:
+        project.stage("evaluate")
+        return read_json(project / "reports/evaluation.json")
+
+    assert "no champion yet" in evaluate()["champion"]["reason"]
+    project.stage("merge_export")
+    first = client_of(project).get_model_version_by_alias("financial-qa", "champion")
+    assert evaluate()["champion"]["reason"] == "version 1 is this very adapter"
+    best = read_json(project / "reports/evaluation.json")["tuned"]
+
+    project.set(train__max_steps=1)
+    project.stage("train")
+    report = evaluate()
+    assert report["champion"]["compared"] and report["champion"]["run"] == first.run_id
+    assert report["champion"]["metrics"] == pytest.approx(best, rel=1e-3)
+    assert report["champion"]["improvement"]["loss"]["value"] < 0
+    broken = [rule["rule"] for rule in report["gate"]["rules"] if not rule["passed"]]
+    assert broken == ["max_loss_above_champion"]
+    project.stage("merge_export")
+    aliases = client_of(project).get_registered_model("financial-qa").aliases
+    assert {alias: str(v) for alias, v in aliases.items()} == {"champion": "1", "candidate": "2"}
+
+    with contextlib.closing(sqlite3.connect(project / "mlflow.db")) as database, database:
+        lost = ("file:///nowhere", first.run_id)
+        database.execute("update runs set artifact_uri = ? where run_uuid = ?", lost)
+    done = project.stage("evaluate")
+    assert "the champion of financial-qa could not be fetched" in done.stderr
+    report = read_json(project / "reports/evaluation.json")
+    assert report["champion"]["broken"] and not report["gate"]["passed"]
 
 
 @pytest.fixture

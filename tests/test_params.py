@@ -140,3 +140,31 @@ def test_sections_cannot_be_changed() -> None:
     params = read_params(DEMO)
     with pytest.raises(ValueError, match="frozen"):
         params.train.seed = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("edits", "told"),
+    [
+        ([("general_text: assets/general-text.jsonl", "general_text: null")], "general_text is null"),
+        ([("champion: financial-qa", "champion: null")], "champion is null"),
+        ([("embedding: null", "embedding: {model: a/b, revision: main}")], "evaluate.embedding: model: a/b"),
+        ([("champion: financial-qa", "champion: a/b")], "evaluate.champion: "),
+        ([("tasks: []", "task: []")], "evaluate.harness.task: unknown key; did you mean tasks?"),
+        ([("max_forgetting: 0.5", "max_forgetting: -1")], "evaluate.gate.max_forgetting: "),
+    ],
+)  # fmt: skip
+def test_the_evaluation_s_parameters_fit_together(
+    tmp_path: Path, edits: list[tuple[str, str]], told: str
+) -> None:
+    assert told in problems(changed(tmp_path, *edits))
+
+
+def test_a_rule_and_what_it_judges_may_both_be_null(tmp_path: Path) -> None:
+    path = changed(
+        tmp_path,
+        ("general_text: assets/general-text.jsonl", "general_text: null"),
+        ("max_forgetting: 0.5", "max_forgetting: null"),
+        ("champion: financial-qa", "champion: null"),
+        ("max_loss_above_champion: 0.05", "max_loss_above_champion: null"),
+    )
+    assert read_params(path).evaluate.gate.max_forgetting is None

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from conftest import Project
 from mlflow.entities import Run
@@ -22,6 +23,7 @@ from safetensors import safe_open
 from transformers import AutoTokenizer
 
 from fintune.params import Params
+from fintune.verdict import METRICS
 
 pytestmark = pytest.mark.end_to_end
 
@@ -59,6 +61,7 @@ FILES = [
     "models/merged/tokenizer.json",
     "reports/train_curve.csv",
     "reports/predictions.parquet",
+    "reports/evaluation.html",
 ]
 LOAD_MERGED = """
 import json, sys
@@ -221,7 +224,9 @@ def test_metrics_have_the_named_keys(finished: Finished) -> None:
         split["dropped"].values()
     )
     assert set(train) >= TRAINING
-    assert set(evaluation["base"]) == set(evaluation["tuned"]) == QUALITY
+    measured = set(METRICS) - {"similarity"}  # which needs a model that is not shipped
+    assert set(evaluation["base"]) == set(evaluation["tuned"]) == measured >= QUALITY
+    assert set(evaluation["improvement"]) == measured | {"perplexity_reduction"}
     for gain in evaluation["improvement"].values():
         assert gain["low"] <= gain["value"] <= gain["high"]
     assert isinstance(evaluation["gate"]["passed"], bool) and evaluation["gate"]["reason"]
@@ -319,6 +324,20 @@ def test_the_adapter_and_the_tables_are_in_the_run(finished: Finished, tmp_path:
         assert json.loads(tables[name].dataset.profile)["num_rows"] == count
 
 
+def test_the_page_and_the_predictions_are_in_the_run(finished: Finished, tmp_path: Path) -> None:
+    """As a table that the run's page shows, with a row for each row of the file."""
+    run, client = run_of(finished.project), store(finished.project)
+    page = Path(client.download_artifacts(run.info.run_id, "evaluation.html", str(tmp_path)))
+    assert page.read_bytes() == (finished.project / "reports/evaluation.html").read_bytes()
+    table = Path(client.download_artifacts(run.info.run_id, "predictions.json", str(tmp_path)))
+    logged = json.loads(table.read_text())
+    rows = pq.read_table(finished.project / "reports/predictions.parquet").to_pylist()
+    assert logged["columns"] == list(rows[0])
+    assert [line[:4] for line in logged["data"]] == [list(row.values())[:4] for row in rows]
+    shown = json.loads(run.data.tags["mlflow.loggedArtifacts"])
+    assert shown == [{"path": "predictions.json", "type": "table"}]
+
+
 def test_the_run_leads_back_to_git_and_to_its_inputs(finished: Finished) -> None:
     tags = run_of(finished.project).data.tags
     assert tags["git_commit"] == tags["mlflow.source.git.commit"] == finished.commit
@@ -345,7 +364,9 @@ def test_version_one_is_registered_as_candidate(finished: Finished) -> None:
 
 def test_dvc_shows_metrics_plots_and_params(finished: Finished, tmp_path: Path) -> None:
     project = finished.project
-    shown = json.loads(project.run("dvc", "metrics", "show", "--json").stdout)
+    metrics = project.run("dvc", "metrics", "show", "--json")
+    assert "failed to load" not in metrics.stderr
+    shown = json.loads(metrics.stdout)
     names = ("split", "format", "train", "evaluation", "export")
     assert set(shown[""]["data"]) == {f"reports/{name}.json" for name in names}
     project.run("dvc", "params", "diff")

@@ -7,7 +7,14 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from fintune.records import RecordError, read_rows, read_source, select_records, write_rows
+from fintune.records import (
+    RecordError,
+    read_passages,
+    read_rows,
+    read_source,
+    select_records,
+    write_rows,
+)
 
 ROWS = [
     {"instruction": "Answer.", "input": "What is a bond?", "output": "A loan, in short."},
@@ -151,3 +158,16 @@ def test_reading_a_table_without_a_column(tmp_path: Path) -> None:
         read_rows(tmp_path / "qa.parquet", ["prompt"])
     with pytest.raises(RecordError, match="dvc repro"):
         read_rows(tmp_path / "absent.parquet")
+
+
+def test_passages_are_the_texts_of_a_table_and_the_shipped_ones_are_sixty(tmp_path: Path) -> None:
+    shipped = read_passages(str(Path(__file__).parent.parent / "assets/general-text.jsonl"))
+    assert len(shipped) == len(set(shipped)) == 60
+    assert all(20 < len(text.split()) < 80 for text in shipped)
+    path = tmp_path / "own.jsonl"
+    path.write_text('{"text": "some words"}\n{"text": "one"}\n')
+    with pytest.raises(RecordError, match="row 2: text is 'one'"):
+        read_passages(str(path))
+    path.write_text('{"text": "some words"}\n{"body": "no text"}\n')
+    with pytest.raises(RecordError, match="row 2: text is None"):
+        read_passages(str(path))

@@ -1,6 +1,5 @@
-"""Likelihood, generation and intervals, each against a plain way to get the same figure."""
+"""Likelihood and generation, each against a plain way to get the same figure."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,12 @@ from fintune.modeling import load_base
 from fintune.params import Base
 from fintune.prompts import encode, end_token_id, load_tokenizer
 from fintune.scoring import (
+    BINS,
     batches_by_length,
-    bootstrap_interval,
+    calibration_sums,
     generate,
     likelihood,
-    rouge_l,
+    token_figures,
 )
 
 
@@ -40,6 +40,7 @@ def test_likelihood_by_hand(setting: Any) -> None:
     """Ten rows one at a time, through the whole model and without batches, masks or padding."""
     model, _, rows = setting
     measured = likelihood(model, rows, "")
+    sure = []
     for i, (prompt, completion) in enumerate(rows):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([prompt + completion])).logits[0].double()
@@ -49,7 +50,42 @@ def test_likelihood_by_hand(setting: Any) -> None:
         assert measured.nll[i] == pytest.approx(nll, rel=1e-5)
         assert measured.correct[i] == hits
         assert measured.tokens[i] == len(completion)
+        sure += predicted.exp().max(dim=-1).values.tolist()
+    assert measured.calibration[:, 0].sum() == len(sure)
+    assert measured.calibration[:, 1].sum() == pytest.approx(sum(sure), rel=1e-5)
+    assert measured.calibration[:, 2].sum() == measured.correct.sum()
     assert measured.loss == pytest.approx(measured.nll.sum() / sum(len(c) for _, c in rows))
+
+
+def test_token_figures_by_hand() -> None:
+    """Two tokens of four: probabilities 0.7 and 0.1 for the right one, the favourite right, then wrong."""
+    chances = torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.1, 0.6, 0.2, 0.1]])
+    losses, hits, confidence = token_figures(chances.log() + 3, torch.tensor([0, 3]))
+    assert losses == pytest.approx([-np.log(0.7), -np.log(0.1)], rel=1e-5)
+    assert hits.tolist() == [1, 0]
+    assert confidence == pytest.approx([0.7, 0.6], rel=1e-5)
+
+
+def test_calibration_puts_tokens_where_their_confidence_belongs() -> None:
+    sums = calibration_sums(np.array([0.0, 0.05, 0.55, 0.58, 1.0]), np.array([0, 1, 1, 0, 1.0]))
+    assert sums.shape == (BINS, 3)
+    assert sums[0].tolist() == pytest.approx([2, 0.05, 1])
+    assert sums[5].tolist() == pytest.approx([2, 1.13, 1])
+    assert sums[9].tolist() == pytest.approx([1, 1, 1])
+    assert sums.sum() == pytest.approx(5 + 2.18 + 3)
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 8192])
+def test_batches_do_not_change_the_likelihood(
+    setting: Any, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _, rows = setting
+    expected = likelihood(model, rows, "")
+    monkeypatch.setattr("fintune.scoring.TOKENS_PER_BATCH", tokens)
+    measured = likelihood(model, rows, "")
+    assert measured.nll == pytest.approx(expected.nll, rel=1e-5)
+    assert (measured.correct == expected.correct).all()
+    assert measured.calibration == pytest.approx(expected.calibration, rel=1e-5)
 
 
 def test_order_does_not_change_the_likelihood(setting: Any) -> None:
@@ -115,48 +151,3 @@ def test_batches_hold_every_row_once_within_both_limits() -> None:
     for batch in batches:
         assert len(batch) <= 3
         assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 14
-
-
-def test_rouge_l_by_hand() -> None:
-    """Longest common subsequence of 'the rate falls' and 'the interest rate falls now': three words."""
-    scores = rouge_l(
-        ["the rate falls", "", "Rates fall."], ["the interest rate falls now", "a", "rate falls"]
-    )
-    precision, recall = 3 / 3, 3 / 5
-    assert scores[0] == pytest.approx(2 * precision * recall / (precision + recall))
-    assert scores[1] == 0
-    assert scores[2] == 1  # stems are compared
-
-
-def test_the_interval_covers_the_mean_and_narrows_with_more_questions() -> None:
-    values = np.random.default_rng(0).normal(1.0, 1.0, 4000)
-    mean = lambda rows: float(values[rows].mean())  # noqa: E731
-
-    def width(count: int) -> tuple[float, float]:
-        return bootstrap_interval(mean, [str(i) for i in range(count)], 500, seed=0)
-
-    for count in (100, 400):
-        low, high = width(count)
-        assert low < values[:count].mean() < high
-        assert high - low == pytest.approx(2 * 1.96 / math.sqrt(count), rel=0.25)
-
-
-def test_rows_of_one_question_are_drawn_together() -> None:
-    """Forty rows of one question each say no more than one row: the interval is that of ten."""
-    values = np.repeat(np.random.default_rng(0).normal(0, 1, 10), 40)
-    mean = lambda rows: float(values[rows].mean())  # noqa: E731
-    together = bootstrap_interval(mean, [str(i // 40) for i in range(400)], 500, 0)
-    apart = bootstrap_interval(mean, [str(i) for i in range(400)], 500, 0)
-    assert together[1] - together[0] > 4 * (apart[1] - apart[0])
-
-
-def test_the_interval_does_not_depend_on_the_order_of_rows() -> None:
-    values = np.random.default_rng(0).normal(0, 1, 50)
-    there = bootstrap_interval(
-        lambda r: float(values[r].mean()), [str(i) for i in range(50)], 200, 3
-    )
-    flipped = values[::-1]
-    back = bootstrap_interval(
-        lambda r: float(flipped[r].mean()), [str(i) for i in range(50)][::-1], 200, 3
-    )
-    assert back == pytest.approx(there, rel=1e-12)

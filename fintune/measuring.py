@@ -1,0 +1,161 @@
+"""What is measured of base, tuned model and champion on the same rows, in one load of the base."""
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fintune.answers import similarities, text_scores
+from fintune.harness import run_harness
+from fintune.modeling import compute_dtype, load_adapter, load_another_adapter, load_base
+from fintune.params import Base, Evaluate, UserError
+from fintune.prompts import RESPONSE_END, encode, end_token_id, load_tokenizer
+from fintune.scoring import Answer, Likelihood, generate, likelihood
+from fintune.verdict import Sums
+
+PASSAGE_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Side:
+    """What was measured of one model; `general` is the loss on the general text, if there is one."""
+
+    scores: Likelihood
+    answers: list[Answer]
+    general: Likelihood | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All models' measurements by name (base, tuned, and champion where there is one), and the rest."""
+
+    sides: dict[str, Side]
+    similarity: dict[str, np.ndarray]
+    sampled: list[str]
+    harness: dict[str, Any]
+    champion_fault: str  # why the champion could not be measured, where it should have been
+    about: dict[str, Any]
+
+
+def measure(
+    adapter: Path,
+    champion: Path | None,
+    rows: list[dict[str, Any]],
+    references: list[list[str]],
+    passages: list[str],
+    params: Evaluate,
+) -> Measured:
+    """Load the base once and measure it, the tuned model and the champion, switching adapters.
+
+    Args:
+        adapter: the tuned model's folder; champion: that of the adapter to compare it with, or None.
+        rows: formatted test rows, with `prompt` and `completion`.
+        references: all answers to each row's question.
+        passages: general text; none where forgetting is not measured.
+    """
+    trained = json.loads((adapter / "training.json").read_text())
+    base, train = Base(**trained["base"]), trained["train"]
+    tokenizer = load_tokenizer(base)
+    dtype = compute_dtype(train["precision"])
+    model = load_adapter(load_base(base, tokenizer, train["quantization"], dtype), adapter)
+    states: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+        "base": model.disable_adapter,
+        "tuned": nullcontext,
+    }
+    champion_fault = ""
+    if champion:
+        try:
+            load_another_adapter(model, champion, "champion")
+            states["champion"] = nullcontext
+        except UserError as error:  # what is in the registry must not stop the evaluation
+            champion_fault = str(error)
+    tokens = [encode(tokenizer, row["prompt"], row["completion"]) for row in rows]
+    general = [encode_passage(tokenizer, passage) for passage in passages]
+    options = (end_token_id(tokenizer), params.max_new_tokens, params.rows_per_batch)
+
+    def answer(name: str) -> list[Answer]:
+        """Rows with the same prompt get the same answer, so each prompt is answered once."""
+        prompts = list(dict.fromkeys(tuple(prompt) for prompt, _ in tokens))
+        given = generate(model, tokenizer, [list(p) for p in prompts], *options, f"{name} answers")
+        by_prompt = dict(zip(prompts, given, strict=True))
+        return [by_prompt[tuple(prompt)] for prompt, _ in tokens]
+
+    sides = {}
+    for name, state in states.items():
+        model.set_adapter("champion" if name == "champion" else "default")
+        with state():
+            sides[name] = Side(
+                likelihood(model, tokens, f"{name} likelihood"),
+                answer(name),
+                likelihood(model, general, f"{name} general text") if general else None,
+            )
+    model.set_adapter("default")
+    sampling = params.sampling.model_dump(exclude={"rows"})
+    prompts = [prompt for prompt, _ in tokens[: params.sampling.rows]]
+    if not np.isfinite(sides["tuned"].scores.nll).all():
+        prompts = []  # nothing can be drawn from what are no probabilities
+    sampled = generate(model, tokenizer, prompts, *options, "samples", sampling, params.seed)
+    similarity = {}
+    if params.embedding:
+        texts = {name: [a.text for a in side.answers] for name, side in sides.items()}
+        similarity = similarities(texts, references, params.embedding, model.device)
+    compared = {name: states[name] for name in ("base", "tuned")}
+    about = {
+        "base": base.model,
+        "base_revision": base.revision,
+        "quantization": train["quantization"],
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "learning_rate": train["learning_rate"],
+        "epochs": train["epochs"],
+        "lora_r": train["lora"]["r"],
+    }
+    return Measured(
+        sides,
+        similarity,
+        [each.text for each in sampled],
+        run_harness(model, tokenizer, params.harness, compared, params.rows_per_batch, params.seed),
+        champion_fault,
+        about,
+    )
+
+
+def encode_passage(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
+    """A text as the model saw texts before it was tuned: all of it but the first token is predicted.
+
+    A long one is cut.
+    """
+    ids = tokenizer(text)["input_ids"][:PASSAGE_TOKENS]
+    return ids[:1], ids[1:]
+
+
+def sums_of(
+    side: Side,
+    rows: Sequence[dict[str, Any]],
+    references: Sequence[Sequence[str]],
+    similarity: np.ndarray | None,
+) -> Sums:
+    """Each metric's numerator and denominator on every row."""
+    scores, answers = side.scores, side.answers
+    texts = text_scores([each.text for each in answers], references)
+    one = np.ones(len(rows))
+    answer_bytes = [len(row["completion"].removesuffix(RESPONSE_END).encode()) for row in rows]
+    sums = {
+        "loss": (scores.nll, scores.tokens),
+        "perplexity": (scores.nll, scores.tokens),
+        "bits_per_byte": (scores.nll / np.log(2), np.array(answer_bytes, dtype=float)),
+        "token_accuracy": (scores.correct, scores.tokens),
+        **{key: (texts[key], one) for key in ("rouge_1", "rouge_2", "rouge_l", "chrf")},
+        **({} if similarity is None else {"similarity": (similarity, one)}),
+        "stop_rate": (np.array([float(each.stopped) for each in answers]), one),
+        "empty_rate": (np.array([float(not each.text) for each in answers]), one),
+        "distinct_2": (texts["distinct_2"], one),
+        "longest_repeat": (texts["longest_repeat"], one),
+        "mean_answer_tokens": (np.array([float(each.tokens) for each in answers]), one),
+        "length_ratio": (texts["words"], texts["reference_words"]),
+    }
+    return sums
