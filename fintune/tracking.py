@@ -142,8 +142,10 @@ def sweep_run(client: MlflowClient, root: Path) -> str | None:
     """The run under which MLflow shows the experiments of one commit, made by the first of them.
 
     For experiments that DVC runs beside the user's workspace, queued or with --temp: those of a sweep.
-    None for others.
+    A search names its own run in `FINTUNE_PARENT_RUN`. None for others.
     """
+    if parent := os.environ.get("FINTUNE_PARENT_RUN"):
+        return parent
     baseline = os.environ.get("DVC_EXP_BASELINE_REV")
     if not baseline or Path.cwd().resolve() == root:
         return None
@@ -160,6 +162,20 @@ def sweep_run(client: MlflowClient, root: Path) -> str | None:
         run = client.create_run(experiment, run_name=f"experiments on {baseline[:7]}", tags=tags)
         client.set_terminated(run.info.run_id, "FINISHED")
     return str(run.info.run_id)
+
+
+def search_run(client: MlflowClient, name: str, space: dict[str, str]) -> str:
+    """The running run that holds the trials of a search; the one of before where it is resumed."""
+    named = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
+    experiment = client.get_experiment_by_name(named).experiment_id
+    found = client.search_runs([experiment], f"tags.search = '{name}'")
+    if found:
+        run_id = str(found[0].info.run_id)
+        client.update_run(run_id, status="RUNNING")
+        return run_id
+    run_id = str(client.create_run(experiment, run_name=name, tags={"search": name}).info.run_id)
+    client.log_batch(run_id, params=[MlflowParam(key, value) for key, value in space.items()])
+    return run_id
 
 
 def live_logger(run_id: str) -> Callable[[int, dict[str, float]], None]:
