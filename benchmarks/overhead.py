@@ -100,7 +100,14 @@ def with_server(project: Path) -> float:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = ["mlflow", "server", "--port", str(port), "--workers", "1"]
+    command = [
+        str(Path(sys.executable).absolute().parent / "mlflow"),
+        "server",
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+    ]
     command += ["--backend-store-uri", f"sqlite:///{project}/server.db"]
     server = subprocess.Popen(
         command, cwd=project, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

@@ -215,8 +215,10 @@ def describe_run(run_id: str, sections: dict[str, Any], root: Path) -> dict[str,
     for entry in _locked_stages(root, ("fetch", "split", "format")):
         params.update(entry.get("params", {}).get("params.yaml", {}))
     tags |= data_hashes(root, ("fetch", "split", "format"))
+    active = mlflow.active_run()
     return {
         "run_id": run_id,
+        "name": active.info.run_name if active else run_id,
         "experiment": os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT,
         "params": _flat(params),
         "tags": {key: value for key, value in tags.items() if value},
@@ -224,10 +226,15 @@ def describe_run(run_id: str, sections: dict[str, Any], root: Path) -> dict[str,
 
 
 def data_hashes(root: Path, stages: Sequence[str]) -> dict[str, str]:
-    """The md5 of the data and the adapter that these stages wrote, from dvc.lock, as tags."""
+    """The md5 of the data and the adapter that these stages wrote, as tags; none outside DVC."""
+    return output_hashes(_locked_stages(root, stages))
+
+
+def output_hashes(entries: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """The md5 of the data and the adapter in stages' entries of dvc.lock, as tags."""
     return {
         f"md5.{out['path']}": out["md5"]
-        for entry in _locked_stages(root, stages)
+        for entry in entries
         for out in entry.get("outs", [])
         if out["path"].startswith("data/") or out["path"] == "models/adapter"
     }
@@ -355,10 +362,9 @@ def run_of_adapter(
         if again:
             run_id = str(again[0].info.run_id)
         else:
-            name = record["tags"].get("dvc_experiment") or "restored"
             tags = {"first_run_id": record["run_id"]}
             run_id = client.create_run(
-                experiment.experiment_id, tags=tags, run_name=name
+                experiment.experiment_id, tags=tags, run_name=record["name"]
             ).info.run_id
             log.info("MLflow has no run %s; logging it again as %s", record["run_id"], run_id)
     if client.get_run(run_id).data.tags.get(COMPLETE) != "true":

@@ -528,6 +528,71 @@ def test_an_unknown_model_is_named_with_the_way_out(
     assert "Traceback" not in done.stderr
 
 
+def lose_mlflow(project: Project) -> None:
+    (project / "mlflow.db").unlink()
+    shutil.rmtree(project / "mlartifacts")
+
+
+def artifacts(project: Project, run: Run) -> set[str]:
+    folder = Path(run.info.artifact_uri.removeprefix("file://"))
+    assert folder.is_relative_to(project.folder)
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_replaced_store_gets_all_of_it_again_once(
+    finished: Finished, copy: Callable[[], Project]
+) -> None:
+    project = copy()
+    lose_mlflow(project)
+    assert stages_run(project.run("dvc", "repro").stdout) == []
+    for _ in range(2):
+        project.run("python", "-m", "fintune.restore")
+    (run,), (first,) = runs(project), runs(finished.project)
+    assert run.info.run_name == first.info.run_name and run.info.status == "FINISHED"
+    assert run.data.tags["first_run_id"] == first.info.run_id
+    assert run.data.params == first.data.params
+    measured = {key: v for key, v in first.data.metrics.items() if not key.startswith("system/")}
+    assert run.data.metrics == pytest.approx(measured, rel=1e-5)
+    for key in ("tuned/loss", "merged_loss", "validation_loss"):
+        assert len(store(project).get_metric_history(run.info.run_id, key)) == 1
+    ours = {k: v for k, v in first.data.tags.items() if not k.startswith("mlflow.")}
+    assert set(ours.items()) <= set(run.data.tags.items())
+    assert artifacts(project, run) == artifacts(finished.project, first)
+    (version,) = store(project).search_model_versions()
+    before = store(finished.project).get_model_version("financial-qa", "1")
+    assert version.run_id == run.info.run_id and version.tags == before.tags
+    aliases = store(project).get_registered_model("financial-qa").aliases
+    assert {alias: str(number) for alias, number in aliases.items()} == {"candidate": "1"}
+
+
+def test_an_experiment_from_dvc_s_cache_is_logged_again_once(
+    experiment: Finished, tmp_path: Path
+) -> None:
+    project = Project(tmp_path / "project")
+    shutil.copytree(experiment.project.folder, project.folder, symlinks=True)
+    lose_mlflow(project)
+    git(project, "checkout", "--", ".")
+    project.run("dvc", "checkout", "--force")
+    again = project.run(
+        "dvc", "exp", "run", "-S", "train.learning_rate=1e-4", "-S", "train.max_steps=3"
+    )
+    assert stages_run(again.stdout) == [] and "is cached" in again.stdout
+    for _ in range(2):
+        project.run("python", "-m", "fintune.restore")
+    (run,) = runs(project)
+    assert run.info.run_name in experiment.output
+    assert json.loads(run.data.params["train.max_steps"]) == 3
+    assert {"validation_loss", "tuned/loss", "merged_loss"} <= set(run.data.metrics)
+
+
+def test_another_adapter_than_dvc_s_is_not_logged(copy: Callable[[], Project]) -> None:
+    project = copy()
+    (project / "models/adapter/README.md").write_text("mine\n")
+    done = project.run("python", "-m", "fintune.restore", check=False)
+    assert done.returncode != 0
+    assert "not the adapter of dvc.lock" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_an_unknown_parameter_is_refused(copy: Callable[[], Project]) -> None:
     project = copy()
     done = project.run("dvc", "exp", "run", "-S", "+train.typo=3", check=False)
@@ -535,3 +600,19 @@ def test_an_unknown_parameter_is_refused(copy: Callable[[], Project]) -> None:
     assert "train.typo: unknown key" in done.stderr
     assert "Traceback" not in done.stderr
     assert len(runs(project)) == 1
+
+
+WATCH_IMPORTS = """
+import runpy, sys
+runpy.run_module(f"stages.{sys.argv[1]}", run_name="__main__")
+heavy = ("torch", "mlflow", "datasets", "peft", "trl", "accelerate", "sklearn")
+print("imported:", *(name for name in heavy if sys.modules.get(name)))
+"""
+
+
+@pytest.mark.parametrize("stage", ["fetch", "split", "format"])
+def test_the_data_stages_import_nothing_heavy(finished: Finished, stage: str) -> None:
+    """They start in under a second; torch alone takes longer, and MLflow as long."""
+    told = finished.project.run("python", "-c", WATCH_IMPORTS, stage)
+    assert told.stdout.splitlines()[-1].strip() == "imported:"
+    assert "PyTorch was not found" not in told.stderr
