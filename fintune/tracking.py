@@ -82,7 +82,13 @@ def _client(root: Path, uri: str, local: bool) -> MlflowClient:
             client.create_experiment(name, artifact_location=location, tags=kind)
         mlflow.set_experiment(name)
     except MlflowException as error:
-        raise UserError(f"MLflow at {_shown(uri)}: {error}") from error
+        if error.get_http_status_code() in (401, 403) or "error code 401" in str(error):
+            raise UserError(
+                f"MLflow at {_shown(uri)} refuses access: set MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD to a user of that server and its password"
+            ) from None
+        message = str(error).replace(uri, _shown(uri))  # which may hold a password
+        raise UserError(f"MLflow at {_shown(uri)}: {message}") from None
     return client
 
 
