@@ -1,11 +1,12 @@
 # make demo: the whole pipeline on the embedded demo.  make test: the tests.  make check: lint, format, types.
+# make experiments: those on this commit, with the columns that matter.
 # Each sets up .venv when it is missing or requirements.lock has changed.
 
 PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test check lock
+.PHONY: demo test check experiments lock
 
 demo: $(BIN)/ready
 	python -m fintune.preflight
@@ -19,6 +20,10 @@ check: $(BIN)/ready
 	ruff check .
 	ruff format --check .
 	mypy
+
+# Without the pattern the table has more than 40 columns, most of them hashes and counts.
+experiments: $(BIN)/ready
+	dvc exp show --only-changed --no-pager --drop '^(?!Experiment$$|validation_loss$$|tuned\.(loss|rouge_l|stop_rate)$$|(fetch|split|format|train|evaluate|merge_export)\.|base\.(model|revision)$$)'
 
 $(BIN)/ready: requirements.lock
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; name one with: make PYTHON=python3.12 ...")'

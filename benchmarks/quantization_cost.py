@@ -26,13 +26,14 @@ from ruamel.yaml import YAML
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from fintune.generation import generate
 from fintune.measuring import Side, sums_of
 from fintune.modeling import add_adapter, compute_dtype, load_adapter, load_base, save_adapter
 from fintune.params import Params, UserError, read_params
 from fintune.preflight import check_base
 from fintune.prompts import encode, end_token_id, load_tokenizer
 from fintune.records import read_source, select_records
-from fintune.scoring import TokenRow, generate, likelihood
+from fintune.scoring import TokenRow, likelihood
 from fintune.splitting import split_rows
 from fintune.stage import log, run, write_json
 from fintune.training import train

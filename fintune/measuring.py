@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from fintune.answers import similarities, text_scores
+from fintune.generation import FEWEST_ROWS, Answer, generate
 from fintune.harness import run_harness
 from fintune.modeling import compute_dtype, load_adapter, load_another_adapter, load_base
 from fintune.params import Base, Evaluate, UserError
 from fintune.prompts import RESPONSE_END, encode, end_token_id, load_tokenizer
-from fintune.scoring import Answer, Likelihood, generate, likelihood
+from fintune.scoring import Likelihood, likelihood
 from fintune.verdict import Sums
 
 PASSAGE_TOKENS = 512
@@ -80,7 +81,10 @@ def measure(
     def answer(name: str) -> list[Answer]:
         """Rows with the same prompt get the same answer, so each prompt is answered once."""
         prompts = list(dict.fromkeys(tuple(prompt) for prompt, _ in tokens))
-        given = generate(model, tokenizer, [list(p) for p in prompts], *options, f"{name} answers")
+        asked = [list(prompt) for prompt in prompts]
+        given = generate(
+            model, tokenizer, asked, *options, f"{name} answers", kernels=params.kernels
+        )
         by_prompt = dict(zip(prompts, given, strict=True))
         return [by_prompt[tuple(prompt)] for prompt, _ in tokens]
 
@@ -89,16 +93,19 @@ def measure(
         model.set_adapter("champion" if name == "champion" else "default")
         with state():
             sides[name] = Side(
-                likelihood(model, tokens, f"{name} likelihood"),
+                likelihood(model, tokens, f"{name} likelihood", params.kernels),
                 answer(name),
-                likelihood(model, general, f"{name} general text") if general else None,
+                likelihood(model, general, f"{name} general text", params.kernels)
+                if general
+                else None,
             )
     model.set_adapter("default")
     sampling = params.sampling.model_dump(exclude={"rows"})
     prompts = [prompt for prompt, _ in tokens[: params.sampling.rows]]
     if not np.isfinite(sides["tuned"].scores.nll).all():
         prompts = []  # nothing can be drawn from what are no probabilities
-    sampled = generate(model, tokenizer, prompts, *options, "samples", sampling, params.seed)
+    how: dict[str, Any] = {"sampling": sampling, "seed": params.seed, "kernels": params.kernels}
+    sampled = generate(model, tokenizer, prompts, *options, "samples", **how)
     similarity = {}
     if params.embedding:
         texts = {name: [a.text for a in side.answers] for name, side in sides.items()}
@@ -118,7 +125,7 @@ def measure(
         sides,
         similarity,
         [each.text for each in sampled],
-        run_harness(model, tokenizer, params.harness, compared, params.rows_per_batch, params.seed),
+        run_harness(model, tokenizer, params.harness, compared, FEWEST_ROWS, params.seed),
         champion_fault,
         about,
     )

@@ -29,7 +29,7 @@ Name = Annotated[str, Field(min_length=1)]
 def _auto_or_count(value: Any) -> Any:
     if value == "auto" or (type(value) is int and value >= 1):
         return value
-    raise ValueError(f"give auto or a number of tokens, not {value!r}")
+    raise ValueError(f"give auto or a number, not {value!r}")
 
 
 class UserError(Exception):
@@ -221,7 +221,8 @@ class Evaluate(Section):
 
     max_rows: Count | None
     max_new_tokens: Count
-    rows_per_batch: Count
+    rows_per_batch: Annotated[int | Literal["auto"], PlainValidator(_auto_or_count)]
+    kernels: Literal["auto", "fused", "plain"]
     sampling: Sampling
     embedding: Embedding | None
     general_text: Name | None

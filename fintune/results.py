@@ -7,7 +7,6 @@ python -m fintune.results models/adapter            # the same of a folder: an a
 
 import argparse
 import configparser
-import hashlib
 import json
 import os
 from datetime import UTC, datetime
@@ -149,6 +148,8 @@ def _rebuild(tags: dict[str, str]) -> list[str]:
 
 def _version_of_folder(client: Any, folder: Path) -> Any:
     """The newest version whose adapter this folder holds, or was merged from."""
+    from fintune.restore import folder_md5
+
     md5 = folder_md5(folder)
     lock = Path("dvc.lock")
     stages = YAML(typ="safe").load(lock.read_text())["stages"] if lock.is_file() else {}
@@ -163,18 +164,6 @@ def _version_of_folder(client: Any, folder: Path) -> Any:
             "store (MLFLOW_TRACKING_URI), or the folder was changed"
         )
     return max(found, key=lambda version: int(version.version))
-
-
-def folder_md5(folder: Path) -> str:
-    """The hash by which DVC knows a folder: of the sorted list of its files' hashes and paths."""
-    listed = []
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                md5 = hashlib.file_digest(file, "md5").hexdigest()
-            listed.append({"md5": md5, "relpath": path.relative_to(folder).as_posix()})
-    listed.sort(key=lambda entry: entry["relpath"])
-    return hashlib.md5(json.dumps(listed, sort_keys=True).encode()).hexdigest() + ".dir"
 
 
 if __name__ == "__main__":

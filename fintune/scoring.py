@@ -2,11 +2,15 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
+
+from fintune.fused import FusedModel, unsupported
+from fintune.preflight import CHUNK
 
 TokenRow = tuple[list[int], list[int]]  # prompt ids, completion ids
 TOKENS_PER_BATCH = (
@@ -41,15 +45,6 @@ class Likelihood:
         return float(self.correct.sum() / self.tokens.sum())
 
 
-@dataclass(frozen=True)
-class Answer:
-    """A generated answer without its end token; `stopped` says that the end token came in time."""
-
-    text: str
-    tokens: int
-    stopped: bool
-
-
 def batches_by_length(lengths: Sequence[int], tokens: int, rows: int) -> Iterator[list[int]]:
     """Indices in batches of at most `rows` rows and `tokens` padded tokens, longest rows first."""
     batch: list[int] = []
@@ -62,39 +57,108 @@ def batches_by_length(lengths: Sequence[int], tokens: int, rows: int) -> Iterato
         yield batch
 
 
+@dataclass(frozen=True)
+class Pass:
+    """Rows that go through the model at once, on the device.
+
+    Packed: ids and positions are (1, tokens), `bounds` say where each row starts, then the end, and
+    there is no mask. Padded: (rows, longest) with a mask. `predicting` are the places, in the flattened
+    ids, of the tokens whose next one is an answer's, and `targets` those next ones.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    mask: torch.Tensor | None
+    bounds: torch.Tensor | None
+    longest: int
+    predicting: torch.Tensor
+    targets: torch.Tensor
+
+
+def lay_out(rows: Sequence[TokenRow], padded: bool, device: torch.device) -> Pass:
+    """Put rows end to end, or side by side with padding; nothing waits for the device."""
+    lengths = [len(prompt) + len(completion) for prompt, completion in rows]
+    width = max(lengths)
+    starts = [i * width for i in range(len(rows))] if padded else [0, *accumulate(lengths)][:-1]
+    flat: list[int] = []
+    for prompt, completion in rows:
+        flat += prompt
+        flat += completion
+        flat += [0] * (width - len(prompt) - len(completion)) if padded else []
+    ids = torch.tensor(flat)
+    sizes = [width] * len(rows) if padded else lengths
+    positions = torch.cat([torch.arange(size) for size in sizes])
+    places = torch.cat(
+        [
+            torch.arange(start + len(prompt) - 1, start + length - 1)
+            for (prompt, _), start, length in zip(rows, starts, lengths, strict=True)
+        ]
+    )
+    shape = (len(rows), width) if padded else (1, -1)
+    mask, bounds = None, None
+    if padded:
+        mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
+    else:
+        bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+
+    def send(values: torch.Tensor) -> torch.Tensor:
+        return (
+            values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
+        )
+
+    return Pass(
+        ids=send(ids.view(shape)),
+        positions=send(positions.view(shape)),
+        mask=None if mask is None else send(mask),
+        bounds=None if bounds is None else send(bounds),
+        longest=width,
+        predicting=send(places),
+        targets=send(ids[places + 1]),
+    )
+
+
 @torch.no_grad()
-def likelihood(model: Any, rows: Sequence[TokenRow], title: str) -> Likelihood:
+def likelihood(
+    model: Any, rows: Sequence[TokenRow], title: str, kernels: str = "auto"
+) -> Likelihood:
     """How likely the model finds the answers, given their prompts.
 
-    Only the answers' positions go through the head, so memory does not grow with the prompt and the
-    vocabulary together.
+    Only the answers' positions go through the head, in chunks, so memory does not grow with the prompt and
+    the vocabulary together.
 
     Args:
         model: a causal model, with or without an adapter; left in evaluation mode.
         title: of the progress bar.
+        kernels: `fused`, on packed rows, `plain`, on padded ones, or `auto`, as for training.
     """
     model.eval()
     body, head = _body_and_head(model)
+    fused = None
+    if kernels == "fused" or (kernels == "auto" and unsupported(model) is None):
+        fused = FusedModel(model, head.weight.dtype, training=False)
     nll, correct = np.zeros(len(rows)), np.zeros(len(rows))
     calibration = np.zeros((BINS, 3))
     lengths = [len(prompt) + len(completion) for prompt, completion in rows]
+    most = TOKENS_PER_BATCH * (2 if fused else 1)
     with tqdm(total=len(rows), desc=title, unit="row", leave=False) as bar:
-        for batch in batches_by_length(lengths, TOKENS_PER_BATCH, rows=256):
-            width = lengths[batch[0]]
-            ids = torch.zeros(len(batch), width, dtype=torch.long)
-            seen = torch.zeros_like(ids)
-            answer = torch.zeros_like(ids, dtype=torch.bool)
-            for k, i in enumerate(batch):
-                prompt, completion = rows[i]
-                ids[k, : lengths[i]] = torch.tensor(prompt + completion)
-                seen[k, : lengths[i]] = 1
-                answer[k, len(prompt) : lengths[i]] = True
-            ids, seen, answer = (t.to(model.device) for t in (ids, seen, answer))
-            hidden = body(input_ids=ids, attention_mask=seen, use_cache=False).last_hidden_state
-            logits = head(hidden[:, :-1][answer[:, 1:]]).float()
-            labels = ids[:, 1:][answer[:, 1:]]
-            losses, hits, confidence = token_figures(logits, labels)
-            owner = np.array(batch)[answer[:, 1:].nonzero()[:, 0].cpu().numpy()]
+        for batch in batches_by_length(lengths, most, rows=256):
+            part = lay_out([rows[i] for i in batch], fused is None, model.device)
+            if fused:
+                assert part.bounds is not None
+                at = (part.ids[0], part.positions[0], part.bounds, part.longest)
+                hidden = fused.hidden_states(*at)
+            else:
+                seen = {"attention_mask": part.mask, "use_cache": False}
+                hidden = body(input_ids=part.ids, **seen).last_hidden_state.flatten(0, 1)
+            states = hidden.index_select(0, part.predicting)
+            figures = [
+                token_figures((fused.logits if fused else head)(chunk).float(), labels)
+                for chunk, labels in zip(
+                    states.split(CHUNK), part.targets.split(CHUNK), strict=True
+                )
+            ]
+            losses, hits, confidence = np.concatenate(figures, axis=1)
+            owner = np.repeat(batch, [len(rows[i][1]) for i in batch])
             np.add.at(nll, owner, losses)
             np.add.at(correct, owner, hits)
             calibration += calibration_sums(confidence, hits)
@@ -147,62 +211,3 @@ def _body_and_head(model: Any) -> tuple[Any, Any]:
     """The transformer without its head, and the head, with the adapter's layers still in them."""
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
     return plain.get_decoder(), plain.get_output_embeddings()
-
-
-@torch.no_grad()
-def generate(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[list[int]],
-    end_id: int,
-    max_new_tokens: int,
-    rows_per_batch: int,
-    title: str,
-    sampling: dict[str, float] | None = None,
-    seed: int = 0,
-) -> list[Answer]:
-    """Answer the prompts, greedily or with `sampling` (temperature, top_p), stopping at the end token.
-
-    The base's own end-of-text token ends an answer too, but such an answer did not stop by itself in
-    the way that was taught.
-
-    Returns:
-        One answer a prompt, in the order of the prompts.
-    """
-    model.eval()
-    answers: list[Answer | None] = [None] * len(prompts)
-    options: dict[str, Any] = {
-        "do_sample": False,
-        "temperature": None,
-        "top_p": None,
-        "top_k": None,
-    }
-    if sampling:
-        options = {"do_sample": True, "top_k": 0, **sampling}
-        torch.manual_seed(seed)
-    ends = [end_id] + [tokenizer.eos_token_id] * (tokenizer.eos_token_id not in (None, end_id))
-    with tqdm(total=len(prompts), desc=title, unit="answer", leave=False) as bar:
-        for batch in batches_by_length([len(p) for p in prompts], 2**31, rows_per_batch):
-            width = len(prompts[batch[0]])
-            pads = [[0] * (width - len(prompts[i])) for i in batch]
-            ids = torch.tensor([pad + prompts[i] for pad, i in zip(pads, batch, strict=True)])
-            mask = torch.tensor([[0] * len(pad) + [1] * (width - len(pad)) for pad in pads])
-            output = model.generate(
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                max_new_tokens=max_new_tokens,
-                eos_token_id=ends,
-                pad_token_id=tokenizer.pad_token_id,
-                use_cache=True,
-                **options,
-            )[:, width:].tolist()
-            for i, new in zip(batch, output, strict=True):
-                answers[i] = _answer(tokenizer, new, end_id, ends)
-            bar.update(len(batch))
-    return [answer for answer in answers if answer is not None]
-
-
-def _answer(tokenizer: Any, new: list[int], end_id: int, ends: Sequence[int]) -> Answer:
-    length = next((k for k, token in enumerate(new) if token in ends), len(new))
-    text = tokenizer.decode(new[:length], skip_special_tokens=True).strip()
-    return Answer(text, length, stopped=length < len(new) and new[length] == end_id)

@@ -86,7 +86,13 @@ def _client(root: Path, uri: str, local: bool) -> MlflowClient:
             client.create_experiment(name, artifact_location=location, tags=kind)
         mlflow.set_experiment(name)
     except MlflowException as error:
-        raise UserError(f"MLflow at {_shown(uri)}: {error}") from error
+        if error.get_http_status_code() in (401, 403) or "error code 401" in str(error):
+            raise UserError(
+                f"MLflow at {_shown(uri)} refuses access: set MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD to a user of that server and its password"
+            ) from None
+        message = str(error).replace(uri, _shown(uri))  # which may hold a password
+        raise UserError(f"MLflow at {_shown(uri)}: {message}") from None
     return client
 
 
@@ -146,8 +152,10 @@ def sweep_run(client: MlflowClient, root: Path) -> str | None:
     """The run under which MLflow shows the experiments of one commit, made by the first of them.
 
     For experiments that DVC runs beside the user's workspace, queued or with --temp: those of a sweep.
-    None for others.
+    A search names its own run in `FINTUNE_PARENT_RUN`. None for others.
     """
+    if parent := os.environ.get("FINTUNE_PARENT_RUN"):
+        return parent
     baseline = os.environ.get("DVC_EXP_BASELINE_REV")
     if not baseline or Path.cwd().resolve() == root:
         return None
@@ -164,6 +172,20 @@ def sweep_run(client: MlflowClient, root: Path) -> str | None:
         run = client.create_run(experiment, run_name=f"experiments on {baseline[:7]}", tags=tags)
         client.set_terminated(run.info.run_id, "FINISHED")
     return str(run.info.run_id)
+
+
+def search_run(client: MlflowClient, name: str, space: dict[str, str]) -> str:
+    """The running run that holds the trials of a search; the one of before where it is resumed."""
+    named = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
+    experiment = client.get_experiment_by_name(named).experiment_id
+    found = client.search_runs([experiment], f"tags.search = '{name}'")
+    if found:
+        run_id = str(found[0].info.run_id)
+        client.update_run(run_id, status="RUNNING")
+        return run_id
+    run_id = str(client.create_run(experiment, run_name=name, tags={"search": name}).info.run_id)
+    client.log_batch(run_id, params=[MlflowParam(key, value) for key, value in space.items()])
+    return run_id
 
 
 def live_logger(run_id: str) -> Callable[[int, dict[str, float]], None]:
@@ -203,8 +225,10 @@ def describe_run(run_id: str, sections: dict[str, Any], root: Path) -> dict[str,
     for entry in _locked_stages(root, ("fetch", "split", "format")):
         params.update(entry.get("params", {}).get("params.yaml", {}))
     tags |= data_hashes(root, ("fetch", "split", "format"))
+    active = mlflow.active_run()
     return {
         "run_id": run_id,
+        "name": active.info.run_name if active else run_id,
         "experiment": os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT,
         "params": _flat(params),
         "tags": {key: value for key, value in tags.items() if value},
@@ -212,10 +236,15 @@ def describe_run(run_id: str, sections: dict[str, Any], root: Path) -> dict[str,
 
 
 def data_hashes(root: Path, stages: Sequence[str]) -> dict[str, str]:
-    """The md5 of the data and the adapter that these stages wrote, from dvc.lock, as tags."""
+    """The md5 of the data and the adapter that these stages wrote, as tags; none outside DVC."""
+    return output_hashes(_locked_stages(root, stages))
+
+
+def output_hashes(entries: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """The md5 of the data and the adapter in stages' entries of dvc.lock, as tags."""
     return {
         f"md5.{out['path']}": out["md5"]
-        for entry in _locked_stages(root, stages)
+        for entry in entries
         for out in entry.get("outs", [])
         if out["path"].startswith("data/") or out["path"] == "models/adapter"
     }
@@ -340,10 +369,9 @@ def run_of_adapter(
         if again:
             run_id = str(again[0].info.run_id)
         else:
-            name = record["tags"].get("dvc_experiment") or "restored"
             tags = {"first_run_id": record["run_id"]}
             run_id = client.create_run(
-                experiment.experiment_id, tags=tags, run_name=name
+                experiment.experiment_id, tags=tags, run_name=record["name"]
             ).info.run_id
             log.info("MLflow has no run %s; logging it again as %s", record["run_id"], run_id)
     if client.get_run(run_id).data.tags.get(COMPLETE) != "true":

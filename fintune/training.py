@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from fintune.preflight import (
     matmul_flops,
     plan_execution,
 )
-from fintune.scoring import TokenRow, batches_by_length
+from fintune.scoring import Pass, TokenRow, batches_by_length, lay_out
 
 log = logging.getLogger("fintune")
 POINTS = 100  # of the loss curve, at least, where there are as many steps
@@ -59,24 +58,6 @@ class TrainingResult:
     metrics: dict[str, float]
 
 
-@dataclass(frozen=True)
-class Pass:
-    """Rows that go through the model at once, on the device.
-
-    Packed: ids and positions are (1, tokens), `bounds` say where each row starts, then the end, and
-    there is no mask. Padded: (rows, longest) with a mask. `predicting` are the places, in the flattened
-    ids, of the tokens whose next one is an answer's, and `targets` those next ones.
-    """
-
-    ids: torch.Tensor
-    positions: torch.Tensor
-    mask: torch.Tensor | None
-    bounds: torch.Tensor | None
-    longest: int
-    predicting: torch.Tensor
-    targets: torch.Tensor
-
-
 def divide(lengths: Sequence[int], limit: int, padded: bool) -> list[list[int]]:
     """Rows of a step in passes of at most `limit` tokens, padding included, as equal as they get.
 
@@ -96,48 +77,6 @@ def divide(lengths: Sequence[int], limit: int, padded: bool) -> list[list[int]]:
         if count >= len(lengths) or max(sizes) <= max(limit, max(lengths)):
             return [sorted(rows) for rows in passes if rows]
         count += 1
-
-
-def lay_out(rows: Sequence[TokenRow], padded: bool, device: torch.device) -> Pass:
-    """Put rows end to end, or side by side with padding; nothing waits for the device."""
-    lengths = [len(prompt) + len(completion) for prompt, completion in rows]
-    width = max(lengths)
-    starts = [i * width for i in range(len(rows))] if padded else [0, *accumulate(lengths)][:-1]
-    flat: list[int] = []
-    for prompt, completion in rows:
-        flat += prompt
-        flat += completion
-        flat += [0] * (width - len(prompt) - len(completion)) if padded else []
-    ids = torch.tensor(flat)
-    sizes = [width] * len(rows) if padded else lengths
-    positions = torch.cat([torch.arange(size) for size in sizes])
-    places = torch.cat(
-        [
-            torch.arange(start + len(prompt) - 1, start + length - 1)
-            for (prompt, _), start, length in zip(rows, starts, lengths, strict=True)
-        ]
-    )
-    shape = (len(rows), width) if padded else (1, -1)
-    mask, bounds = None, None
-    if padded:
-        mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
-    else:
-        bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-
-    def send(values: torch.Tensor) -> torch.Tensor:
-        return (
-            values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
-        )
-
-    return Pass(
-        ids=send(ids.view(shape)),
-        positions=send(positions.view(shape)),
-        mask=None if mask is None else send(mask),
-        bounds=None if bounds is None else send(bounds),
-        longest=width,
-        predicting=send(places),
-        targets=send(ids[places + 1]),
-    )
 
 
 class AnswerTrainer(SFTTrainer):

@@ -19,6 +19,7 @@ from fintune.modeling import (
 from fintune.params import Base, MergeExport, UserError, read_params
 from fintune.prompts import encode, load_tokenizer
 from fintune.records import read_rows
+from fintune.restore import restore_evaluation, version_tags
 from fintune.scoring import answer_logits, likelihood
 from fintune.stage import log, project_root, run, whole_folder, write_json
 from fintune.tracking import connect, data_hashes, log_results, register, run_of_adapter
@@ -42,9 +43,8 @@ def main() -> None:
     with whole_folder(OUT) as folder:
         measured = export(folder, params)
     evaluation = json.loads(EVALUATION.read_text())
-    tags = json.loads(RUN.read_text())["tags"] | data_hashes(Path.cwd(), UPSTREAM)
-    tags |= {f"tuned_{key}": str(value) for key, value in evaluation["tuned"].items()}
-    tags["gate"] = evaluation["gate"]["reason"]
+    restore_evaluation(client, run_id)
+    tags = version_tags(evaluation, data_hashes(Path.cwd(), UPSTREAM))
     version, aliases = register(
         client, run_id, params.registered_model, tags, evaluation["gate"]["passed"]
     )

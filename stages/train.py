@@ -29,6 +29,7 @@ ADAPTER = Path("models/adapter")
 RUN = Path("models/run.json")
 METRICS = Path("reports/train.json")
 CURVE = Path("reports/train_curve.csv")
+VALIDATIONS = Path("reports/validation_curve.csv")  # apart: DVC's plots draw an empty cell as 0
 CODE = (
     "fintune/fused.py",
     "fintune/kernels.py",
@@ -63,6 +64,7 @@ def main() -> None:
             write_json(folder / "training.json", sections)
         write_json(METRICS, result.metrics)
         write_text(CURVE, as_csv(result.curve))
+        write_text(VALIDATIONS, as_csv(validations(result.curve)))
         write_json(RUN, record)
         log_training_or_later(client, record, result.metrics, ADAPTER)
     shutil.rmtree(scratch)
@@ -107,6 +109,16 @@ def fine_tune(
         scratch=scratch,
         on_log=live_logger(run_id),
     )
+
+
+def validations(curve: list[dict[str, float | None]]) -> list[dict[str, float | None]]:
+    """The steps after which the validation loss was measured, and the loss."""
+    names = ("step", "validation_loss")
+    return [
+        {name: point[name] for name in names}
+        for point in curve
+        if point["validation_loss"] is not None
+    ]
 
 
 def as_csv(curve: list[dict[str, float | None]]) -> str:

@@ -204,6 +204,12 @@ def test_outputs_lie_in_the_output_folders(stage: str) -> None:
         assert Path(out).parts[0] in OUTPUTS and len(Path(out).parts) > 1, out
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_plain_output_is_cached(stage: str) -> None:
+    """DVC keeps no run of a stage with one that is not, and so would run it again each time."""
+    assert all(isinstance(out, str) for out in STAGES[stage]["outs"])
+
+
 def test_no_stage_imports_another() -> None:
     for path in [*(ROOT / "stages").glob("*.py"), *(ROOT / "fintune").glob("*.py")]:
         name = path.relative_to(ROOT).as_posix()

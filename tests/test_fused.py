@@ -24,7 +24,7 @@ from fintune.fused import (
 from fintune.modeling import add_adapter, load_base
 from fintune.params import Base, Lora
 from fintune.prompts import encode
-from fintune.training import lay_out
+from fintune.scoring import lay_out
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TEXTS = [

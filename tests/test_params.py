@@ -87,12 +87,12 @@ def test_settings_that_exclude_each_other(tmp_path: Path, edits: list[str], expe
         (
             "tokens_per_pass: auto",
             "tokens_per_pass: all",
-            "train.tokens_per_pass: give auto or a number of tokens",
+            "train.tokens_per_pass: give auto or a number, not",
         ),
         (
             "tokens_per_pass: auto",
             "tokens_per_pass: 0",
-            "train.tokens_per_pass: give auto or a number of tokens",
+            "train.tokens_per_pass: give auto or a number, not",
         ),
         ("learning_rate: 3e-3", "learning_rate: .inf", "train.learning_rate"),
         ("learning_rate: 3e-3", "learning_rate: 'high'", "train.learning_rate"),

@@ -5,6 +5,7 @@ One `dvc repro` and two experiments, on a random two-layer base.
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import Project
+from conftest import ROOT, Project
+from dvc.repo import Repo
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 from ruamel.yaml import YAML
@@ -372,37 +374,74 @@ def test_dvc_shows_metrics_plots_and_params(finished: Finished, tmp_path: Path) 
     project.run("dvc", "params", "diff")
     project.run("dvc", "plots", "show", "--out", str(tmp_path))
     page = (tmp_path / "index.html").read_text()
-    titles = [title for entry in load_yaml(project / "dvc.yaml")["plots"] for title in entry]
-    assert len(titles) == 2 and all(title in page for title in titles)
+    pipeline = load_yaml(project / "dvc.yaml")
+    stage_plots = [p for stage in pipeline["stages"].values() for p in stage.get("plots", [])]
+    drawn = [options for entry in stage_plots for options in entry.values()]
+    drawn += [{"title": title, **o} for entry in pipeline["plots"] for title, o in entry.items()]
+    assert len(drawn) == 4
+    for options in drawn:
+        for key in ("title", "x_label", "y_label"):
+            assert options[key] in page
 
 
-CHANGES: dict[str, tuple[Any, set[str]]] = {
-    "fetch.invalid_rows": ("refuse", {"fetch"}),
-    "split.seed": (14, {"split"}),
-    "base.model": ("./base", {"format", "train"}),
-    "format.overlong": ("drop", {"format"}),
-    "train.lora.dropout": (0.1, {"train"}),
-    "evaluate.gate.min_stop_rate": (0.5, {"evaluate"}),
-    "merge_export.check_rows": (4, {"merge_export"}),
-    "train.learning_rate": (0.003, set()),  # the value it has, the file written anew
-}
+def test_no_plotted_table_has_an_empty_cell(finished: Finished) -> None:
+    """DVC draws one as 0. The training's table has them, in columns that no plot takes from it."""
+    for stage in load_yaml(finished.project / "dvc.yaml")["stages"].values():
+        for path, options in ((p, o) for each in stage.get("plots", []) for p, o in each.items()):
+            rows = list(csv.DictReader((finished.project / path).open()))
+            assert rows and all(row[options["y"]] and row[options["x"]] for row in rows), path
 
 
-def test_every_section_is_in_the_table() -> None:
-    assert {key.split(".")[0] for key in CHANGES} == set(Params.model_fields)
+def readme_changes() -> dict[str, tuple[list[str], list[str]]]:
+    """README's table: a section's name, the stages that read it and those that may follow."""
+    text = (ROOT / "README.md").read_text()
+    (table,) = re.findall(r"\| a change in \|.*\n\|[-|]+\n((?:\|.*\n)+)", text)
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    return {
+        section.strip("`"): (runs.split(", "), [name for name in then.split(", ") if name])
+        for section, runs, then in cells
+    }
 
 
-@pytest.mark.parametrize("key", CHANGES)
-def test_a_parameter_changes_the_stages_that_read_it(finished: Finished, key: str) -> None:
-    value, stages = CHANGES[key]
-    path = finished.project / "params.yaml"
+def other(value: Any) -> Any:
+    """Another value than this one; DVC does not ask whether it makes sense."""
+    match value:
+        case bool():
+            return not value
+        case int() | float():
+            return value + 1
+        case list():
+            return [*value, "another"]
+    return f"not {value}"
+
+
+def test_every_parameter_runs_the_stages_that_readme_names(
+    finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(finished.project.folder)
+    project, told = finished.project, readme_changes()
+    path = project / "params.yaml"
     before = path.read_bytes()
+    assert list(told) == list(Params.model_fields)
     try:
-        finished.project.set_all({key: value})
-        status = json.loads(finished.project.run("dvc", "status", "--json").stdout)
-        assert set(status) == stages
+        for key, value in flat(load_yaml(path)).items():
+            project.set_all({key: other(value)})
+            with Repo() as repo:
+                assert set(repo.status()) == set(told[key.split(".")[0]][0]), key
+            path.write_bytes(before)
+        project.set(train__learning_rate=0.003)  # the value it has, the file written anew
+        assert json.loads(project.run("dvc", "status", "--json").stdout) == {}
     finally:
         path.write_bytes(before)
+
+
+@pytest.mark.parametrize("section", Params.model_fields)
+def test_the_stages_that_may_follow_are_those_that_readme_names(
+    finished: Finished, section: str
+) -> None:
+    runs_first, then = readme_changes()[section]
+    command = ("dvc", "repro", "--dry", "--force", "--downstream", *runs_first)
+    assert sorted(stages_run(finished.project.run(*command).stdout)) == sorted(runs_first + then)
 
 
 def test_an_experiment_runs_what_depends_on_its_changes(experiment: Finished) -> None:
@@ -510,6 +549,71 @@ def test_an_unknown_model_is_named_with_the_way_out(
     assert "Traceback" not in done.stderr
 
 
+def lose_mlflow(project: Project) -> None:
+    (project / "mlflow.db").unlink()
+    shutil.rmtree(project / "mlartifacts")
+
+
+def artifacts(project: Project, run: Run) -> set[str]:
+    folder = Path(run.info.artifact_uri.removeprefix("file://"))
+    assert folder.is_relative_to(project.folder)
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_replaced_store_gets_all_of_it_again_once(
+    finished: Finished, copy: Callable[[], Project]
+) -> None:
+    project = copy()
+    lose_mlflow(project)
+    assert stages_run(project.run("dvc", "repro").stdout) == []
+    for _ in range(2):
+        project.run("python", "-m", "fintune.restore")
+    (run,), (first,) = runs(project), runs(finished.project)
+    assert run.info.run_name == first.info.run_name and run.info.status == "FINISHED"
+    assert run.data.tags["first_run_id"] == first.info.run_id
+    assert run.data.params == first.data.params
+    measured = {key: v for key, v in first.data.metrics.items() if not key.startswith("system/")}
+    assert run.data.metrics == pytest.approx(measured, rel=1e-5)
+    for key in ("tuned/loss", "merged_loss", "validation_loss"):
+        assert len(store(project).get_metric_history(run.info.run_id, key)) == 1
+    ours = {k: v for k, v in first.data.tags.items() if not k.startswith("mlflow.")}
+    assert set(ours.items()) <= set(run.data.tags.items())
+    assert artifacts(project, run) == artifacts(finished.project, first)
+    (version,) = store(project).search_model_versions()
+    before = store(finished.project).get_model_version("financial-qa", "1")
+    assert version.run_id == run.info.run_id and version.tags == before.tags
+    aliases = store(project).get_registered_model("financial-qa").aliases
+    assert {alias: str(number) for alias, number in aliases.items()} == {"candidate": "1"}
+
+
+def test_an_experiment_from_dvc_s_cache_is_logged_again_once(
+    experiment: Finished, tmp_path: Path
+) -> None:
+    project = Project(tmp_path / "project")
+    shutil.copytree(experiment.project.folder, project.folder, symlinks=True)
+    lose_mlflow(project)
+    git(project, "checkout", "--", ".")
+    project.run("dvc", "checkout", "--force")
+    again = project.run(
+        "dvc", "exp", "run", "-S", "train.learning_rate=1e-4", "-S", "train.max_steps=3"
+    )
+    assert stages_run(again.stdout) == [] and "is cached" in again.stdout
+    for _ in range(2):
+        project.run("python", "-m", "fintune.restore")
+    (run,) = runs(project)
+    assert run.info.run_name in experiment.output
+    assert json.loads(run.data.params["train.max_steps"]) == 3
+    assert {"validation_loss", "tuned/loss", "merged_loss"} <= set(run.data.metrics)
+
+
+def test_another_adapter_than_dvc_s_is_not_logged(copy: Callable[[], Project]) -> None:
+    project = copy()
+    (project / "models/adapter/README.md").write_text("mine\n")
+    done = project.run("python", "-m", "fintune.restore", check=False)
+    assert done.returncode != 0
+    assert "not the adapter of dvc.lock" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_an_unknown_parameter_is_refused(copy: Callable[[], Project]) -> None:
     project = copy()
     done = project.run("dvc", "exp", "run", "-S", "+train.typo=3", check=False)
@@ -517,3 +621,19 @@ def test_an_unknown_parameter_is_refused(copy: Callable[[], Project]) -> None:
     assert "train.typo: unknown key" in done.stderr
     assert "Traceback" not in done.stderr
     assert len(runs(project)) == 1
+
+
+WATCH_IMPORTS = """
+import runpy, sys
+runpy.run_module(f"stages.{sys.argv[1]}", run_name="__main__")
+heavy = ("torch", "mlflow", "datasets", "peft", "trl", "accelerate", "sklearn")
+print("imported:", *(name for name in heavy if sys.modules.get(name)))
+"""
+
+
+@pytest.mark.parametrize("stage", ["fetch", "split", "format"])
+def test_the_data_stages_import_nothing_heavy(finished: Finished, stage: str) -> None:
+    """They start in under a second; torch alone takes longer, and MLflow as long."""
+    told = finished.project.run("python", "-c", WATCH_IMPORTS, stage)
+    assert told.stdout.splitlines()[-1].strip() == "imported:"
+    assert "PyTorch was not found" not in told.stderr

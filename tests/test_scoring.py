@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from fintune.generation import generate
 from fintune.modeling import load_base
 from fintune.params import Base
 from fintune.prompts import encode, end_token_id, load_tokenizer
@@ -14,7 +15,6 @@ from fintune.scoring import (
     BINS,
     batches_by_length,
     calibration_sums,
-    generate,
     likelihood,
     token_figures,
 )

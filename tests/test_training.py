@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from fintune.generation import generate
 from fintune.modeling import (
     add_adapter,
     load_adapter,
@@ -20,12 +21,11 @@ from fintune.modeling import (
 )
 from fintune.params import Base, Lora, Train, UserError
 from fintune.prompts import SPECIAL_TOKENS, encode, end_token_id
-from fintune.scoring import answer_logits, generate, likelihood
+from fintune.scoring import answer_logits, lay_out, likelihood
 from fintune.training import (
     AnswerTrainer,
     TrainingResult,
     divide,
-    lay_out,
     total_steps,
     train,
 )
