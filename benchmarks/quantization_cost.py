@@ -28,7 +28,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fintune.generation import generate
 from fintune.measuring import Side, sums_of
-from fintune.modeling import add_adapter, compute_dtype, load_adapter, load_base, save_adapter
+from fintune.modeling import (
+    add_adapter,
+    compute_dtype,
+    free_memory,
+    load_adapter,
+    load_base,
+    save_adapter,
+)
 from fintune.params import Params, UserError, read_params
 from fintune.preflight import check_base
 from fintune.prompts import encode, end_token_id, load_tokenizer
@@ -39,7 +46,6 @@ from fintune.stage import log, run, write_json
 from fintune.training import train
 from fintune.verdict import summarize
 from stages.format import format_rows
-from stages.merge_export import free_memory
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
 QUANTIZATIONS = ("none", "nf4")

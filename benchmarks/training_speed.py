@@ -14,7 +14,6 @@ Losses of random weights mean nothing, except that settings which compute the sa
 """
 
 import argparse
-import gc
 import shlex
 import statistics
 import sys
@@ -36,7 +35,7 @@ from trl import SFTConfig, SFTTrainer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fintune import training
-from fintune.modeling import add_adapter, load_base
+from fintune.modeling import add_adapter, free_memory, load_base
 from fintune.params import Base, Lora, Train
 from fintune.preflight import GIB, Shape, estimate_memory_gib, matmul_flops
 from fintune.prompts import load_tokenizer
@@ -325,12 +324,6 @@ def trl_steps(
 def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def table(report: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 Only safetensors weights are read and no code from a model's folder is run.
 """
 
+import gc
 import inspect
 import logging
 from functools import cache
@@ -86,7 +87,7 @@ def attend(
     Returns:
         (tokens, heads, head size).
     """
-    if query.is_cuda:
+    if query.is_cuda and query.dtype != torch.float32:  # flash kernels take 16 bits alone
         return _varlen(query, key, value, bounds, longest, window, scale)
     return _side_by_side(query, key, value, bounds, longest, window, scale)
 
@@ -102,7 +103,8 @@ def _side_by_side(
 ) -> torch.Tensor:
     """One sdpa call on documents padded at their ends, where no earlier token looks.
 
-    A CPU has no variable-length kernel, and a call for each document costs more than the padding.
+    A CPU has no variable-length kernel, nor has a GPU one for float32, and a call for each document costs
+    more than the padding.
     """
     repeats = query.shape[1] // key.shape[1]  # enable_gqa would take the slow path of a CPU
     key, value = (states.repeat_interleave(repeats, dim=1) for states in (key, value))
@@ -176,6 +178,13 @@ AttentionMaskInterface.register(ATTENTION, _mask_unless_packed)
 def device() -> torch.device:
     """The first GPU, or the CPU."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def free_memory() -> None:
+    """Give a dropped model's memory back before the next one is loaded."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def compute_dtype(precision: str) -> torch.dtype:

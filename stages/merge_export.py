@@ -1,15 +1,13 @@
 """Merge the adapter into a 16-bit base, measure that it is the same model, register the adapter."""
 
-import gc
 import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fintune.modeling import (
     DTYPES,
     compute_dtype,
+    free_memory,
     load_adapter,
     load_base,
     load_plain,
@@ -111,13 +109,6 @@ def export(folder: Path, params: MergeExport) -> dict[str, Any]:
         "adapter_loss": adapter_loss,
         "rows": len(rows),
     }
-
-
-def free_memory() -> None:
-    """Give a dropped model's memory back before the next one is loaded."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
