@@ -29,7 +29,7 @@ from torch.autograd import Function
 from transformers import PreTrainedModel
 
 from fintune.modeling import attend
-from fintune.preflight import CHUNK
+from fintune.preflight import CHUNK, GIB
 
 ARCHITECTURES = ("mistral", "llama")
 ALIGNMENT = 64  # products whose sizes or starts are no multiples of it take slow kernels
@@ -119,8 +119,7 @@ class Projections:
         self.kept: Tensor | None = None
         if keep and self.quantized:
             self.kept = torch.empty(sum(self.outputs), self.inputs, dtype=dtype, device=device)
-            if not self.folds:  # otherwise `refresh` does, before the first use
-                self._fill(self.kept)
+            self._fill(self.kept)
 
     def refresh(self) -> None:
         """Follow parameters that have changed, once `copies` have."""
@@ -156,7 +155,9 @@ class Projections:
                 dequantize_and_add(base.weight, self.states[i], pair, self.scaling, whole[r])
             else:
                 weight = _dequantize(base)
-                whole[r] = weight.addmm_(pair[1], pair[0], alpha=self.scaling) if pair else weight
+                if pair:
+                    weight.addmm_(pair[1].float(), pair[0].float(), alpha=self.scaling)
+                whole[r] = weight
 
     def forward(self, x: Tensor, seed: int) -> Tensor:
         """(tokens, inputs) to (tokens, outputs)."""
@@ -540,6 +541,17 @@ def logits_of(states: Tensor, weight: Tensor, own: Tensor, indices: Tensor) -> T
     return logits.index_copy_(1, indices, states @ own.t())
 
 
+def kept_gib(model: Any) -> float:
+    """What the weights of a 4-bit base take when they are kept in 16 bits (or as wide as its head)."""
+    plain = base_of(model)
+    width = plain.get_output_embeddings().weight.dtype.itemsize
+    return sum(
+        module.in_features * module.out_features * width / GIB
+        for module in plain.get_decoder().modules()
+        if hasattr(getattr(module, "weight", None), "quant_state")
+    )
+
+
 class FusedModel:
     """A PEFT model's fast path on packed rows; uses its weights and leaves it as it is.
 
@@ -589,7 +601,6 @@ class FusedModel:
         self.groups = [p for x in self.layers for p in (x.qkv, x.output, x.gate_up, x.down)]
         self.copies = [view for p in self.groups for view in p.copies]
         self.parameters = [parameter for p in self.groups for parameter in p.parameters]
-        self._followed: list[tuple[int, int]] = []
         self.drops = any(p.dropout for p in self.groups)
         self.embedding, self.embedding_rows, self.tokens = _table(plain.get_input_embeddings())
         head = plain.get_output_embeddings()
@@ -597,6 +608,7 @@ class FusedModel:
         self.head, self.head_rows, _ = _table(plain.get_input_embeddings() if tied else head)
         # made in a step, it would wait there
         self.indices = torch.tensor(self.tokens, dtype=torch.long, device=device)
+        self.follow()
 
     def hidden_states(self, ids: Tensor, positions: Tensor, bounds: Tensor, longest: int) -> Tensor:
         """The last hidden states of packed rows, (tokens, hidden).
@@ -606,7 +618,6 @@ class FusedModel:
             bounds: int32, (documents + 1,): where each document starts, then the end.
             longest: tokens of the longest document.
         """
-        self.follow()
         x = self.embed(ids)
         place = Place(*self.angles(x, positions), bounds, longest)
         seed = (
@@ -623,14 +634,15 @@ class FusedModel:
 
     @torch.no_grad()
     def follow(self) -> None:
-        """Take over what an optimizer has made of the parameters since the last time."""
-        now = [(p.data_ptr(), p._version) for p in self.parameters]
-        if now == self._followed:
-            return
-        torch._foreach_copy_(self.copies, self.parameters)
+        """Take over what an optimizer has made of the parameters; due after each of its steps.
+
+        Nothing tells that they have changed: torch's fused optimizers leave the versions of their
+        tensors as they were.
+        """
+        if self.parameters:
+            torch._foreach_copy_(self.copies, self.parameters)
         for group in self.groups:
             group.refresh()
-        self._followed = now
 
     def embed(self, ids: Tensor) -> Tensor:
         """(tokens,) to (tokens, hidden)."""

@@ -17,9 +17,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
-from fintune.fused import FusedModel, base_of, unsupported
+from fintune.fused import FusedModel, base_of, kept_gib, unsupported
 from fintune.modeling import attend
-from fintune.preflight import GIB, free_memory_gib
+from fintune.preflight import GIB, room_gib
 from fintune.scoring import batches_by_length
 
 log = logging.getLogger("fintune")
@@ -185,14 +185,8 @@ def _room(model: Any, length: int, wanted: int) -> tuple[int, bool]:
     values = 2 * config.num_hidden_layers * config.num_key_value_heads * size
     width = base_of(model).get_output_embeddings().weight.dtype.itemsize
     a_slot = (length * values * width + 12 * config.vocab_size) / GIB
-    kept = 0.0
-    if getattr(base_of(model), "is_quantized", False):
-        kept = sum(
-            module.in_features * module.out_features * width / GIB
-            for module in base_of(model).get_decoder().modules()
-            if hasattr(module, "in_features") and not hasattr(module, "base_layer")
-        )
-    free = 0.85 * free_memory_gib() - 1
+    kept = kept_gib(model)
+    free = 0.9 * room_gib() - 1
     keep = free - kept >= min(wanted, FEWEST_ROWS) * a_slot
     fitting = int((free - kept * keep) / a_slot)
     return max(1, min(wanted, fitting)), keep
@@ -226,7 +220,6 @@ class Slots:
     def __init__(
         self, fused: FusedModel, count: int, length: int, ends: Sequence[int], limit: int
     ) -> None:
-        fused.follow()
         self.fused, self.limit = fused, limit
         self.spare = count
         table = fused.embedding

@@ -340,6 +340,14 @@ def free_memory_gib() -> float:
     return (min(free, share) + reserved) / GIB
 
 
+def room_gib() -> float:
+    """What is left of it beside all that this process holds already."""
+    import torch
+
+    held = torch.cuda.memory_allocated() / GIB if torch.cuda.is_available() else 0.0
+    return free_memory_gib() - held
+
+
 def matmul_flops(dtype: "torch.dtype") -> float:
     """Operations a second of a large matrix product here, the ceiling that MFU is measured against."""
     import torch

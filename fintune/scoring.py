@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from fintune.fused import FusedModel, unsupported
-from fintune.preflight import CHUNK
+from fintune.fused import FusedModel, kept_gib, unsupported
+from fintune.preflight import CHUNK, room_gib
 
 TokenRow = tuple[list[int], list[int]]  # prompt ids, completion ids
 TOKENS_PER_BATCH = (
     8192  # padded; bounds the memory of a batch, and changes no result beyond rounding
 )
+ROOM_GIB = 6  # left for a batch, before weights are kept in 16 bits
 BINS = 10  # of the calibration, equally wide
 
 
@@ -135,7 +136,8 @@ def likelihood(
     body, head = _body_and_head(model)
     fused = None
     if kernels == "fused" or (kernels == "auto" and unsupported(model) is None):
-        fused = FusedModel(model, head.weight.dtype, training=False)
+        keep = kept_gib(model) + ROOM_GIB < room_gib()
+        fused = FusedModel(model, head.weight.dtype, keep=keep, training=False)
     nll, correct = np.zeros(len(rows)), np.zeros(len(rows))
     calibration = np.zeros((BINS, 3))
     lengths = [len(prompt) + len(completion) for prompt, completion in rows]

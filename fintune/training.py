@@ -121,6 +121,8 @@ class AnswerTrainer(SFTTrainer):
         rows: list[TokenRow] = inputs["step"].rows
         answers = sum(len(completion) for _, completion in rows)
         lengths = [len(prompt) + len(completion) for prompt, completion in rows]
+        if self.fused:
+            self.fused.follow()
         while True:
             try:
                 loss = self._gradients(rows, lengths, answers)

@@ -137,6 +137,8 @@ def test_kept_weights_follow_the_optimizer(base: Base, tokenizer: Any, dropout: 
         optimizer.zero_grad()
         (losses[0] / 100).backward()
         optimizer.step()
+        kept.follow()
+        anew.follow()
     assert len(set(seen)) == 3
 
 
