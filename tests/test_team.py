@@ -163,10 +163,12 @@ def test_repro_with_pull_of_a_commit_gives_the_same_data(team: Team, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("stage", "password"), [("train", "wrong-password-of-bob"), ("evaluate", "")]
+    ("program", "password"),
+    [("stages.train", "wrong-password-of-bob"), ("fintune.restore", "")],
 )
-def test_a_wrong_password_names_the_variables(team: Team, stage: str, password: str) -> None:
-    done = team.bob.stage(stage, check=False, MLFLOW_TRACKING_PASSWORD=password)
+def test_a_wrong_password_names_the_variables(team: Team, program: str, password: str) -> None:
+    command = ("python", "-m", program)
+    done = team.bob.run(*command, check=False, MLFLOW_TRACKING_PASSWORD=password)
     assert done.returncode != 0
     assert "MLFLOW_TRACKING_USERNAME" in done.stderr
     assert "MLFLOW_TRACKING_PASSWORD" in done.stderr
@@ -181,7 +183,7 @@ def test_no_password_is_shown_where_it_stands_in_the_address(team: Team) -> None
         "MLFLOW_TRACKING_USERNAME": "",
         "MLFLOW_TRACKING_PASSWORD": "",
     }
-    done = team.bob.stage("evaluate", check=False, **extra)
+    done = team.bob.run("python", "-m", "fintune.restore", check=False, **extra)
     assert done.returncode != 0 and done.stderr.startswith("error: MLflow at http://127.0.0.1")
     assert "wrong-password" not in done.stdout + done.stderr
 
