@@ -208,6 +208,8 @@ def test_the_compose_file_starts_what_the_tests_start() -> None:
     assert all(port.startswith("127.0.0.1:") for port in server["ports"])
     for name in ("PGPASSWORD", "MLFLOW_AUTH_ADMIN_PASSWORD", "MLFLOW_FLASK_SERVER_SECRET_KEY"):
         assert server["environment"][name].startswith("${") and ":?" in server["environment"][name]
+    # the image makes a database of that name, and databases.sql would fail to make it again
+    assert compose["services"]["database"]["environment"]["POSTGRES_DB"] == "postgres"
     docker = (ROOT / "deploy/Dockerfile").read_text()
     for part in ("basic-auth", "postgresql+psycopg2:///mlflow", "s3://mlflow"):
         assert part in docker
