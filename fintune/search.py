@@ -148,13 +148,12 @@ def search(
     try:
         for trial in _trials_to_run(study, space, given):
             _run_trial(study, trial, objective, f"{name}-{trial.number}", parent)
-            best = _best(study)
-            if best is not None:
-                client.log_metric(parent, f"best/{objective.key}", best.value, step=trial.number)
+            _log_best(client, parent, study, objective)
         ended = "FINISHED"
     except KeyboardInterrupt:
         raise SystemExit(f"interrupted; the same command goes on with {name}") from None
     finally:
+        _log_best(client, parent, study, objective)  # where the interruption came before it
         report = describe(study, objective)
         client.set_tag(
             parent, "mlflow.note.content", f"    {report.replace(chr(10), chr(10) + '    ')}"
@@ -163,6 +162,15 @@ def search(
     print(report)
     if _best(study) is None:
         raise UserError("no trial has a value")
+
+
+def _log_best(client: Any, parent: str, study: Any, objective: Objective) -> None:
+    """Bring the search's run up to date: the best value so far, by the number of trials done."""
+    best, key = _best(study), f"best/{objective.key}"
+    done = sum(trial.state.is_finished() for trial in study.trials)
+    known = client.get_metric_history(parent, key)
+    if best is not None and done not in [point.step for point in known]:
+        client.log_metric(parent, key, best.value, step=done)
 
 
 def _trials_to_run(study: Any, space: dict[str, Any], given: argparse.Namespace) -> Iterator[Any]:

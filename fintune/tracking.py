@@ -217,9 +217,9 @@ def describe_run(run_id: str, sections: dict[str, Any], root: Path) -> dict[str,
     params = dict(sections)
     tags = {"mlflow.source.git.commit": _git(root, "rev-parse", "HEAD")}
     tags["git_commit"] = tags["mlflow.source.git.commit"]
-    tags["git_dirty"] = str(
-        bool(_git(root, "status", "--porcelain", "--untracked-files=no"))
-    ).lower()
+    written = (":!dvc.lock", ":!reports")  # by the stages before, on the way here
+    changes = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", *written)
+    tags["git_dirty"] = str(bool(changes)).lower()
     if experiment := os.environ.get("DVC_EXP_NAME"):
         tags["dvc_experiment"] = experiment
     for entry in _locked_stages(root, ("fetch", "split", "format")):
@@ -302,6 +302,7 @@ def log_training(
     run_id = record["run_id"]
     params = [MlflowParam(key, value) for key, value in record["params"].items()]
     tags = [RunTag(key, value) for key, value in record["tags"].items()]
+    tags.append(RunTag("mlflow.note.content", _description(metrics)))
     finals = [Metric(key, value, _now(), 0) for key, value in metrics.items()]
     client.log_batch(run_id, metrics=finals, params=params, tags=tags)
     for point in curve or []:
@@ -312,6 +313,15 @@ def log_training(
         )
     client.log_artifacts(run_id, str(adapter), "adapter")
     client.set_tag(run_id, COMPLETE, "true")
+
+
+def _description(metrics: dict[str, float]) -> str:
+    """What the run's page says at its top."""
+    return (
+        f"Validation loss {metrics['validation_loss']:.4g} after {metrics['steps']:.0f} steps in "
+        f"{metrics['seconds']:.0f} s, {metrics['tokens_per_second']:,.0f} tokens/s. "
+        "Answers to read: Artifacts, samples.md. Curves: Model metrics, section curve."
+    )
 
 
 def log_training_or_later(*arguments: Any) -> None:

@@ -62,7 +62,7 @@ def test_a_wrong_space_is_refused(text: str, reason: str) -> None:
 
 @dataclass(frozen=True)
 class Searched:
-    """A project after a search of four trials that was interrupted in its second good one."""
+    """A project after a search of three trials that was interrupted in its second good one."""
 
     project: Project
     interrupted: str
@@ -76,7 +76,7 @@ def searched(make_project: Callable[..., Project]) -> Searched:
     project.run("dvc", "repro", "format")
     project.run("git", "add", "--all")
     project.run("git", "commit", "--quiet", "--message", "data")
-    command = [sys.executable, "-m", "fintune.search", "--trials", "4", *SPACE]
+    command = [sys.executable, "-m", "fintune.search", "--trials", "3", "--seed", "10", *SPACE]
     first = subprocess.Popen(
         command,
         cwd=project.folder,
@@ -103,10 +103,10 @@ def experiments(project: Project) -> list[str]:
 def test_an_interrupted_search_goes_on(searched: Searched) -> None:
     assert "interrupted; the same command goes on" in searched.interrupted
     assert "Traceback" not in searched.interrupted
-    done = re.search(r"4 trials, (\d) failed; the best is", searched.output)
-    assert done and 1 <= int(done[1]) <= 3
+    done = re.search(r"3 trials, (\d) failed; the best is", searched.output)
+    assert done and int(done[1]) == 1  # the last one: this seed draws ranks 2, 2, 0
     names = experiments(searched.project)
-    assert len(names) == len(set(names)) == 4 - int(done[1])
+    assert len(names) == len(set(names)) == 3 - int(done[1])
     assert searched.project.run("git", "status", "--porcelain").stdout == ""
 
 

@@ -1,4 +1,7 @@
-"""Two people with one S3 remote and one MLflow server on PostgreSQL and S3, with users."""
+"""Two people with one S3 remote and one MLflow server on PostgreSQL and S3, with users.
+
+And MLflow's pages in a real browser: what they see of their runs without setting anything up.
+"""
 
 import json
 import re
@@ -9,10 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from browser import chromium, names_of_role, wait_for_texts
 from conftest import ROOT, Project
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 from ruamel.yaml import YAML
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
 from servers import PASSWORD, S3, mlflow_server, postgres, postgres_binaries, s3_server
 
 pytestmark = pytest.mark.end_to_end
@@ -156,10 +163,12 @@ def test_repro_with_pull_of_a_commit_gives_the_same_data(team: Team, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("stage", "password"), [("train", "wrong-password-of-bob"), ("evaluate", "")]
+    ("program", "password"),
+    [("stages.train", "wrong-password-of-bob"), ("fintune.restore", "")],
 )
-def test_a_wrong_password_names_the_variables(team: Team, stage: str, password: str) -> None:
-    done = team.bob.stage(stage, check=False, MLFLOW_TRACKING_PASSWORD=password)
+def test_a_wrong_password_names_the_variables(team: Team, program: str, password: str) -> None:
+    command = ("python", "-m", program)
+    done = team.bob.run(*command, check=False, MLFLOW_TRACKING_PASSWORD=password)
     assert done.returncode != 0
     assert "MLFLOW_TRACKING_USERNAME" in done.stderr
     assert "MLFLOW_TRACKING_PASSWORD" in done.stderr
@@ -174,7 +183,7 @@ def test_no_password_is_shown_where_it_stands_in_the_address(team: Team) -> None
         "MLFLOW_TRACKING_USERNAME": "",
         "MLFLOW_TRACKING_PASSWORD": "",
     }
-    done = team.bob.stage("evaluate", check=False, **extra)
+    done = team.bob.run("python", "-m", "fintune.restore", check=False, **extra)
     assert done.returncode != 0 and done.stderr.startswith("error: MLflow at http://127.0.0.1")
     assert "wrong-password" not in done.stdout + done.stderr
 
@@ -199,6 +208,8 @@ def test_the_compose_file_starts_what_the_tests_start() -> None:
     assert all(port.startswith("127.0.0.1:") for port in server["ports"])
     for name in ("PGPASSWORD", "MLFLOW_AUTH_ADMIN_PASSWORD", "MLFLOW_FLASK_SERVER_SECRET_KEY"):
         assert server["environment"][name].startswith("${") and ":?" in server["environment"][name]
+    # the image makes a database of that name, and databases.sql would fail to make it again
+    assert compose["services"]["database"]["environment"]["POSTGRES_DB"] == "postgres"
     docker = (ROOT / "deploy/Dockerfile").read_text()
     for part in ("basic-auth", "postgresql+psycopg2:///mlflow", "s3://mlflow"):
         assert part in docker
@@ -206,3 +217,73 @@ def test_the_compose_file_starts_what_the_tests_start() -> None:
     assert set(re.findall(r"\S+==\S+", docker)) <= set(lock)
     for database in ("mlflow", "mlflow_users"):
         assert f"CREATE DATABASE {database};" in (ROOT / "deploy/databases.sql").read_text()
+
+
+@dataclass(frozen=True)
+class Site:
+    """A browser that is logged in, and the two runs: Ann's with everything and Bob's training."""
+
+    page: webdriver.Chrome
+    address: str
+    ann: Run
+    bob: Run
+
+    def open(self, path: str) -> None:
+        self.page.get(f"{self.address}/#/{path}")
+
+    def open_run(self, path: str = "") -> None:
+        self.open(f"experiments/{self.ann.info.experiment_id}/runs/{self.ann.info.run_id}{path}")
+
+
+@pytest.fixture(scope="module")
+def site(team: Team, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    with chromium(tmp_path_factory.mktemp("profile")) as page, pytest.MonkeyPatch.context() as env:
+        env.setenv("MLFLOW_TRACKING_USERNAME", "admin")
+        env.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
+        ann, bob = runs(MlflowClient(team.address, team.address))
+        page.get(team.address.replace("//", f"//admin:{PASSWORD}@"))
+        yield Site(page, team.address, ann, bob)
+
+
+def test_the_list_shows_runs_by_what_was_tried(site: Site) -> None:
+    site.open(f"experiments/{site.ann.info.experiment_id}/runs")
+    bob = site.bob.info.run_name
+    wait_for_texts(site.page, "Training runs", "base r4 lr0.003", bob, "train (")
+    assert {"base r4 lr0.003", bob} <= names_of_role(site.page, "link")
+    assert "Training runs" in names_of_role(site.page, "heading")
+
+
+def test_two_runs_compared_show_what_differs(site: Site) -> None:
+    ids = f'["{site.ann.info.run_id}","{site.bob.info.run_id}"]'
+    site.open(f'compare-runs?runs={ids}&experiments=["{site.ann.info.experiment_id}"]')
+    wait_for_texts(site.page, "Comparing 2 Runs from 1 Experiment", "train.learning_rate")
+    wait_for_texts(site.page, "base r4 lr0.003", site.bob.info.run_name, "0.003", "0.0001")
+
+
+def test_the_loss_curve_is_drawn(site: Site) -> None:
+    site.open_run("/model-metrics")
+    wait_for_texts(site.page, "curve", "tuned", "base")
+    assert "Model metrics" in names_of_role(site.page, "tab")
+    site.page.find_element(By.CSS_SELECTOR, "input[placeholder*='Search metric']").send_keys(
+        "curve/loss"
+    )
+    WebDriverWait(site.page, 60).until(
+        lambda page: page.find_elements(By.CSS_SELECTOR, ".js-plotly-plot .scatterlayer path")
+    )
+
+
+def test_the_run_s_page_says_how_it_went(site: Site) -> None:
+    site.open_run()
+    wait_for_texts(site.page, "Validation loss", "after 2 steps", "train.learning_rate")
+    wait_for_texts(site.page, "git_commit", "md5.data/formatted")
+
+
+def test_samples_are_read_in_the_browser(site: Site) -> None:
+    site.open_run("/artifacts/samples.md")
+    wait_for_texts(site.page, "samples.md", "Question:", "Reference:", "Tuned:")
+
+
+def test_the_registered_version_shows_alias_and_lineage(site: Site) -> None:
+    site.open("models/financial-qa/versions/1")
+    wait_for_texts(site.page, "Version 1", "candidate", "gate", "git_commit", "base r4 lr0.003")
+    assert "base r4 lr0.003" in names_of_role(site.page, "link")  # the source run
