@@ -30,9 +30,9 @@ NF4_BYTES = (
 ACTIVATION_BYTES = 44  # of plain kernels: a token, layer and hidden unit in 16 bits, measured
 CHUNK = 1024  # answer tokens whose logits are held at once
 SAFE_SHARE = 0.92  # of the free memory; the rest is for fragments
-# measured on an H200, in the time of one token: of a token, of dequantising all weights once, and the least
-# that a pass takes, since the host needs as long to launch it
-TIME = {"none": 1.0, "selective": 1.2, "full": 1.42}
+# measured on an H100 and an H200, in the time of one token: of a token, of dequantising all weights once, and
+# the least that a pass takes, since the host needs as long to launch it
+TIME = {"none": 1.0, "selective": 1.2, "full": 1.31}
 DEQUANTIZE_TOKENS, LEAST_TOKENS = 160, 2600
 DEQUANTIZATIONS = {"none": 2, "selective": 3, "full": 3}  # in a pass: forward, again, backward
 

@@ -15,8 +15,16 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from fintune.params import UserError
+from fintune.records import read_rows
 from fintune.stage import log, project_root, run
-from fintune.tracking import connect, log_results, output_hashes, register, run_of_adapter
+from fintune.tracking import (
+    connect,
+    log_predictions,
+    log_results,
+    output_hashes,
+    register,
+    run_of_adapter,
+)
 
 ADAPTER = Path("models/adapter")
 RECORD = Path("models/run.json")
@@ -67,6 +75,7 @@ def restore_evaluation(client: Any, run_id: str) -> None:
     settings = {**_settings("evaluate"), "gate_passed": report["gate"]["passed"]}
     files = [REPORTS / name for name in EVALUATED if (REPORTS / name).is_file()]
     log_results(client, run_id, report, settings, files)
+    log_predictions(client, run_id, read_rows(REPORTS / "predictions.parquet", []))
     log.info("MLflow had no evaluation of this adapter; logged it again")
 
 

@@ -97,7 +97,9 @@ def export(folder: Path, params: MergeExport) -> dict[str, Any]:
     merged_loss = likelihood(plain, tokens, "merged").loss
     after = answer_logits(plain, tokens[:LOGIT_ROWS])
     difference = max(float((a - b).abs().max()) for a, b in zip(before, after, strict=True))
-    if abs(merged_loss - adapter_loss) > params.max_loss_difference:
+    if (
+        not abs(merged_loss - adapter_loss) <= params.max_loss_difference
+    ):  # nan is no number to accept
         raise UserError(
             f"merge_export: the merged model's loss is {merged_loss:.4f} and the adapter's "
             f"{adapter_loss:.4f}, further apart than merge_export.max_loss_difference: "
