@@ -84,6 +84,8 @@ def searched(make_project: Callable[..., Project]) -> Searched:
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
+        # a shell's background jobs ignore interruptions, and so would their children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert first.stderr
     for line in first.stderr:

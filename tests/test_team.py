@@ -280,7 +280,9 @@ def test_the_run_s_page_says_how_it_went(site: Site) -> None:
 
 def test_samples_are_read_in_the_browser(site: Site) -> None:
     site.open_run("/artifacts/predictions.json")
-    wait_for_texts(site.page, "predictions.json", "evaluation.html", "question", "reference", "tuned")
+    wait_for_texts(
+        site.page, "predictions.json", "evaluation.html", "question", "reference", "tuned"
+    )
 
 
 def test_the_registered_version_shows_alias_and_lineage(site: Site) -> None:
