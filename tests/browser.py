@@ -1,9 +1,10 @@
-"""Headless Chromium for tests of MLflow's pages; without the browser or its driver they are skipped."""
+"""Headless Chromium for tests of pages; without the browser or its driver they are skipped."""
 
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from selenium import webdriver
@@ -26,7 +27,7 @@ OPTIONS = (
 
 
 @contextmanager
-def chromium(profile: Path) -> Iterator[webdriver.Chrome]:
+def chromium(profile: Path, **capabilities: Any) -> Iterator[webdriver.Chrome]:
     browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not browser or not driver:
         pytest.skip("no Chromium (Debian: apt-get install chromium chromium-driver)")
@@ -34,6 +35,8 @@ def chromium(profile: Path) -> Iterator[webdriver.Chrome]:
     options.binary_location = browser
     for option in (*OPTIONS, f"--user-data-dir={profile}"):
         options.add_argument(option)
+    for name, value in capabilities.items():
+        options.set_capability(name, value)
     page = webdriver.Chrome(options=options, service=Service(driver))
     try:
         yield page
