@@ -3,11 +3,14 @@
 `HF_TOKEN`, `HF_ENDPOINT`, `HF_HOME` and `HF_HUB_OFFLINE` are the libraries' own and are honoured.
 """
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
 
-from fintune.params import COMMIT, UserError
+from fintune.params import COMMIT, Base, UserError
+
+STRETCHES, STRETCH_BYTES = 256, 65_536  # of a weights file, for its fingerprint
 
 
 def is_offline() -> bool:
@@ -15,11 +18,13 @@ def is_offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
 
 
-def read_dataset(name: str, revision: str | None, split: str) -> tuple[list[dict[str, Any]], str]:
+def read_dataset(
+    name: str, revision: str | None, split: str
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Download one split of a hub data set, or take it from the local cache.
 
     Returns:
-        The rows and the commit that they come from.
+        The rows, and where they come from: `revision`, the commit, and the `license` that its card names.
 
     Raises:
         UserError: no revision, or the hub refused, is unreachable or broke off; nothing is kept of
@@ -47,7 +52,7 @@ def read_dataset(name: str, revision: str | None, split: str) -> tuple[list[dict
         cause = error.__cause__ or error  # a generation error itself says only that there was one
         raise UserError(f"fetch: {name} at {commit}, split {split!r}: {cause}") from error
     rows: list[dict[str, Any]] = dataset.to_list()
-    return rows, commit
+    return rows, {"revision": commit, "license": stated_license(Path(folder))}
 
 
 def _commit(name: str, revision: str | None) -> str:
@@ -113,6 +118,55 @@ def check_model(model: str, revision: str) -> int:
             f"{model}: no safetensors weights at {revision}; other formats can run code and are not loaded"
         )
     return sum(sizes)
+
+
+def local_folder(base: Base) -> Path:
+    """Where a base's configuration and weights lie here; what the cache lacks is fetched first.
+
+    Raises:
+        UserError: as `check_model`.
+    """
+    if base.is_folder:
+        return Path(base.model)
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(
+            base.model,
+            revision=base.revision,
+            local_files_only=is_offline(),
+            allow_patterns=["*.json", "model*.safetensors", "README.md"],
+        )
+    except Exception as error:
+        raise UserError(_explain(error, "models", base.model, base.revision)) from error
+    return Path(folder)
+
+
+def stated_license(folder: Path) -> str | None:
+    """The licence that the card of a model or data set names, if there is a card that does."""
+    from huggingface_hub import metadata_load
+
+    card = folder / "README.md"
+    said = (metadata_load(card) or {}).get("license") if card.is_file() else None
+    return str(said) if said else None
+
+
+def weights_fingerprint(base: Base) -> str:
+    """A hash that tells one base's weights from another's of the same shape, in milliseconds.
+
+    Of each safetensors file it takes the size and 256 stretches of 64 KiB, spread evenly over it;
+    another training changes all weights, so these differ, too.
+    """
+    digest = hashlib.sha256()
+    files = sorted(file for file in local_folder(base).iterdir() if is_weights(file.name))
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            for place in sorted({size * part // STRETCHES for part in range(STRETCHES)}):
+                file.seek(place)
+                digest.update(file.read(STRETCH_BYTES))
+    return digest.hexdigest()
 
 
 def is_weights(filename: str) -> bool:

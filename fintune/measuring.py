@@ -1,6 +1,5 @@
 """What is measured of base, tuned model and champion on the same rows, in one load of the base."""
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -12,8 +11,8 @@ import numpy as np
 from fintune.answers import similarities, text_scores
 from fintune.generation import FEWEST_ROWS, Answer, generate
 from fintune.harness import run_harness
-from fintune.modeling import compute_dtype, load_adapter, load_another_adapter, load_base
-from fintune.params import Base, Evaluate, UserError
+from fintune.modeling import load_adapter, load_another_adapter, load_base, read_training
+from fintune.params import Evaluate, UserError
 from fintune.prompts import RESPONSE_END, encode, end_token_id, load_tokenizer
 from fintune.scoring import Likelihood, likelihood
 from fintune.verdict import Sums
@@ -58,10 +57,9 @@ def measure(
         references: all answers to each row's question.
         passages: general text; none where forgetting is not measured.
     """
-    trained = json.loads((adapter / "training.json").read_text())
-    base, train = Base(**trained["base"]), trained["train"]
+    trained = read_training(adapter)
+    base, train, dtype = trained.base, trained.train, trained.dtype
     tokenizer = load_tokenizer(base)
-    dtype = compute_dtype(train["precision"])
     model = load_adapter(load_base(base, tokenizer, train["quantization"], dtype), adapter)
     states: dict[str, Callable[[], AbstractContextManager[Any]]] = {
         "base": model.disable_adapter,

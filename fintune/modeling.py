@@ -1,17 +1,20 @@
-"""Base model and adapter: load, extend by the two tokens, save, merge.
+"""Base model and adapter: load, extend by the two tokens, save.
 
 Only safetensors weights are read and no code from a model's folder is run.
 """
 
 import gc
 import inspect
+import json
 import logging
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from pydantic import ValidationError
 from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
@@ -22,9 +25,9 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from fintune.hub import explain_model_error
+from fintune.hub import explain_model_error, weights_fingerprint
 from fintune.params import Base, Lora, UserError
-from fintune.prompts import SPECIAL_TOKENS, end_token_id
+from fintune.prompts import SPECIAL_TOKENS
 
 log = logging.getLogger("fintune")
 DTYPES = {
@@ -173,6 +176,51 @@ def _mask_unless_packed(*args: Any, **kwargs: Any) -> torch.Tensor | None:
 ATTENTION = "packed"
 AttentionInterface.register(ATTENTION, packed_attention)
 AttentionMaskInterface.register(ATTENTION, _mask_unless_packed)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What an adapter's folder says of its training: `base` and `train` parameters, and more.
+
+    `instruction` is the one that most of its training rows had.
+    """
+
+    base: Base
+    train: dict[str, Any]
+    instruction: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What its matrix products are computed in here."""
+        return compute_dtype(self.train["precision"])
+
+
+def read_training(adapter: Path) -> Trained:
+    """Read an adapter's `training.json` and make sure that its base is still the one it was trained on.
+
+    Raises:
+        UserError: there is no adapter, its base is not here, or holds other weights now.
+    """
+    file = adapter / "training.json"
+    if not file.is_file():
+        raise UserError(
+            f"{adapter}: no adapter there; `dvc repro train` makes it, `dvc pull` fetches it"
+        )
+    said = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        base = Base(**said["base"])
+    except ValidationError:
+        raise UserError(
+            f"{adapter} was trained on {said['base']['model']}, a folder that is not here; work in the "
+            "folder that holds it"
+        ) from None
+    if said["base_fingerprint"] != weights_fingerprint(base):
+        raise UserError(
+            f"{adapter} was trained on other weights than {base.model}"
+            f"{f' at {base.revision}' if base.revision else ''} holds now; bring that base back, or "
+            "`dvc repro train` to train on this one"
+        )
+    return Trained(base, said["train"], said["instruction"])
 
 
 def device() -> torch.device:
@@ -336,34 +384,7 @@ def load_another_adapter(model: PeftModel, folder: Path, name: str) -> None:
     model.eval()
 
 
-def merge(model: PeftModel) -> PreTrainedModel:
-    """Fold the adapter into its base's weights; the model that remains needs no PEFT.
-
-    Raises:
-        ValueError: the base is in 4 bits, where merging would quantise again (huggingface/peft#2321).
-    """
-    if getattr(model.get_base_model(), "is_quantized", False):
-        raise ValueError("an adapter is merged into 16-bit weights, never into 4-bit ones")
-    merged: Any = model.merge_and_unload(safe_merge=True)
-    return merged  # type: ignore[no-any-return]
-
-
-def save_merged(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype
-) -> None:
-    """Write a plain Hugging Face folder: 16-bit safetensors, tokenizer with both tokens, stop token."""
-    model = model.to(dtype)
-    model.config.dtype = dtype
-    model.config.use_cache = True
-    model.config.eos_token_id = end_token_id(tokenizer)
-    model.config.pad_token_id = tokenizer.pad_token_id
-    model.generation_config.eos_token_id = [end_token_id(tokenizer), tokenizer.eos_token_id]
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(str(folder), max_shard_size="5GB")
-    tokenizer.save_pretrained(str(folder))
-
-
-def load_plain(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+def load_plain(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
     """Load a merged folder as any user of transformers would."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, device_map={"": device()}, use_safetensors=True

@@ -243,12 +243,27 @@ class Evaluate(Section):
         return self
 
 
-class MergeExport(Section):
-    """The plain model that is written and the name under which the adapter is registered."""
+class Generation(Section):
+    """How the exported model answers where nothing else is asked for."""
 
-    dtype: Literal["bfloat16", "float16"]
+    temperature: Positive
+    top_p: Annotated[float, Field(gt=0, le=1)]
+    max_new_tokens: Count
+
+
+class MergeExport(Section):
+    """The plain model that is written and the name under which the adapter is registered.
+
+    `weights` says what the adapter is added to: `trained_on` are those that it was trained against, of a
+    4-bit base what these are dequantised; `original` are the base's own.
+    """
+
+    weights: Literal["trained_on", "original"]
+    dtype: Literal["bfloat16", "float16", "float32"]
     check_rows: Count
     max_loss_difference: Positive
+    generation: Generation
+    gguf: list[Literal["f16", "q8_0"]]
     registered_model: Annotated[str, Field(pattern=r"^[^/:]+$")]
 
 

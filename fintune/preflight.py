@@ -64,22 +64,26 @@ def check_base(base: Base) -> int:
     return sum(file.stat().st_size for file in weights)
 
 
+def hardware() -> str:
+    """What will compute: the GPU and its memory, or the CPU's cores; needs torch."""
+    import torch
+
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        return f"{properties.name}, {properties.total_memory / GIB:.0f} GiB"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{cores} CPU cores"
+
+
 def describe_device() -> str:
-    """What will compute, and what happens without a GPU or without bfloat16; needs torch."""
+    """The hardware, and what happens without a GPU or without bfloat16; needs torch."""
     import torch
 
     if not torch.cuda.is_available():
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        return (
-            f"no GPU: {cores} CPU cores, float32; right for the demo, hours or days for a 7B model"
-        )
-    properties = torch.cuda.get_device_properties(0)
-    kind = (
-        "bfloat16"
-        if torch.cuda.is_bf16_supported()
-        else "float16 with loss scaling (no bfloat16 here)"
-    )
-    return f"{properties.name}, {properties.total_memory / GIB:.0f} GiB, {kind}"
+        return f"no GPU: {hardware()}, float32; right for the demo, hours or days for a 7B model"
+    if torch.cuda.is_bf16_supported():
+        return f"{hardware()}, bfloat16"
+    return f"{hardware()}, float16 with loss scaling (no bfloat16 here)"
 
 
 @dataclass(frozen=True)

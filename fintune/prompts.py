@@ -1,5 +1,6 @@
 """The only definition of the prompt: its text, its two special tokens, its tokens and what is learned."""
 
+import json
 import re
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -21,6 +22,44 @@ def render_prompt(instruction: str, input: str) -> str:
 def render_completion(output: str) -> str:
     """The text that the model learns to give: the answer and the token that ends it."""
     return f"{output}{RESPONSE_END}"
+
+
+def add_chat_template(tokenizer: Tokenizer, instruction: str) -> None:
+    """Give the tokenizer the prompt as a template over messages, for what talks to models as to chats.
+
+    A system message takes the place of `instruction`, a user's message is the input. Earlier questions
+    and answers are put in front, end to end, each as it would stand in the training data.
+
+    Raises:
+        UserError: this tokenizer cannot make a prompt's tokens from text that begins with its own
+            beginning token.
+    """
+    begin = tokenizer.bos_token or ""
+    expected = encode(tokenizer, render_prompt(instruction, "a"), "")[0]
+    for beginning in ("", begin, begin + " "):  # some put a space before the first word alone
+        tokenizer.chat_template = _template(beginning, instruction)
+        message = {"role": "user", "content": "a"}
+        rendered = tokenizer.apply_chat_template([message], add_generation_prompt=True)
+        if rendered["input_ids"] == expected:
+            return
+    raise UserError(
+        "base.model: its tokenizer begins texts in a way that no chat template can express"
+    )
+
+
+def _template(begin: str, instruction: str) -> str:
+    user = render_prompt("{{ ns.instruction }}", "{{ message.content }}")
+    lines = (
+        f"{{%- set ns = namespace(instruction={json.dumps(instruction, ensure_ascii=False)}) %}}",
+        f"{{{{- {json.dumps(begin)} }}}}",
+        "{%- for message in messages %}",
+        "{%- if message.role == 'system' %}{% set ns.instruction = message.content %}",
+        f"{{%- elif message.role == 'user' %}}{{{{- '' }}}}{user}",
+        f"{{%- elif message.role == 'assistant' %}}{{{{- message.content }}}}{RESPONSE_END}",
+        "{%- endif %}",
+        "{%- endfor %}",
+    )
+    return "\n".join(lines) + "\n"
 
 
 def load_tokenizer(base: Base) -> Tokenizer:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fintune.params import Evaluate
-from fintune.verdict import METRICS
+from fintune.verdict import METRICS, number
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 # Colours by their part in a plot, each replaced by the page's own, which follow light and dark.
@@ -51,13 +51,6 @@ def render(
         },
         parameters=flat(params.model_dump()),
     )
-
-
-def number(value: float | None) -> str:
-    """Four digits, as a person reads them."""
-    if value is None or not math.isfinite(value):
-        return "not a number"
-    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}".replace("-", "−")
 
 
 def short(value: float | None) -> str:

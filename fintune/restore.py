@@ -14,7 +14,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from fintune.params import UserError
+from fintune.params import MergeExport, UserError
 from fintune.records import read_rows
 from fintune.stage import log, project_root, run
 from fintune.tracking import (
@@ -22,13 +22,13 @@ from fintune.tracking import (
     log_predictions,
     log_results,
     output_hashes,
-    register,
     run_of_adapter,
 )
 
 ADAPTER = Path("models/adapter")
 RECORD = Path("models/run.json")
 REPORTS = Path("reports")
+MANIFEST = Path("data/raw/manifest.json")
 UPSTREAM = ("fetch", "split", "format", "train")
 REGISTERED = ("registered_model", "version", "aliases")
 EVALUATED = ("evaluation.json", "predictions.parquet", "evaluation.html")
@@ -97,18 +97,17 @@ def restore_export(client: Any, run_id: str, hashes: dict[str, str]) -> str:
     known = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
     if known:
         return f"{name}/{max(int(version.version) for version in known)}"
-    judged = json.loads((REPORTS / "evaluation.json").read_text())
-    tags = version_tags(judged, hashes)
-    version, aliases = register(client, run_id, name, tags, judged["gate"]["passed"])
+    from fintune.modeling import read_training  # these import torch
+    from fintune.registering import register_adapter
+
+    files = (RECORD, REPORTS / "evaluation.json", MANIFEST)
+    records = {file.stem: json.loads(file.read_text()) for file in files}
+    params = MergeExport(**_settings("merge_export")["merge_export"])
+    version, aliases = register_adapter(
+        client, run_id, read_training(ADAPTER), records, hashes, params
+    )
     log.info("registered again: %s version %s (%s)", name, version, ", ".join(aliases))
     return f"{name}/{version}"
-
-
-def version_tags(evaluation: dict[str, Any], hashes: dict[str, str]) -> dict[str, str]:
-    """What a registered version says of itself: lineage, quality, the gate's reason."""
-    tags: dict[str, str] = json.loads(RECORD.read_text())["tags"]
-    quality = {f"tuned_{key}": str(value) for key, value in evaluation["tuned"].items()}
-    return tags | hashes | quality | {"gate": evaluation["gate"]["reason"]}
 
 
 def locked_stages() -> dict[str, Any]:

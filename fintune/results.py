@@ -93,29 +93,12 @@ def lineage(model: str) -> str:
     Raises:
         UserError: there is no such version, or none with this folder's adapter.
     """
-    from mlflow.exceptions import MlflowException
-
     from fintune.stage import project_root
-    from fintune.tracking import connect
+    from fintune.tracking import connect, find_version
 
     client = connect(project_root())
-    try:
-        if Path(model).is_dir():
-            version = _version_of_folder(client, Path(model))
-        elif "@" in model:
-            version = client.get_model_version_by_alias(*model.split("@", 1))
-        elif "/" in model:
-            version = client.get_model_version(*model.rsplit("/", 1))
-        else:
-            raise UserError(
-                f"{model}: no folder here; a registered version is NAME@ALIAS or NAME/VERSION"
-            )
-    except MlflowException as error:
-        known = [registered.name for registered in client.search_registered_models()]
-        raise UserError(
-            f"{model}: not in this registry ({error.message}); it has {', '.join(known) or 'no models'}; "
-            "MLFLOW_TRACKING_URI names another one"
-        ) from None
+    folder = Path(model)
+    version = _version_of_folder(client, folder) if folder.is_dir() else find_version(client, model)
     run, tags = client.get_run(version.run_id), version.tags
     aliases = client.get_model_version(version.name, version.version).aliases
     ended = datetime.fromtimestamp((run.info.end_time or run.info.start_time) / 1000, UTC)

@@ -1,4 +1,4 @@
-"""Measuring a model on question-answer rows: how likely it finds the answers, and what it answers."""
+"""How likely a model finds the answers to question-answer rows, and how sure it is of itself."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from fintune.fused import FusedModel, kept_gib, unsupported
+from fintune.fused import FusedModel, base_of, kept_gib, unsupported
 from fintune.preflight import CHUNK, room_gib
 
 TokenRow = tuple[list[int], list[int]]  # prompt ids, completion ids
@@ -132,29 +132,17 @@ def likelihood(
         title: of the progress bar.
         kernels: `fused`, on packed rows, `plain`, on padded ones, or `auto`, as for training.
     """
-    model.eval()
-    body, head = _body_and_head(model)
-    fused = None
-    if kernels == "fused" or (kernels == "auto" and unsupported(model) is None):
-        keep = kept_gib(model) + ROOM_GIB < room_gib()
-        fused = FusedModel(model, head.weight.dtype, keep=keep, training=False)
+    forward = _Forward(model, kernels)
     nll, correct = np.zeros(len(rows)), np.zeros(len(rows))
     calibration = np.zeros((BINS, 3))
     lengths = [len(prompt) + len(completion) for prompt, completion in rows]
-    most = TOKENS_PER_BATCH * (2 if fused else 1)
+    most = TOKENS_PER_BATCH * (1 if forward.padded else 2)
     with tqdm(total=len(rows), desc=title, unit="row", leave=False) as bar:
         for batch in batches_by_length(lengths, most, rows=256):
-            part = lay_out([rows[i] for i in batch], fused is None, model.device)
-            if fused:
-                assert part.bounds is not None
-                at = (part.ids[0], part.positions[0], part.bounds, part.longest)
-                hidden = fused.hidden_states(*at)
-            else:
-                seen = {"attention_mask": part.mask, "use_cache": False}
-                hidden = body(input_ids=part.ids, **seen).last_hidden_state.flatten(0, 1)
-            states = hidden.index_select(0, part.predicting)
+            part = lay_out([rows[i] for i in batch], forward.padded, model.device)
+            states = forward.answer_states(part)
             figures = [
-                token_figures((fused.logits if fused else head)(chunk).float(), labels)
+                token_figures(forward.logits(chunk).float(), labels)
                 for chunk, labels in zip(
                     states.split(CHUNK), part.targets.split(CHUNK), strict=True
                 )
@@ -199,17 +187,32 @@ def calibration_sums(confidence: np.ndarray, hits: np.ndarray) -> np.ndarray:
 @torch.no_grad()
 def answer_logits(model: Any, rows: Sequence[TokenRow]) -> list[torch.Tensor]:
     """The logits that predict each row's answer tokens; float32 on the CPU, (answer tokens, vocabulary)."""
-    model.eval()
-    body, head = _body_and_head(model)
-    logits = []
-    for prompt, completion in rows:
-        ids = torch.tensor([prompt + completion], device=model.device)
-        hidden = body(input_ids=ids, use_cache=False).last_hidden_state[0, len(prompt) - 1 : -1]
-        logits.append(head(hidden).float().cpu())
-    return logits
+    forward = _Forward(model, "auto")
+    parts = [lay_out([row], forward.padded, model.device) for row in rows]
+    return [forward.logits(forward.answer_states(part)).float().cpu() for part in parts]
 
 
-def _body_and_head(model: Any) -> tuple[Any, Any]:
-    """The transformer without its head, and the head, with the adapter's layers still in them."""
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return plain.get_decoder(), plain.get_output_embeddings()
+class _Forward:
+    """A model's states at the places that predict answers, by the fused layers or the model's own."""
+
+    def __init__(self, model: Any, kernels: str) -> None:
+        model.eval()
+        plain = base_of(model)
+        self.body, self.head = plain.get_decoder(), plain.get_output_embeddings()
+        self.fused = None
+        if kernels == "fused" or (kernels == "auto" and unsupported(model) is None):
+            keep = kept_gib(model) + ROOM_GIB < room_gib()
+            self.fused = FusedModel(model, self.head.weight.dtype, keep=keep, training=False)
+        self.padded = self.fused is None
+        self.logits = self.fused.logits if self.fused else self.head
+
+    def answer_states(self, part: Pass) -> torch.Tensor:
+        """(answer tokens, hidden), normalised."""
+        if self.fused:
+            assert part.bounds is not None
+            at = (part.ids[0], part.positions[0], part.bounds, part.longest)
+            hidden = self.fused.hidden_states(*at)
+        else:
+            seen = {"attention_mask": part.mask, "use_cache": False}
+            hidden = self.body(input_ids=part.ids, **seen).last_hidden_state.flatten(0, 1)
+        return hidden.index_select(0, part.predicting)

@@ -207,15 +207,18 @@ def live_logger(run_id: str) -> Callable[[int, dict[str, float]], None]:
     return log_values
 
 
-def describe_run(run_id: str, sections: dict[str, Any], root: Path) -> dict[str, Any]:
+def describe_run(
+    run_id: str, sections: dict[str, Any], hardware: str, root: Path
+) -> dict[str, Any]:
     """The record of a run for `models/run.json`: id, parameters and lineage.
 
     Args:
         sections: the parameter sections that training itself used.
+        hardware: what it ran on.
         root: the folder with dvc.lock, which holds the parameters and hashes of the stages before.
     """
     params = dict(sections)
-    tags = {"mlflow.source.git.commit": _git(root, "rev-parse", "HEAD")}
+    tags = {"mlflow.source.git.commit": _git(root, "rev-parse", "HEAD"), "hardware": hardware}
     tags["git_commit"] = tags["mlflow.source.git.commit"]
     written = (":!dvc.lock", ":!reports")  # by the stages before, on the way here
     changes = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", *written)
@@ -448,6 +451,40 @@ def log_predictions(client: MlflowClient, run_id: str, rows: list[dict[str, Any]
         pd.DataFrame(rows).to_json(path, orient="split", index=False)
         client.log_artifact(run_id, str(path))
     client.set_tag(run_id, TABLES, json.dumps([{"path": name, "type": "table"}]))
+
+
+def find_version(client: MlflowClient, name: str) -> Any:
+    """The registered version that NAME@ALIAS or NAME/VERSION names.
+
+    Raises:
+        UserError: there is none; the message lists the registry's models.
+    """
+    try:
+        if "@" in name:
+            return client.get_model_version_by_alias(*name.split("@", 1))
+        if "/" in name:
+            return client.get_model_version(*name.rsplit("/", 1))
+    except MlflowException as error:
+        known = [registered.name for registered in client.search_registered_models()]
+        raise UserError(
+            f"{name}: not in this registry ({error.message}); it has {', '.join(known) or 'no models'}; "
+            "MLFLOW_TRACKING_URI names another one"
+        ) from None
+    raise UserError(f"{name}: no folder here; a registered version is NAME@ALIAS or NAME/VERSION")
+
+
+def download_version(client: MlflowClient, name: str, into: Path) -> Path:
+    """Copy a registered version's files into a folder.
+
+    Raises:
+        UserError: there is no such version, or its files are gone.
+    """
+    version = find_version(client, name)
+    uri = f"models:/{version.name}/{version.version}"
+    try:
+        return Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(into)))
+    except Exception as error:  # a store has its own library's kinds
+        raise UserError(f"{name}: its files could not be fetched: {error}") from error
 
 
 @dataclass(frozen=True)

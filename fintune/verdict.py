@@ -51,6 +51,13 @@ EXTREMES = 20
 DRAWN_AT_ONCE = 4_000_000  # counts in memory
 
 
+def number(value: float | None) -> str:
+    """Four digits, as a person reads them."""
+    if value is None or not math.isfinite(value):
+        return "not a number"
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}".replace("-", "−")
+
+
 def select_rows(
     rows: Sequence[Row], questions: Sequence[str], max_rows: int | None
 ) -> tuple[list[Row], list[str], list[list[str]]]:

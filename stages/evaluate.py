@@ -12,7 +12,7 @@ from fintune.harness import task_manager
 from fintune.measuring import Measured, measure, sums_of
 from fintune.params import Evaluate, UserError, read_params
 from fintune.records import read_passages, read_rows, write_rows
-from fintune.report import number, render
+from fintune.report import render
 from fintune.splitting import normalize_question
 from fintune.stage import log, project_root, run, write_json, write_text
 from fintune.tracking import (
@@ -32,6 +32,7 @@ from fintune.verdict import (
     compare,
     extremes,
     judge,
+    number,
     select_rows,
     summarize,
 )

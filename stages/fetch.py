@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def read(params: Fetch) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The source's rows, and its entry in the manifest: source and, for the hub, the commit.
+    """The source's rows, and its entry in the manifest: source and, for the hub, commit and licence.
 
     Raises:
         UserError: the source is neither a file, nor a URL, nor a hub id.
@@ -45,7 +45,7 @@ def read(params: Fetch) -> tuple[list[dict[str, Any]], dict[str, Any]]:
                 "fetch.source: holds a user name or password, and params.yaml is kept in git; "
                 "use the storage's own environment variables"
             )
-        return read_source(source), {"source": source, "revision": None}
+        return read_source(source), {"source": source, "revision": None, "license": None}
     path = Path(source)
     if path.exists() or is_table_file(source):
         if not any(path.resolve().is_relative_to(watched.resolve()) for watched in WATCHED):
@@ -54,11 +54,11 @@ def read(params: Fetch) -> tuple[list[dict[str, Any]], dict[str, Any]]:
                 "or keep it in data/source",
                 source,
             )
-        return read_source(source), {"source": source, "revision": None}
+        return read_source(source), {"source": source, "revision": None, "license": None}
     if source.count("/") != 1 or source.startswith((".", "~", "/")):
         raise UserError(f"fetch.source: {source}: no such file, and neither a URL nor a hub id")
-    rows, commit = read_dataset(source, params.revision, params.split)
-    return rows, {"source": source, "revision": commit}
+    rows, origin = read_dataset(source, params.revision, params.split)
+    return rows, {"source": source, **origin}
 
 
 if __name__ == "__main__":

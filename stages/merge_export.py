@@ -1,27 +1,34 @@
-"""Merge the adapter into a 16-bit base, measure that it is the same model, register the adapter."""
+"""Merge the adapter into a plain model, measure that it is the same one, register the adapter."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from fintune.answering import generation_config
+from fintune.card import write_card
+from fintune.merging import merge_into_folder, write_checksums
 from fintune.modeling import (
     DTYPES,
-    compute_dtype,
+    Trained,
+    device,
     free_memory,
     load_adapter,
     load_base,
     load_plain,
-    merge,
-    save_merged,
+    read_training,
 )
-from fintune.params import Base, MergeExport, UserError, read_params
-from fintune.prompts import encode, load_tokenizer
+from fintune.params import MergeExport, UserError, read_params
+from fintune.prompts import Tokenizer, add_chat_template, encode, load_tokenizer
 from fintune.records import read_rows
-from fintune.restore import restore_evaluation, version_tags
-from fintune.scoring import answer_logits, likelihood
+from fintune.registering import register_adapter
+from fintune.restore import restore_evaluation
+from fintune.scoring import TokenRow, answer_logits, likelihood
 from fintune.stage import log, project_root, run, whole_folder, write_json
-from fintune.tracking import connect, data_hashes, log_results, register, run_of_adapter
+from fintune.tracking import connect, data_hashes, log_results, run_of_adapter
 
+MANIFEST = Path("data/raw/manifest.json")
 TEST = Path("data/formatted/test.parquet")
 ADAPTER = Path("models/adapter")
 RUN = Path("models/run.json")
@@ -38,14 +45,15 @@ def main() -> None:
     params = read_params().merge_export
     client = connect(project_root())
     run_id = run_of_adapter(client, RUN, TRAIN_METRICS, TRAIN_CURVE, ADAPTER)
+    records = {file.stem: json.loads(file.read_text()) for file in (RUN, EVALUATION, MANIFEST)}
+    trained = read_training(ADAPTER)
     with whole_folder(OUT) as folder:
-        measured = export(folder, params)
-    evaluation = json.loads(EVALUATION.read_text())
+        measured = export(folder, trained, params)
+        write_card(folder, trained, records, measured, params)
+        write_checksums(folder)
     restore_evaluation(client, run_id)
-    tags = version_tags(evaluation, data_hashes(Path.cwd(), UPSTREAM))
-    version, aliases = register(
-        client, run_id, params.registered_model, tags, evaluation["gate"]["passed"]
-    )
+    hashes = data_hashes(Path.cwd(), UPSTREAM)
+    version, aliases = register_adapter(client, run_id, trained, records, hashes, params)
     report = {
         **measured,
         "registered_model": params.registered_model,
@@ -55,62 +63,69 @@ def main() -> None:
     write_json(METRICS, report)
     log_results(client, run_id, measured, {"merge_export": params.model_dump()}, [METRICS])
     log.info(
-        "%s version %s (%s); merged loss %.4f, adapter %.4f, logits within %.3g",
+        "%s version %s (%s); loss merged %.4f, adapter %.4f, base %.4f; logits within %.3g",
         params.registered_model,
         version,
         ", ".join(aliases),
-        measured["merged_loss"],
-        measured["adapter_loss"],
+        *(measured[key] for key in ("merged_loss", "adapter_loss", "base_loss")),
         measured["max_logit_difference"],
     )
 
 
-def export(folder: Path, params: MergeExport) -> dict[str, Any]:
+def export(folder: Path, trained: Trained, params: MergeExport) -> dict[str, Any]:
     """Write the merged model to `folder` and compare it with the adapter on test rows.
 
     Returns:
-        `adapter_loss` of the adapter on its base as it was trained (4 bits where it was),
-        `merged_loss` of the folder as plain transformers loads it, and `max_logit_difference`
-        between the adapter on the 16-bit base and the folder: what merging itself costs.
+        `base_loss` and `adapter_loss` of the base without and with its adapter, both as trained (in
+        4 bits where it was), `merged_loss` of the folder as plain transformers loads it, and
+        `max_logit_difference` between the adapter and the folder.
 
     Raises:
         UserError: the two losses differ by more than `max_loss_difference`.
     """
-    settings = json.loads((ADAPTER / "training.json").read_text())
-    base = Base(**settings["base"])
-    quantization, dtype = settings["train"]["quantization"], DTYPES[params.dtype]
-    tokenizer = load_tokenizer(base)
+    tokenizer = load_tokenizer(trained.base)
+    add_chat_template(tokenizer, trained.instruction)
     rows = read_rows(TEST, ["prompt", "completion"])[: params.check_rows]
     tokens = [encode(tokenizer, row["prompt"], row["completion"]) for row in rows]
-
-    as_trained = compute_dtype(settings["train"]["precision"])
-    model = load_adapter(load_base(base, tokenizer, quantization, as_trained), ADAPTER)
-    adapter_loss = likelihood(model, tokens, "adapter").loss
-    del model
-    free_memory()
-    model = load_adapter(load_base(base, tokenizer, "none", dtype), ADAPTER)
-    before = answer_logits(model, tokens[:LOGIT_ROWS])
-    save_merged(merge(model), tokenizer, folder, dtype)
-    del model
-    free_memory()
-    plain = load_plain(folder, dtype)
+    measured, before = measure_adapter(trained, tokenizer, tokens)
+    dtype = DTYPES[params.dtype]
+    four_bits = trained.train["quantization"] == "nf4" and params.weights == "trained_on"
+    merge_into_folder(
+        trained.base, tokenizer, ADAPTER, folder, dtype, trained.dtype if four_bits else None
+    )
+    generation_config(tokenizer, params.generation).save_pretrained(folder)
+    plain = load_plain(folder, dtype if device().type == "cuda" else torch.float32)
     merged_loss = likelihood(plain, tokens, "merged").loss
     after = answer_logits(plain, tokens[:LOGIT_ROWS])
     difference = max(float((a - b).abs().max()) for a, b in zip(before, after, strict=True))
-    if (
-        not abs(merged_loss - adapter_loss) <= params.max_loss_difference
-    ):  # nan is no number to accept
+    apart = abs(merged_loss - measured["adapter_loss"])
+    if not apart <= params.max_loss_difference:  # nan is no number to accept
         raise UserError(
             f"merge_export: the merged model's loss is {merged_loss:.4f} and the adapter's "
-            f"{adapter_loss:.4f}, further apart than merge_export.max_loss_difference: "
+            f"{measured['adapter_loss']:.4f}, further apart than merge_export.max_loss_difference: "
             f"{params.max_loss_difference}; nothing was exported"
         )
     return {
         "max_logit_difference": difference,
         "merged_loss": merged_loss,
-        "adapter_loss": adapter_loss,
+        **measured,
         "rows": len(rows),
     }
+
+
+def measure_adapter(
+    trained: Trained, tokenizer: Tokenizer, tokens: list[TokenRow]
+) -> tuple[dict[str, float], list[torch.Tensor]]:
+    """The losses of the adapter and of its base alone, and the adapter's logits."""
+    base = load_base(trained.base, tokenizer, trained.train["quantization"], trained.dtype)
+    model = load_adapter(base, ADAPTER)
+    adapter_loss = likelihood(model, tokens, "adapter").loss
+    logits = answer_logits(model, tokens[:LOGIT_ROWS])
+    with model.disable_adapter():
+        base_loss = likelihood(model, tokens, "base").loss
+    del model, base
+    free_memory()
+    return {"adapter_loss": adapter_loss, "base_loss": base_loss}, logits
 
 
 if __name__ == "__main__":

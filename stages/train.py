@@ -3,13 +3,15 @@
 import csv
 import io
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from fintune.hub import weights_fingerprint
 from fintune.modeling import add_adapter, compute_dtype, load_base, save_adapter
 from fintune.params import Params, read_params
-from fintune.preflight import check_base, check_disk, describe_device
-from fintune.prompts import encode, load_tokenizer
+from fintune.preflight import check_base, check_disk, describe_device, hardware
+from fintune.prompts import add_chat_template, encode, load_tokenizer
 from fintune.records import read_rows
 from fintune.scoring import likelihood
 from fintune.stage import log, project_root, run, whole_folder, write_json, write_text
@@ -46,7 +48,8 @@ def main() -> None:
     root = project_root()
     client = connect(root)
     rows = {
-        name: read_rows(DATA / f"{name}.parquet", ["prompt"]) for name in ("train", "validation")
+        name: read_rows(DATA / f"{name}.parquet", ["instruction", "prompt"])
+        for name in ("train", "validation")
     }
     inputs = [DATA / f"{name}.parquet" for name in rows]
     sections = {"base": params.base.model_dump(), "train": params.train.model_dump()}
@@ -54,14 +57,18 @@ def main() -> None:
     scratch.mkdir(parents=True, exist_ok=True)
     name = f"{Path(params.base.model).name} r{params.train.lora.r} lr{params.train.learning_rate:g}"
     with training_run(scratch / "run_id", name, sweep_run(client, root)) as run_id:
-        record = describe_run(run_id, sections, Path.cwd())
+        record = describe_run(run_id, sections, hardware(), Path.cwd())
         for split, path in zip(rows, inputs, strict=True):
             log_table(run_id, rows[split], split, "training" if split == "train" else split, path)
         result = fine_tune(params, rows, scratch, run_id)
         with whole_folder(ADAPTER) as folder:
             save_adapter(result.model, folder)
-            load_tokenizer(params.base).save_pretrained(folder)
-            write_json(folder / "training.json", sections)
+            usual = usual_instruction(rows["train"])
+            tokenizer = load_tokenizer(params.base)
+            add_chat_template(tokenizer, usual)
+            tokenizer.save_pretrained(folder)
+            about = {"base_fingerprint": weights_fingerprint(params.base), "instruction": usual}
+            write_json(folder / "training.json", {**sections, **about})
         write_json(METRICS, result.metrics)
         write_text(CURVE, as_csv(result.curve))
         write_text(VALIDATIONS, as_csv(validations(result.curve)))
@@ -109,6 +116,12 @@ def fine_tune(
         scratch=scratch,
         on_log=live_logger(run_id),
     )
+
+
+def usual_instruction(rows: list[dict[str, Any]]) -> str:
+    """The one that most rows have; of equally frequent ones the first in the alphabet."""
+    counts = Counter(row["instruction"] for row in rows)
+    return str(min(counts, key=lambda text: (-counts[text], text)))
 
 
 def validations(curve: list[dict[str, float | None]]) -> list[dict[str, float | None]]:

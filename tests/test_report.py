@@ -11,9 +11,17 @@ import pytest
 from browser import chromium
 
 from fintune.params import Evaluate, read_params
-from fintune.report import number, render, visible
+from fintune.report import render, visible
 from fintune.scoring import BINS
-from fintune.verdict import METRICS, break_down, calibration_curve, compare, extremes, summarize
+from fintune.verdict import (
+    METRICS,
+    break_down,
+    calibration_curve,
+    compare,
+    extremes,
+    number,
+    summarize,
+)
 
 ROOT = Path(__file__).parent.parent
 ROWS = 50
