@@ -14,7 +14,6 @@ questions, and the texts' metrics. Random weights never end an answer, which is 
 """
 
 import argparse
-import json
 import shlex
 import sys
 import tempfile
@@ -29,10 +28,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import fintune.measuring as measuring
 from benchmarks.quantization_cost import LIBRARIES, read_recipe
-from benchmarks.training_speed import LAYERS, version
+from benchmarks.random_base import random_adapter
+from benchmarks.training_speed import version
 from fintune.generation import generate
-from fintune.modeling import add_adapter, compute_dtype, free_memory, load_base, save_adapter
-from fintune.params import Base, Lora
+from fintune.modeling import (
+    compute_dtype,
+    free_memory,
+    load_base,
+    save_adapter,
+    write_training,
+)
+from fintune.params import Base
 from fintune.preflight import GIB
 from fintune.prompts import encode, end_token_id, format_row, load_tokenizer
 from fintune.records import read_source
@@ -67,22 +73,14 @@ def main() -> None:
         "versions": {name: version(name) for name in LIBRARIES},
     }
     model = load_base(base, tokenizer, "nf4", dtype)
-    lora = Lora(r=16, alpha=32, dropout=0.1, target_modules=LAYERS)
-    model = add_adapter(model, tokenizer, lora, 0)
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data = (torch.randn(parameter.shape, generator=generator) * 1e-3).to(
-                parameter
-            )
+    model = random_adapter(model, tokenizer)
     prompts = [encode(tokenizer, row["prompt"], "")[0] for row in rows[: arguments.prompts]]
     report["answers"] = answers(model, tokenizer, prompts, arguments.new_tokens)
     write_json(arguments.out, report)
     print(report["answers"], flush=True)
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(model, Path(folder))
-        trained = {"base": base.model_dump(), "train": params.train.model_dump()}
-        (Path(folder) / "training.json").write_text(json.dumps(trained))
+        write_training(Path(folder), base, params.train.model_dump(), "")
         del model
         free_memory()
         report["stage"] = stage(Path(folder), rows, params)

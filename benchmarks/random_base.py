@@ -5,6 +5,7 @@ python benchmarks/random_base.py --tokenizer FOLDER --out FOLDER [--layers 32]
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
@@ -35,6 +36,23 @@ def main() -> None:
         model = MistralForCausalLM(config)
     model.save_pretrained(arguments.out, max_shard_size="4GB")
     tokenizer.save_pretrained(arguments.out)
+
+
+def random_adapter(model: Any, tokenizer: Any) -> Any:
+    """Put an adapter of rank 16 on all projections whose B is random, too, so that it does something."""
+    from fintune.modeling import add_adapter
+    from fintune.params import Lora
+
+    layers = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    tuned = add_adapter(
+        model, tokenizer, Lora(r=16, alpha=32, dropout=0.1, target_modules=layers), 0
+    )
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            drawn = torch.randn(parameter.shape, generator=generator) * 1e-3
+            parameter.data = drawn.to(parameter)
+    return tuned
 
 
 if __name__ == "__main__":

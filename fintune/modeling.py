@@ -195,6 +195,18 @@ class Trained:
         return compute_dtype(self.train["precision"])
 
 
+def write_training(adapter: Path, base: Base, train: dict[str, Any], instruction: str) -> None:
+    """Write `training.json` into an adapter's folder, for `read_training`."""
+    said = {
+        "base": base.model_dump(),
+        "base_fingerprint": weights_fingerprint(base),
+        "instruction": instruction,
+        "train": train,
+    }
+    text = json.dumps(said, indent=2, ensure_ascii=False) + "\n"
+    (adapter / "training.json").write_text(text, encoding="utf-8")
+
+
 def read_training(adapter: Path) -> Trained:
     """Read an adapter's `training.json` and make sure that its base is still the one it was trained on.
 

@@ -556,6 +556,8 @@ def _unlike(champion: Path, adapter: Path) -> str:
     if theirs != ours:
         named = [f"{each['model']} at {each['revision']}" for each in (theirs, ours)]
         return f"has another base: {named[0]}, not {named[1]}"
+    if settings[0].get("base_fingerprint") != settings[1].get("base_fingerprint"):
+        return f"was trained on other weights than {ours['model']} holds now"
     tokens = [
         json.loads((folder / "adapter_config.json").read_text())["trainable_token_indices"]
         for folder in (champion, adapter)

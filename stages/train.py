@@ -7,8 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from fintune.hub import weights_fingerprint
-from fintune.modeling import add_adapter, compute_dtype, load_base, save_adapter
+from fintune.modeling import add_adapter, compute_dtype, load_base, save_adapter, write_training
 from fintune.params import Params, read_params
 from fintune.preflight import check_base, check_disk, describe_device, hardware
 from fintune.prompts import add_chat_template, encode, load_tokenizer
@@ -67,8 +66,7 @@ def main() -> None:
             tokenizer = load_tokenizer(params.base)
             add_chat_template(tokenizer, usual)
             tokenizer.save_pretrained(folder)
-            about = {"base_fingerprint": weights_fingerprint(params.base), "instruction": usual}
-            write_json(folder / "training.json", {**sections, **about})
+            write_training(folder, params.base, sections["train"], usual)
         write_json(METRICS, result.metrics)
         write_text(CURVE, as_csv(result.curve))
         write_text(VALIDATIONS, as_csv(validations(result.curve)))
