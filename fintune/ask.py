@@ -6,6 +6,7 @@ python -m fintune.ask                                        # questions one aft
 """
 
 import argparse
+import logging
 import sys
 import tempfile
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, TextStreamer
+from transformers.utils.logging import disable_progress_bar
 
 from fintune.answering import generation_config, load_tuned, prompt_tokens
 from fintune.params import UserError, read_params
@@ -36,20 +38,25 @@ def main() -> None:
         "--greedy", action="store_true", help="the most likely answer, not a drawn one"
     )
     arguments = parser.parse_args()
+    disable_progress_bar()  # of loading, which is shorter than reading it
+    logging.getLogger("transformers").setLevel(logging.ERROR)
     model, tokenizer, config = open_model(arguments.model)
     if config is None:
         config = generation_config(tokenizer, read_params().merge_export.generation)
-    options = (arguments.instruction, arguments.greedy)
+    if arguments.greedy:
+        config.update(do_sample=False, temperature=None, top_p=None, top_k=None)
     if arguments.question is not None:
-        answer(model, tokenizer, config, arguments.question, *options)
+        answer(model, tokenizer, config, arguments.question, arguments.instruction)
         return
     while (question := _next_question()) is not None:
         if not question.strip():
             continue
         try:
-            answer(model, tokenizer, config, question, *options)
+            answer(model, tokenizer, config, question, arguments.instruction)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
+        except KeyboardInterrupt:  # ends the answer, not the conversation
+            print()
 
 
 def open_model(source: str) -> tuple[Any, Tokenizer, GenerationConfig | None]:
@@ -77,17 +84,14 @@ def answer(
     config: GenerationConfig,
     question: str,
     instruction: str | None,
-    greedy: bool,
 ) -> None:
     """Print the answer as it is being made."""
     ids = torch.tensor([prompt_tokens(tokenizer, question, instruction)], device=model.device)
-    how = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None} if greedy else {}
     model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         generation_config=config,
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-        **how,
     )
 
 
@@ -95,7 +99,7 @@ def _next_question() -> str | None:
     """What the user types, or pipes in, line by line; None at the end."""
     try:
         return input("> " if sys.stdin.isatty() else "")
-    except EOFError:
+    except (EOFError, KeyboardInterrupt):
         return None
 
 

@@ -10,7 +10,12 @@ import importlib.metadata
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pandas as pd
+from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
 from fintune.answering import answer_all, load_tuned, prompt_tokens
 from fintune.params import Generation, UserError
@@ -49,7 +54,7 @@ class Answers:
             A data frame with the column `answer` and the input's index.
 
         Raises:
-            UserError: a question is empty or holds a token of the prompt; the row is named.
+            MlflowException: a question is empty or holds a token of the prompt; the row is named.
         """
         wanted = params or {}
         instructions = model_input.get("instruction", pd.Series(None, model_input.index))
@@ -61,7 +66,9 @@ class Answers:
             try:
                 prompts.append(prompt_tokens(self.tokenizer, str(question), given))
             except UserError as error:
-                raise UserError(f"row {row}: {error}") from None
+                raise MlflowException(
+                    f"row {row}: {error}", error_code=INVALID_PARAMETER_VALUE
+                ) from None
         temperature = float(wanted.get("temperature", 0))
         sampling = {"temperature": temperature, "top_p": float(wanted.get("top_p", 1))}
         answers = answer_all(
@@ -82,10 +89,6 @@ def _load_pyfunc(path: str) -> Answers:
 
 def write_model_files(folder: Path, generation: Generation, run_id: str) -> None:
     """Write what makes a folder with an adapter an MLflow model: `MLmodel`, packages, code, example."""
-    import mlflow
-    from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
-
     signature = ModelSignature(
         inputs=Schema(
             [ColSpec("string", "question"), ColSpec("string", "instruction", required=False)]

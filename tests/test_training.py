@@ -8,20 +8,16 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from fintune.generation import generate
 from fintune.modeling import (
     add_adapter,
     load_adapter,
     load_base,
-    load_plain,
-    merge,
     packed_attention,
     save_adapter,
-    save_merged,
 )
 from fintune.params import Base, Lora, Train, UserError
 from fintune.prompts import SPECIAL_TOKENS, encode, end_token_id
-from fintune.scoring import answer_logits, lay_out, likelihood
+from fintune.scoring import lay_out, likelihood
 from fintune.training import (
     AnswerTrainer,
     TrainingResult,
@@ -328,29 +324,6 @@ def test_the_saved_adapter_is_small_and_comes_back(
     with model.disable_adapter():
         untrained = likelihood(model, rows, "off").loss
     assert likelihood(model, rows, "on").loss < untrained - 0.5
-
-
-def test_merged_equals_adapter(
-    base: Base, tokenizer: Any, rows: list[Any], trained: Path, tmp_path: Path
-) -> None:
-    model = load_adapter(load_base(base, tokenizer, "none", torch.float32), trained)
-    before = answer_logits(model, rows)
-    prompts = [prompt for prompt, _ in rows]
-    ask = lambda m: generate(m, tokenizer, prompts, end_token_id(tokenizer), 6, 8, "")  # noqa: E731
-    answers = ask(model)
-    save_merged(merge(model), tokenizer, tmp_path, torch.float32)
-    plain = load_plain(tmp_path, torch.float32)
-    for a, b in zip(before, answer_logits(plain, rows), strict=True):
-        assert torch.allclose(a, b, atol=1e-4)
-    assert ask(plain) == answers
-    assert plain.config.vocab_size == len(tokenizer)
-    assert plain.generation_config.eos_token_id[0] == end_token_id(tokenizer)
-
-
-def test_merging_into_four_bits_is_refused(base: Base, tokenizer: Any, trained: Path) -> None:
-    model = load_adapter(load_base(base, tokenizer, "nf4", torch.float32), trained)
-    with pytest.raises(ValueError, match="never into 4-bit"):
-        merge(model)
 
 
 def test_an_adapter_of_another_shape_is_refused(
