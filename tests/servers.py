@@ -133,6 +133,15 @@ def mlflow_server(database: dict[str, str], s3: str, log: Path) -> Iterator[str]
         "MLFLOW_AUTH_ADMIN_PASSWORD": PASSWORD,
         "MLFLOW_FLASK_SERVER_SECRET_KEY": "only for this test",
     }
+    with answering(command, port, environment, log) as address:
+        yield address
+
+
+@contextmanager
+def answering(
+    command: list[str], port: int, environment: dict[str, str], log: Path
+) -> Iterator[str]:
+    """A program that serves `port` of loopback from its log's folder; yields its address."""
     address = f"http://127.0.0.1:{port}"
     with log.open("w") as file:
         server = subprocess.Popen(
