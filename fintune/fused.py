@@ -112,6 +112,8 @@ class Projections:
         self.rows = _side_by_side(self.outputs)
         self.ranks = _side_by_side([pair[0].shape[0] if pair else 0 for pair in self.loras])
         self.copies = self._of_parameters(self.down, self.up)
+        # one float32 number, which makes the product float32: scaled and converted in one pass
+        self.factor = torch.full((1,), self._alpha, dtype=torch.float32, device=device)
         if self.quantized and device.type == "cuda":
             from fintune import kernels  # needs Triton, which comes with torch for GPUs only
 
@@ -191,7 +193,7 @@ class Projections:
         x = self._dropped(x, seed)
         d_down = (dy @ self.up).t() @ x
         d_up = dy.t() @ (x @ self.down.t())
-        return [part.float() * self._alpha for part in self._of_parameters(d_down, d_up)]
+        return [part * self.factor for part in self._of_parameters(d_down, d_up)]
 
     @property
     def _alpha(self) -> float:
