@@ -601,8 +601,11 @@ class FusedModel:
             for x in self.body.layers
         ]
         self.groups = [p for x in self.layers for p in (x.qkv, x.output, x.gate_up, x.down)]
-        self.copies = [view for p in self.groups for view in p.copies]
-        self.parameters = [parameter for p in self.groups for parameter in p.parameters]
+        pairs = [pair for p in self.groups for pair in zip(p.copies, p.parameters, strict=True)]
+        # one kernel copies many tensors, but only where all of them lie in memory as their copies do
+        alike = [pair for pair in pairs if pair[0].stride() == pair[1].stride()]
+        others = [pair for pair in pairs if pair[0].stride() != pair[1].stride()]
+        self.copies = [tuple(zip(*some, strict=True)) for some in (alike, others) if some]
         self.drops = any(p.dropout for p in self.groups)
         self.embedding, self.embedding_rows, self.tokens = _table(plain.get_input_embeddings())
         head = plain.get_output_embeddings()
@@ -641,8 +644,8 @@ class FusedModel:
         Nothing tells that they have changed: torch's fused optimizers leave the versions of their
         tensors as they were.
         """
-        if self.parameters:
-            torch._foreach_copy_(self.copies, self.parameters)
+        for copies, parameters in self.copies:
+            torch._foreach_copy_(copies, parameters)
         for group in self.groups:
             group.refresh()
 
