@@ -1,8 +1,9 @@
-"""How fast is a training step, and what would the hardware allow: this project, TRL as it comes, the floor.
+"""How fast is a training step, and what would the hardware allow: this project, TRL and Unsloth, the floor.
 
     python benchmarks/random_base.py --tokenizer FOLDER --out base7b
     python benchmarks/training_speed.py --base base7b --out benchmarks/training_speed.json
     python benchmarks/training_speed.py --base base7b --out try.json --settings fused fused-full
+    python benchmarks/training_speed.py --base base7b --out try.json --settings unsloth --unsloth-site FOLDER
 
 All settings see the same rows in steps of 32, with the lengths of FiQA's rows under Mistral's tokenizer
 (log-normal, 260 tokens in the mean, no more than 1,024; the tokens themselves are random). Tokens are the
@@ -11,17 +12,25 @@ not read at every step, which would wait for the device, but in the middle and a
 is timed. The floor are the base's matrix products alone, forward and for the gradient of the input, for
 as many tokens as a step has, in the unfused shapes; MFU is measured against one large matrix product.
 Losses of random weights mean nothing, except that settings which compute the same have the same.
+
+Unsloth is measured where it is installed, in a process of its own (unsloth_steps.py). It wants older
+libraries than this project: `pip install --target FOLDER unsloth` keeps them apart. It packs rows to
+8,192 tokens in its own order (`unsloth`) or is given the same 32 rows a step (`unsloth-rows`).
 """
 
 import argparse
+import json
+import os
 import shlex
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,11 +38,12 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.step_times import Times, synchronize
 from fintune import training
 from fintune.modeling import add_adapter, free_memory, load_base
 from fintune.params import Base, Lora, Train
@@ -75,6 +85,10 @@ TRL: dict[str, dict[str, Any]] = {
     },
     "trl-packed": {"at_once": 32, "padding_free": True, "dropout": 0.0, "dtype": torch.bfloat16},
 }
+UNSLOTH: dict[str, list[str]] = {
+    "unsloth": [],
+    "unsloth-rows": ["--rows-per-step", str(ROWS_PER_STEP)],
+}
 
 
 def main() -> None:
@@ -83,8 +97,12 @@ def main() -> None:
     )
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--settings", nargs="+", default=[*OURS, *TRL], choices=[*OURS, *TRL])
+    names = [*OURS, *TRL, *UNSLOTH]
+    parser.add_argument("--settings", nargs="+", default=names, choices=names)
     parser.add_argument("--steps", type=int, default=20, help="an even number")
+    parser.add_argument(
+        "--unsloth-site", type=Path, help="folder of Unsloth and the libraries that it wants"
+    )
     arguments = parser.parse_args()
     base = Base(model=str(arguments.base), revision=None)
     rows = draw_rows((arguments.steps + 1) * ROWS_PER_STEP)
@@ -105,8 +123,12 @@ def main() -> None:
     for name in arguments.settings:
         free_memory()
         begun = time.perf_counter()
+        if name in UNSLOTH and not unsloth_is_installed(arguments.unsloth_site):
+            report["settings"].append({"name": name, "error": "not installed"})
+            print(name, "not installed", flush=True)
+            continue
         try:
-            measured = measure(name, base, rows, arguments.steps)
+            measured = measure(name, base, rows, arguments.steps, arguments.unsloth_site)
         except Exception as error:  # one setting's failure is a result, too
             log.exception("%s", name)
             measured = {"error": f"{type(error).__name__}: {error}"}
@@ -171,7 +193,9 @@ def timed(call: Callable[[], Any], repeats: int = 20) -> float:
     return statistics.median(series)
 
 
-def measure(name: str, base: Base, rows: list[TokenRow], steps: int) -> dict[str, Any]:
+def measure(
+    name: str, base: Base, rows: list[TokenRow], steps: int, unsloth_site: Path | None
+) -> dict[str, Any]:
     """Tokens and rows a second in the second half of the steps, what the first cost more, peak memory."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -179,15 +203,20 @@ def measure(name: str, base: Base, rows: list[TokenRow], steps: int) -> dict[str
         settings = dict(TRL[name])
         steps = settings.pop("steps", steps)
         ends, step_tokens, losses, more = trl_steps(base, rows, steps, **settings)
+    elif name in UNSLOTH:
+        ends, step_tokens, losses, more = unsloth_steps(
+            base, rows, steps, UNSLOTH[name], unsloth_site
+        )
     else:
         ends, step_tokens, losses, more = our_steps(base, rows, steps, **OURS[name])
     warm_up = steps // 2
     seconds = ends[steps] - ends[warm_up]
     counted = step_tokens[warm_up:]
+    step_rows = more.pop("step_rows", [ROWS_PER_STEP] * steps)
     steady = seconds / len(counted)
     return {
         "tokens_per_second": sum(counted) / seconds,
-        "rows_per_second": ROWS_PER_STEP * len(counted) / seconds,
+        "rows_per_second": sum(step_rows[warm_up:steps]) / seconds,
         "step_seconds": steady,
         "warm_up_seconds": ends[warm_up] - ends[0] - warm_up * steady,
         "peak_memory_gib": torch.cuda.max_memory_allocated() / GIB,
@@ -254,21 +283,6 @@ def our_steps(
     return {0: begun} | ends, result.step_tokens, losses, more
 
 
-class Times(TrainerCallback):
-    """When the training began and when each logged step ended, the device included."""
-
-    def __init__(self) -> None:
-        self.ends: dict[int, float] = {}
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        synchronize()
-        self.ends[0] = time.perf_counter()
-
-    def on_log(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
-        synchronize()
-        self.ends.setdefault(state.global_step, time.perf_counter())
-
-
 def trl_steps(
     base: Base, rows: list[TokenRow], steps: int, padding_free: bool, dropout: float,
     dtype: torch.dtype, at_once: int,
@@ -321,9 +335,42 @@ def trl_steps(
     return times.ends, step_tokens, [float(entry["loss"]) for entry in history], {}
 
 
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def unsloth_is_installed(site: Path | None) -> bool:
+    """Whether its process would find Unsloth; nothing is imported."""
+    return find_spec("unsloth") is not None or bool(site and (site / "unsloth").is_dir())
+
+
+def unsloth_steps(
+    base: Base, rows: list[TokenRow], steps: int, options: list[str], site: Path | None
+) -> tuple[dict[int, float], list[float], list[float], dict[str, Any]]:
+    """Train with Unsloth in a process of its own, which sees `site` before the other libraries.
+
+    Raises:
+        ChildProcessError: it failed; what it had to say is on the standard error stream.
+    """
+    paths = [str(site.resolve())] if site else []
+    paths += [path for path in [os.environ.get("PYTHONPATH")] if path]
+    with tempfile.TemporaryDirectory() as folder:
+        given, written = Path(folder, "rows.json"), Path(folder, "steps.json")
+        given.write_text(json.dumps(rows))
+        program = Path(__file__).with_name("unsloth_steps.py").resolve()
+        ended = subprocess.run(
+            [
+                sys.executable, program, "--base", Path(base.model).resolve(), "--rows", given,
+                "--steps", str(steps), "--out", written, *options,
+            ],
+            cwd=folder,  # it writes code that it has made
+            stdout=sys.stderr,
+            env=os.environ
+            | {"PYTHONPATH": os.pathsep.join(paths)}
+            | {"UNSLOTH_COMPILE_LOCATION": str(Path(folder, "compiled"))}
+            | {"UNSLOTH_DISABLE_STATISTICS": "1", "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+        if ended.returncode:
+            raise ChildProcessError(f"{program.name} ended with status {ended.returncode}")
+        result = json.loads(written.read_text())
+    ends = {int(step): seconds for step, seconds in result.pop("ends").items()}
+    return ends, result.pop("step_tokens"), result.pop("losses"), result
 
 
 def table(report: dict[str, Any]) -> str:

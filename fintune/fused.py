@@ -112,6 +112,8 @@ class Projections:
         self.rows = _side_by_side(self.outputs)
         self.ranks = _side_by_side([pair[0].shape[0] if pair else 0 for pair in self.loras])
         self.copies = self._of_parameters(self.down, self.up)
+        # one float32 number, which makes the product float32: scaled and converted in one pass
+        self.factor = torch.full((1,), self._alpha, dtype=torch.float32, device=device)
         if self.quantized and device.type == "cuda":
             from fintune import kernels  # needs Triton, which comes with torch for GPUs only
 
@@ -184,14 +186,24 @@ class Projections:
                 dx.addmm_(inner, self.down, alpha=self._alpha)
         return dx
 
-    def parameter_gradients(self, x: Tensor, dy: Tensor, seed: int) -> list[Tensor]:
-        """The gradients of `parameters`, from the input and the gradient of the output."""
+    def parameter_gradients(
+        self,
+        x: Tensor,
+        dy: Tensor,
+        seed: int,
+        of_x: Tensor | None = None,
+        of_dy: Tensor | None = None,
+    ) -> list[Tensor]:
+        """The gradients of `parameters`, from the input and the gradient of the output.
+
+        `of_x` is x @ down.t() and `of_dy` is dy @ up, (tokens, ranks), where they are known already.
+        """
         if not self.parameters:
             return []
         x = self._dropped(x, seed)
-        d_down = (dy @ self.up).t() @ x
-        d_up = dy.t() @ (x @ self.down.t())
-        return [part.float() * self._alpha for part in self._of_parameters(d_down, d_up)]
+        d_down = (dy @ self.up if of_dy is None else of_dy).t() @ x
+        d_up = dy.t() @ (x @ self.down.t() if of_x is None else of_x)
+        return [part * self.factor for part in self._of_parameters(d_down, d_up)]
 
     @property
     def _alpha(self) -> float:
@@ -332,6 +344,19 @@ def swiglu_backward(gate_up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     return value, torch.cat((d_gate, wide * silu), dim=-1).to(dy.dtype)
 
 
+def swiglu_backward_and_products(
+    gate_up: Tensor, dy: Tensor, down: Tensor, up: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Both results of `swiglu_backward`, the value @ down.t() and the gradient @ up.
+
+    Args:
+        down: (ranks, n), LoRA's of the layer that reads the value.
+        up: (2 n, ranks), LoRA's of the layers that made `gate_up`.
+    """
+    value, out = swiglu_backward(gate_up, dy)
+    return value, out, value @ down.t(), out @ up
+
+
 @dataclass
 class Layer:
     """A decoder layer's weights, sizes and settings."""
@@ -379,11 +404,17 @@ class Layer:
         if gate_up is None:
             gate_up = self.gate_up.forward(normal, seed)
         d_middle = self.down.input_gradient(dy, seed + 1)
-        middle, d_gate_up = self.run.swiglu_backward(gate_up, d_middle)
+        if self.down.parameters and self.gate_up.parameters and not self.down.dropout:
+            middle, d_gate_up, of_middle, of_d_gate_up = self.run.swiglu_backward_and_products(
+                gate_up, d_middle, self.down.down, self.gate_up.up
+            )
+        else:
+            middle, d_gate_up = self.run.swiglu_backward(gate_up, d_middle)
+            of_middle = of_d_gate_up = None
         del gate_up, d_middle
-        of_down = self.down.parameter_gradients(middle, dy, seed + 1)
+        of_down = self.down.parameter_gradients(middle, dy, seed + 1, of_x=of_middle)
         del middle
-        of_gate_up = self.gate_up.parameter_gradients(normal, d_gate_up, seed)
+        of_gate_up = self.gate_up.parameter_gradients(normal, d_gate_up, seed, of_dy=of_d_gate_up)
         del normal
         d_normal = self.gate_up.input_gradient(d_gate_up, seed)
         del d_gate_up
@@ -599,8 +630,11 @@ class FusedModel:
             for x in self.body.layers
         ]
         self.groups = [p for x in self.layers for p in (x.qkv, x.output, x.gate_up, x.down)]
-        self.copies = [view for p in self.groups for view in p.copies]
-        self.parameters = [parameter for p in self.groups for parameter in p.parameters]
+        pairs = [pair for p in self.groups for pair in zip(p.copies, p.parameters, strict=True)]
+        # one kernel copies many tensors, but only where all of them lie in memory as their copies do
+        alike = [pair for pair in pairs if pair[0].stride() == pair[1].stride()]
+        others = [pair for pair in pairs if pair[0].stride() != pair[1].stride()]
+        self.copies = [tuple(zip(*some, strict=True)) for some in (alike, others) if some]
         self.drops = any(p.dropout for p in self.groups)
         self.embedding, self.embedding_rows, self.tokens = _table(plain.get_input_embeddings())
         head = plain.get_output_embeddings()
@@ -639,8 +673,8 @@ class FusedModel:
         Nothing tells that they have changed: torch's fused optimizers leave the versions of their
         tensors as they were.
         """
-        if self.parameters:
-            torch._foreach_copy_(self.copies, self.parameters)
+        for copies, parameters in self.copies:
+            torch._foreach_copy_(copies, parameters)
         for group in self.groups:
             group.refresh()
 
