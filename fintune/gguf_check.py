@@ -6,7 +6,9 @@ and its threads and torch's do not meet.
 """
 
 import json
+import os
 import secrets
+import signal
 import subprocess
 import sys
 import urllib.request
@@ -143,6 +145,7 @@ def llama_cpp_answers(file: Path, prompts: Sequence[str], max_new_tokens: int) -
         [sys.executable, "-m", "fintune.gguf_check", str(file.resolve())],
         input=json.dumps(request),
         cwd=Path(__file__).parent.parent,  # where fintune is found
+        env=os.environ | {"GGML_NO_BACKTRACE": "1"},  # a crash would start a debugger
         capture_output=True,
         text=True,
         errors="replace",
@@ -154,11 +157,15 @@ def llama_cpp_answers(file: Path, prompts: Sequence[str], max_new_tokens: int) -
 
 
 def _reason(done: subprocess.CompletedProcess[str]) -> str:
-    """The first error that llama.cpp logged ("time E what"), or how the process ended."""
-    lines = done.stderr.strip().splitlines()
-    logged = [line.split(" E ", 1)[1].strip() for line in lines if " E " in line]
-    ended = f"it ended with {done.returncode}" + (f": {lines[-1]}" if lines else "")
-    return logged[0] if logged else ended
+    """The first error that llama.cpp logged ("time E what") or died of, and else how it ended."""
+    for line in done.stderr.splitlines():
+        if " E " in line:
+            return line.split(" E ", 1)[1].strip()
+        if "GGML_ASSERT" in line or "what():" in line:
+            return line.strip()
+    if done.returncode < 0:
+        return f"it crashed: {signal.strsignal(-done.returncode)}"
+    return (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
 
 
 def _answer_all(file: str, prompts: list[str], max_new_tokens: int) -> list[Greedy]:

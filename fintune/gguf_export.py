@@ -78,7 +78,9 @@ def export_gguf(folder: Path, out: Path, name: str, kinds: Sequence[str]) -> lis
                 _write(writer, kind, sources, config)
                 partial.replace(path)
             except OSError as error:
-                raise UserError(f"gguf: {path} cannot be written: {error.strerror}") from error
+                raise UserError(
+                    f"gguf: {path} cannot be written; is the disk full? {error.strerror or error}"
+                ) from error
             except SafetensorError as error:
                 raise UserError(f"gguf: {folder}: the weights cannot be read: {error}") from error
             finally:

@@ -6,11 +6,14 @@ instead of merges: of two neighbours llama.cpp joins those whose joint token has
 """
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fintune.params import UserError
+
+log = logging.getLogger("fintune")
 
 # llama.cpp's names of the rules that split a text before merging, and whether they come with
 # ignore_merges: a piece that is a token is not merged up to it.
@@ -152,7 +155,13 @@ def _adds_space(parts: dict[str, Any]) -> bool:
         and splitter["replacement"] == SPACE
         and not splitter["split"]
     ):
-        return bool(splitter["prepend_scheme"] != "never")
+        if splitter["prepend_scheme"] == "never":
+            return False
+        log.info(
+            "gguf: llama.cpp puts a space before a text that follows a special token or begins with a "
+            "space, too, where this tokenizer does not; other texts are the same tokens"
+        )
+        return True
     raise _unsupported(
         f"its normalizer is {json.dumps(normalizer)} and its pre-tokenizer {json.dumps(splitter)}"
     )
