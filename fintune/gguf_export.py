@@ -6,10 +6,9 @@ quantises is ggml-org's own.
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -64,29 +63,29 @@ def export_gguf(folder: Path, out: Path, name: str, kinds: Sequence[str]) -> lis
     except (OSError, ValueError) as error:
         raise UserError(f"gguf: {folder}: no tokenizer can be loaded: {error}") from error
     vocabulary = read_vocabulary(tokenizer, config.vocab_size)
+    sources = _sources(folder, config)
     files = []
-    with _open_weights(folder) as weights:
-        sources = _sources(weights, config)
-        for kind in kinds:
-            path = out / f"{name}-{kind}.gguf"
-            partial = path.with_name(f".{path.name}.partial")
-            try:
-                writer = _writer(partial, kind, name)
-                _add_model(writer, config)
-                _add_tokenizer(writer, tokenizer, vocabulary, _end_ids(folder, config))
-                _add_sampling(writer, folder)
-                _write(writer, kind, sources, config)
-                partial.replace(path)
-            except OSError as error:
-                raise UserError(
-                    f"gguf: {path} cannot be written; is the disk full? {error.strerror or error}"
-                ) from error
-            except SafetensorError as error:
-                raise UserError(f"gguf: {folder}: the weights cannot be read: {error}") from error
-            finally:
-                partial.unlink(missing_ok=True)
-            log.info("%s: %.1f MB", path, path.stat().st_size / 1e6)
-            files.append(path)
+    for kind in kinds:
+        path = out / f"{name}-{kind}.gguf"
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            writer = _writer(partial, kind, name)
+            _add_model(writer, config)
+            _add_tokenizer(writer, tokenizer, vocabulary, _end_ids(folder, config))
+            _add_sampling(writer, folder)
+            _write(writer, kind, sources, config)
+            partial.replace(path)
+        except OSError as error:
+            raise UserError(
+                f"gguf: {path} cannot be written; is the disk full? {error.strerror or error}"
+            ) from error
+        except SafetensorError as error:
+            raise UserError(f"gguf: {folder}: the weights cannot be read: {error}") from error
+        finally:
+            partial.unlink(missing_ok=True)
+        log.info("%s: %.1f MB", path, path.stat().st_size / 1e6)
+        files.append(path)
     return files
 
 
@@ -131,52 +130,53 @@ def _head_dim(config: Any) -> int:
     return int(size or config.hidden_size // config.num_attention_heads)
 
 
-@contextmanager
-def _open_weights(folder: Path) -> Iterator[dict[str, Any]]:
-    """Each tensor's name with the open safetensors file that holds it."""
+class Source(NamedTuple):
+    """A tensor of the folder: its name, the file that holds it and its shape."""
+
+    name: str
+    file: Path
+    shape: list[int]
+
+
+def _tensors(folder: Path) -> dict[str, Source]:
+    """Every tensor of the folder by its name; each file's length and header are checked."""
     index = folder / "model.safetensors.index.json"
     try:
+        files = ["model.safetensors"]
         if index.is_file():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        else:
-            names = ["model.safetensors"]
-        with ExitStack() as stack:
-            weights = {}
-            for name in names:
-                file = stack.enter_context(safe_open(folder / name, framework="pt"))
-                weights.update(dict.fromkeys(file.keys(), file))
-            yield weights
-    except (FileNotFoundError, SafetensorError, ValueError) as error:
+            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        tensors = {}
+        for file in files:
+            with safe_open(folder / file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118  # it is no mapping
+                    shape = opened.get_slice(name).get_shape()
+                    tensors[name] = Source(name, folder / file, shape)
+    except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"gguf: {folder}: the weights cannot be read: {error}") from error
+    return tensors
 
 
-def _sources(weights: dict[str, Any], config: Any) -> dict[str, tuple[str, Any]]:
-    """GGUF's name of each tensor, with its name here and its file; in the order of the file.
+def _sources(folder: Path, config: Any) -> dict[str, Source]:
+    """The tensors by their names in GGUF, in the order of the file.
 
     Raises:
         UserError: a tensor is missing, or there is one that this architecture does not have.
     """
     import gguf
 
-    layers = config.num_hidden_layers
-    names = [
-        "model.embed_tokens",
-        "model.norm",
-        *([] if config.tie_word_embeddings else ["lm_head"]),
-    ]
+    layers, tied = config.num_hidden_layers, config.tie_word_embeddings
+    names = ["model.embed_tokens", "model.norm", *([] if tied else ["lm_head"])]
     names += [f"model.layers.{i}.{part}" for i in range(layers) for part in LAYER_TENSORS]
     wanted = [f"{name}.weight" for name in names]
-    beside = {"lm_head.weight"} if config.tie_word_embeddings else set()  # the embedding once more
-    missing = [name for name in wanted if name not in weights]
-    extra = sorted(set(weights) - set(wanted) - beside)
+    tensors = _tensors(folder)
+    beside = {"lm_head.weight"} if tied else set()  # the embedding once more
+    missing = [name for name in wanted if name not in tensors]
+    extra = sorted(set(tensors) - set(wanted) - beside)
     if missing or extra:
         problem = f"{missing[0]} is missing" if missing else f"{extra[0]} has no place"
         raise UserError(f"gguf: {problem} in a plain {config.architectures[0]}")
-    names_there = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
-    return {
-        f"{names_there.get_name(name)}.weight": (f"{name}.weight", weights[f"{name}.weight"])
-        for name in names
-    }
+    there = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
+    return {f"{there.get_name(name)}.weight": tensors[f"{name}.weight"] for name in names}
 
 
 def _writer(path: Path, kind: str, name: str) -> Any:
@@ -266,10 +266,10 @@ def _add_sampling(writer: Any, folder: Path) -> None:
             add(settings[key])
 
 
-def _write(writer: Any, kind: str, sources: dict[str, tuple[str, Any]], config: Any) -> None:
+def _write(writer: Any, kind: str, sources: dict[str, Source], config: Any) -> None:
     """Announce every tensor, then convert and write one after the other."""
     types = {}
-    shapes = {there: file.get_slice(here).get_shape() for there, (here, file) in sources.items()}
+    shapes = {name: source.shape for name, source in sources.items()}
     factors = _rope_factors(config)
     if factors is not None:
         shapes["rope_freqs.weight"] = list(factors.shape)
@@ -281,9 +281,9 @@ def _write(writer: Any, kind: str, sources: dict[str, tuple[str, Any]], config: 
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for name, (here, file) in sources.items():
-            tensor = _read(file, here, config)
-            writer.write_tensor_data(_convert(tensor, types[name], here))
+        for name, source in sources.items():
+            tensor = _read(source, config)
+            writer.write_tensor_data(_convert(tensor, types[name], source.name))
         if factors is not None:
             writer.write_tensor_data(factors)
         writer.flush()
@@ -322,17 +322,20 @@ def _rope_factors(config: Any) -> np.ndarray | None:
     return factors
 
 
-def _read(file: Any, name: str, config: Any) -> torch.Tensor:
+def _read(source: Source, config: Any) -> torch.Tensor:
     """A tensor in the order of rows that llama.cpp wants.
 
     transformers turns the first half of a head's rows with the second, llama.cpp each even row with the
     next: the rows of queries and keys change places.
     """
-    tensor: torch.Tensor = file.get_tensor(name)
+    with safe_open(
+        source.file, framework="pt"
+    ) as file:  # an open file counts as memory, as it is read
+        tensor: torch.Tensor = file.get_tensor(source.name)
     heads = {
         "q_proj": config.num_attention_heads,
         "k_proj": config.num_key_value_heads,
-    }.get(name.split(".")[-2])
+    }.get(source.name.split(".")[-2])
     if heads is None:
         return tensor
     rows, columns = tensor.shape
