@@ -10,7 +10,6 @@ changed, or goes on after an interruption.
 
 import argparse
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ MERGED = Path("models/merged")
 ADAPTER = Path("models/adapter")
 RUN = Path("models/run.json")
 EXPORT = Path("reports/export.json")
-NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 PUSHED = {".safetensors", ".gguf", ".json", ".jinja", ".txt", ".md", ".model"}
 CHECKSUMS = "SHA256SUMS"
 RUNS_CODE = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".py"}
@@ -58,8 +56,7 @@ def push(name: str, folder: Path, public: bool) -> str:
         UserError: no token or one that may not write, a repository that is public without `public` or
             private with it, a folder without weights or with files that can run code, no hub.
     """
-    if not NAME.fullmatch(name):
-        raise UserError(f"{name}: not the name of a repository; give OWNER/NAME")
+    _check_name(name)
     files = files_to_push(folder)
     if is_offline():
         raise UserError("HF_HUB_OFFLINE is set; push without it")
@@ -86,8 +83,10 @@ def push(name: str, folder: Path, public: bool) -> str:
             ],
             commit_message=commit_message(folder),
         )
-    except (UserError, KeyboardInterrupt):
+    except UserError:
         raise
+    except ValueError as error:  # the hub read README.md's header and refuses it
+        raise UserError(f"{name}: {error}; mend it and push again") from error
     except Exception as error:  # the hub's client raises its transport's own kinds
         raise UserError(explain_push_error(error, name)) from error
     for path in stale:
@@ -147,6 +146,18 @@ def commit_message(folder: Path) -> str:
         return f"Push {folder.name}"
     run_id = f", MLflow run {record['run_id']}" if "run_id" in record else ""
     return f"{version['registered_model']} version {version['version']}{run_id}"
+
+
+def _check_name(name: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UserError(f"{name}: not the name of a repository: {error}") from error
+    if "/" not in name:
+        raise UserError(f"{name}: not the name of a repository; give OWNER/NAME")
 
 
 def _check_visibility(page: str, is_private: bool, public: bool) -> None:

@@ -314,7 +314,7 @@ class _Handler(BaseHTTPRequestHandler):
                 url = f"{self.hub.url}/{match[1]}/commit/{sha}"
                 self._json({"commitUrl": url, "commitOid": sha})
         elif path == "/api/validate-yaml":
-            self._json({"errors": [], "warnings": []})
+            self._validate(json.loads(body)["content"])
         elif path == "/api/repos/create":
             asked = json.loads(body)
             repo = f"{asked['organization']}/{asked['name']}"
@@ -322,6 +322,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._json({"url": f"{self.hub.url}/{repo}"})
         else:
             raise Refusal(501, None, f"tests/hub.py does not serve {self.command} {path}")
+
+    def _validate(self, card: str) -> None:
+        """Refuse a model card whose base is a path, as far as the header's rules are known here."""
+        if path := re.search(r"^base_model: (/.*)$", card, re.MULTILINE):
+            message = f'"base_model" with value "{path[1]}" is not valid. Use a model id.'
+            raise Refusal(400, None, json.dumps({"errors": [{"message": message}]}))
+        self._json({"errors": [], "warnings": []})
 
     def _lfs_batch(self, objects: list[dict[str, str]]) -> list[Entry]:
         """Where to put each object; nowhere if it is here."""
