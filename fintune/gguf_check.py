@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fintune.params import UserError
+from fintune.prompts import encode
 
 INSTALL = "pip install 'xllamacpp>=2026.10'"
 
@@ -112,20 +113,25 @@ def transformers_answers(
     """Greedy answers by transformers' own loop, ended by what the generation config says.
 
     To compare with a file in f16, load the folder in float32: bfloat16's roundings are larger.
+
+    Args:
+        prompts: as `fintune.prompts.render_prompt` makes them.
     """
+    import torch  # here, because the process that runs llama.cpp has no use for it
+
     answers = []
     for prompt in prompts:
-        inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+        asked, _ = encode(tokenizer, prompt, "")
+        ids = torch.tensor([asked], device=model.device)
         tokens = model.generate(
-            inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
+            ids,
+            attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             temperature=None,
             top_p=None,
             top_k=None,
         )[0].tolist()
-        asked = inputs["input_ids"][0].tolist()
         answer = tokens[len(asked) :]
         text = tokenizer.decode(answer, skip_special_tokens=True)
         answers.append(Greedy(asked, answer, text))

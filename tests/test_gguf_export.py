@@ -33,7 +33,7 @@ from fintune.gguf_export import export_gguf
 from fintune.gguf_tokenizer import LLAMA_3_PATTERN
 from fintune.modeling import load_base, load_plain
 from fintune.params import Base, UserError
-from fintune.prompts import end_token_id, load_tokenizer, render_prompt
+from fintune.prompts import encode, end_token_id, load_tokenizer, render_prompt
 
 gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
 pytest.importorskip("xllamacpp", reason="the extra gguf is not installed")
@@ -342,6 +342,13 @@ def without_bos(parts: dict[str, Any]) -> None:
     parts["post_processor"] = None
 
 
+def with_eos(parts: dict[str, Any]) -> None:
+    """Closes every text; a prompt stays open."""
+    end = {"id": "</s>", "ids": [2], "tokens": ["</s>"]}
+    parts["post_processor"]["special_tokens"]["</s>"] = end
+    parts["post_processor"]["single"].append({"SpecialToken": {"id": "</s>", "type_id": 0}})
+
+
 def change_tokenizer(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     path = folder / "tokenizer.json"
     parts = json.loads(path.read_text())
@@ -350,7 +357,15 @@ def change_tokenizer(folder: Path, change: Callable[[dict[str, Any]], None]) -> 
 
 
 @pytest.mark.parametrize(
-    "change", [lambda parts: None, without_bos, llama_3, sentencepiece, legacy_sentencepiece]
+    "change",
+    [
+        lambda parts: None,
+        without_bos,
+        with_eos,
+        llama_3,
+        sentencepiece,
+        legacy_sentencepiece,
+    ],
 )
 def test_texts_become_the_same_tokens(
     make_tiny: MakeFolder, tmp_path: Path, change: Callable[[dict[str, Any]], None]
@@ -364,7 +379,7 @@ def test_texts_become_the_same_tokens(
     if change is sentencepiece:  # the one difference, which the export tells
         prompts = [prompt for prompt in prompts if "</s>" not in prompt]
     found = [each.prompt for each in llama_cpp_answers(path, prompts, 1)]
-    assert found == [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    assert found == [encode(tokenizer, prompt, "")[0] for prompt in prompts]
     assert len({len(each) for each in found}) > 20
 
 
