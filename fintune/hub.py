@@ -5,6 +5,7 @@
 
 import hashlib
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -185,12 +186,7 @@ def _explain(error: BaseException, kind: str, name: str, revision: str | None) -
     from huggingface_hub.constants import ENDPOINT
 
     page = f"{ENDPOINT}/{'datasets/' if kind == 'datasets' else ''}{name}"
-    chain = [error]
-    while (
-        cause := chain[-1].__cause__ or chain[-1].__context__
-    ) is not None and cause not in chain:
-        chain.append(cause)
-    for each in chain:
+    for each in _chain(error):
         status = getattr(getattr(each, "response", None), "status_code", None)
         if isinstance(each, errors.GatedRepoError):
             return f"{name} is gated: {_access(page, bool(get_token()), status)}"
@@ -212,6 +208,40 @@ def _explain(error: BaseException, kind: str, name: str, revision: str | None) -
         "  run it again to go on where it broke off; HF_ENDPOINT names another server, "
         "HF_HUB_OFFLINE=1 uses the local cache alone"
     )
+
+
+def explain_push_error(error: BaseException, name: str) -> str:
+    """Why a model could not be pushed, with the way out; never shows a token."""
+    from huggingface_hub.constants import ENDPOINT
+
+    owner = name.split("/")[0]
+    tokens = f"{ENDPOINT}/settings/tokens"
+    for each in _chain(error):
+        response = getattr(each, "response", None)
+        status = getattr(response, "status_code", None)
+        if status == 401:
+            return f"{name}: HF_TOKEN is not valid (any more); make a new one, of type write, at {tokens}"
+        if status == 403:
+            return (
+                f"{name}: the hub does not let HF_TOKEN write there: take a token of type write from "
+                f"{tokens}, or push to a name of your own if {owner} is somebody else"
+            )
+    said = ": ".join(" ".join(str(each).split()) for each in (error, error.__cause__) if each)
+    reason = re.sub(r"\?\S+", "", said)[:300]  # an upload's address may hold a signature
+    return (
+        f"{name}: {type(error).__name__} while pushing to {ENDPOINT}: {reason}\n"
+        "  no commit was made; run it again: files that arrived whole are not sent again"
+    )
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """The error and what caused it, down to the first."""
+    chain = [error]
+    while (
+        cause := chain[-1].__cause__ or chain[-1].__context__
+    ) is not None and cause not in chain:
+        chain.append(cause)
+    return chain
 
 
 def _access(page: str, has_token: bool, status: int | None) -> str:

@@ -1,8 +1,9 @@
 """A local stand-in for the Hugging Face hub, so that downloads are tested without the network.
 
 It speaks the part of the protocol that huggingface_hub and transformers read whole repositories
-with: repository info, tree, auth-check and resolve (HEAD, GET, Range). Point a client at it in a
-fresh process, because `HF_ENDPOINT` is read when huggingface_hub is imported:
+with: repository info, tree, auth-check and resolve (HEAD, GET, Range), and the part that models are
+pushed with: create, validate-yaml, preupload, LFS (what clients use without Xet) and commit. Point a
+client at it in a fresh process, because `HF_ENDPOINT` is read when huggingface_hub is imported:
 
     with Hub() as hub:
         hub.add("datasets", "acme/qa", folder, revision="a" * 40)
@@ -10,9 +11,11 @@ fresh process, because `HF_ENDPOINT` is read when huggingface_hub is imported:
         assert ("GET", f"/datasets/acme/qa/resolve/{'a' * 40}/train.jsonl", False) in hub.requests
 """
 
+import base64
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
@@ -25,12 +28,15 @@ Files = dict[str, bytes]
 Entry = dict[str, object]
 
 # What a new repository's .gitattributes sends to LFS, as far as a test is likely to need it.
-LFS_SUFFIXES = {".bin", ".gz", ".model", ".parquet", ".safetensors", ".zip"}
+LFS_SUFFIXES = {".bin", ".gguf", ".gz", ".model", ".parquet", ".safetensors", ".zip"}
 API = re.compile(
     r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+)(.*)|/(auth-check))?"
 )
 RESOLVE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 RANGE = re.compile(r"bytes=(\d+)-")
+WRITE = re.compile(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main")
+LFS_BATCH = re.compile(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch")
+LFS_FILE = re.compile(r"/lfs/([0-9a-f]{64})")
 
 
 class Request(NamedTuple):
@@ -59,6 +65,11 @@ class Hub:
         self._repos: dict[tuple[Kind, str], dict[str, Files]] = {}
         self.gates: dict[tuple[Kind, str], dict[str, bool]] = {}
         self.cuts: dict[tuple[str, str], int] = {}
+        self.writers: dict[str, set[str]] = {}
+        self.private: set[tuple[Kind, str]] = set()
+        self.messages: dict[str, str] = {}
+        self.stored: dict[str, bytes] = {}
+        self.room: int | None = None
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, self))
         self._server.socket.listen(128)  # a client connects per file; the default of 5 refuses some
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -88,13 +99,64 @@ class Hub:
         """
         self.gates.setdefault((kind, repo), {})[token] = accepted
 
+    def allow(self, token: str, owner: str | None = None) -> None:
+        """Know this user's token; with it models of `owner` may be pushed, and private ones read."""
+        self.writers.setdefault(token, set()).update({owner} if owner else ())
+
+    def create(self, repo: str, *, private: bool, token: str | None) -> None:
+        """Make a model repository without files, as `writes` allows."""
+        self.writes(repo, token)
+        if ("models", repo) in self._repos:
+            there = {"error": "You already created this model repo", "url": f"{self.url}/{repo}"}
+            raise Refusal(409, None, json.dumps(there))
+        self._repos["models", repo] = {hashlib.sha1(repo.encode()).hexdigest(): {}}
+        if private:
+            self.private.add(("models", repo))
+
+    def writes(self, repo: str, token: str | None) -> None:
+        """Refuse whoever may not write to the repository's owner's models."""
+        if token is None:
+            raise Refusal(401, None, "Invalid username or password.")
+        owner = repo.split("/")[0]
+        if owner not in self.writers.get(token, set()):
+            message = f"You don't have the rights to create a model under the namespace {owner!r}"
+            raise Refusal(403, None, message)
+
+    def push(self, repo: str, lines: list[dict[str, dict[str, str]]]) -> str:
+        """Make a commit of the client's lines on top of `main`; its name."""
+        revisions = self._repos["models", repo]
+        files = dict(revisions[next(reversed(revisions))])
+        (header,) = [line["value"] for line in lines if line["key"] == "header"]  # type: ignore[comparison-overlap]
+        for line in lines:
+            match line:
+                case {"key": "file", "value": value}:
+                    files[value["path"]] = base64.b64decode(value["content"])
+                case {"key": "lfsFile", "value": value}:
+                    files[value["path"]] = self.stored[value["oid"]]
+                case {"key": "deletedFile", "value": value}:
+                    del files[value["path"]]
+        sha = hashlib.sha1(repr((list(revisions), sorted(files.items()))).encode()).hexdigest()
+        revisions[sha] = files
+        self.messages[sha] = header["summary"]
+        return sha
+
+    def files(self, repo: str) -> Files:
+        """The files of a model's newest commit."""
+        revisions = self._repos["models", repo]
+        return revisions[next(reversed(revisions))]
+
+    def commits(self, repo: str) -> list[str]:
+        """The messages of a model's commits that were pushed, oldest first."""
+        return [self.messages[sha] for sha in self._repos["models", repo] if sha in self.messages]
+
     def cut(self, repo: str, file: str, *, after_bytes: int) -> None:
         """Drop the connection before byte `after_bytes` of the file, in every try."""
         self.cuts[repo, file] = after_bytes
 
     def mend(self) -> None:
-        """Undo every cut."""
+        """Undo every cut, and have room for uploads again."""
         self.cuts.clear()
+        self.room = None
 
     def environment(self, home: Path) -> dict[str, str]:
         """Variables for a new process: read from here, cache in `home`, go nowhere else."""
@@ -115,6 +177,9 @@ class Hub:
     def commit(self, kind: Kind, repo: str, revision: str, token: str | None) -> tuple[str, Files]:
         """Find the commit that `revision` names: its full name and its files."""
         revisions = self._repos.get((kind, repo))
+        secret = (kind, repo) in self.private
+        if secret and repo.split("/")[0] not in self.writers.get(token or "", set()):
+            revisions = None
         if revisions is None:  # the hub does not tell a stranger whether it is private or missing
             status, message = (404, "Repository not found") if token else (401, "Invalid username")
             raise Refusal(status, "RepoNotFound", message)
@@ -122,6 +187,10 @@ class Hub:
         if sha not in revisions:
             raise Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return sha, revisions[sha]
+
+    def knows(self, token: str) -> bool:
+        """Whether this is a user's token."""
+        return token in self.writers or any(token in users for users in self.gates.values())
 
     def pass_gate(self, kind: Kind, repo: str, token: str | None) -> None:
         """Refuse the files of a gated repo to whoever is not on its list."""
@@ -147,11 +216,22 @@ def _entry(path: str, files: Files) -> Entry:
     return entry
 
 
-def _info(repo: str, sha: str, files: Files) -> Entry:
+def _info(repo: str, sha: str, files: Files, *, private: bool) -> Entry:
     """Describe a repository with the sizes of its files, asked for or not."""
     entries = [_entry(file, files) for file in files]
     siblings = [{**e, "rfilename": e["path"], "blobId": e["oid"]} for e in entries]
-    return {"_id": sha[:24], "id": repo, "sha": sha, "siblings": siblings}
+    return {"_id": sha[:24], "id": repo, "sha": sha, "siblings": siblings, "private": private}
+
+
+def _mode(path: str, files: Files) -> Entry:
+    """How a file is to be pushed, and the hash of what is there under its name."""
+    lfs = PurePosixPath(path).suffix in LFS_SUFFIXES
+    entry: Entry = {"path": path, "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False}
+    if path in files:
+        there = _entry(path, files)
+        sha256 = there.get("lfs")
+        entry["oid"] = sha256["oid"] if isinstance(sha256, dict) else there["oid"]
+    return entry
 
 
 def _tree(folder: str, sha: str, files: Files, *, deep: bool) -> list[Entry]:
@@ -174,18 +254,26 @@ class _Handler(BaseHTTPRequestHandler):
         """Stay quiet: `Hub.requests` is the log."""
 
     def do_GET(self) -> None:
+        self._answer(self._route)
+
+    do_HEAD = do_GET
+
+    def do_POST(self) -> None:
+        self._answer(self._write)
+
+    do_PUT = do_POST
+
+    def _answer(self, route: Callable[[str, dict[str, list[str]], str | None], None]) -> None:
         path, _, query = self.path.partition("?")
         bearer = self.headers.get("Authorization")
         self.hub.requests.append(Request(self.command, unquote(path), bearer is not None))
         try:
             token = bearer.removeprefix("Bearer ") if bearer else None
-            if token and not any(token in users for users in self.hub.gates.values()):
+            if token and not self.hub.knows(token):
                 raise Refusal(401, None, "Invalid credentials in Authorization header")
-            self._route(path, parse_qs(query), token)
+            route(path, parse_qs(query), token)
         except Refusal as refusal:
             self._send(refusal.status, refusal.headers, str(refusal).encode())
-
-    do_HEAD = do_GET
 
     def _route(self, path: str, query: dict[str, list[str]], token: str | None) -> None:
         kind: Kind
@@ -202,9 +290,65 @@ class _Handler(BaseHTTPRequestHandler):
                 self.hub.pass_gate(kind, match[2], token)
                 self._json({})
             else:
-                self._json(_info(match[2], sha, files))
+                private = (kind, match[2]) in self.hub.private
+                self._json(_info(match[2], sha, files, private=private))
         else:  # 501: clients retry most other server errors, which would hide the gap for a while
             raise Refusal(501, None, f"tests/hub.py does not serve {self.command} {path}")
+
+    def _write(self, path: str, query: dict[str, list[str]], token: str | None) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if match := LFS_FILE.fullmatch(path):
+            self._store(match[1], body)
+        elif match := LFS_BATCH.fullmatch(path):
+            self.hub.writes(match[1], token)
+            self._json(
+                {"transfer": "basic", "objects": self._lfs_batch(json.loads(body)["objects"])}
+            )
+        elif match := WRITE.fullmatch(path):
+            self.hub.writes(match[1], token)
+            _, files = self.hub.commit("models", match[1], "main", token)
+            if match[2] == "preupload":
+                self._json({"files": [_mode(f["path"], files) for f in json.loads(body)["files"]]})
+            else:
+                sha = self.hub.push(match[1], [json.loads(line) for line in body.splitlines()])
+                url = f"{self.hub.url}/{match[1]}/commit/{sha}"
+                self._json({"commitUrl": url, "commitOid": sha})
+        elif path == "/api/validate-yaml":
+            self._validate(json.loads(body)["content"])
+        elif path == "/api/repos/create":
+            asked = json.loads(body)
+            repo = f"{asked['organization']}/{asked['name']}"
+            self.hub.create(repo, private=asked["visibility"] == "private", token=token)
+            self._json({"url": f"{self.hub.url}/{repo}"})
+        else:
+            raise Refusal(501, None, f"tests/hub.py does not serve {self.command} {path}")
+
+    def _validate(self, card: str) -> None:
+        """Refuse a model card whose base is a path, as far as the header's rules are known here."""
+        if path := re.search(r"^base_model: (/.*)$", card, re.MULTILINE):
+            message = f'"base_model" with value "{path[1]}" is not valid. Use a model id.'
+            raise Refusal(400, None, json.dumps({"errors": [{"message": message}]}))
+        self._json({"errors": [], "warnings": []})
+
+    def _lfs_batch(self, objects: list[dict[str, str]]) -> list[Entry]:
+        """Where to put each object; nowhere if it is here."""
+        return [
+            {**each, "actions": {"upload": {"href": f"{self.hub.url}/lfs/{each['oid']}"}}}
+            if each["oid"] not in self.hub.stored
+            else {**each}
+            for each in objects
+        ]
+
+    def _store(self, oid: str, body: bytes) -> None:
+        """Keep an object, if it came whole and there is room for one more."""
+        if self.hub.room == 0:
+            raise Refusal(400, None, "RequestTimeout: the connection was idle")
+        if hashlib.sha256(body).hexdigest() != oid:
+            raise Refusal(400, None, "BadDigest")
+        if self.hub.room:
+            self.hub.room -= 1
+        self.hub.stored[oid] = body
+        self._send(200, {}, b"")
 
     def _resolve(self, kind: Kind, repo: str, rev: str, file: str, token: str | None) -> None:
         sha, files = self.hub.commit(kind, repo, rev, token)

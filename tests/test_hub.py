@@ -45,12 +45,25 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
         yield hub
 
 
+def post(hub: Hub, path: str, content: dict[str, str], token: str | None) -> Answer:
+    return ask(hub, path, token, method="POST", body=json.dumps(content).encode())
+
+
+def put(hub: Hub, oid: str, body: bytes) -> Answer:
+    return ask(hub, f"/lfs/{oid}", method="PUT", body=body)
+
+
 def ask(
-    hub: Hub, path: str, token: str | None = None, method: str = "GET", **headers: str
+    hub: Hub,
+    path: str,
+    token: str | None = None,
+    method: str = "GET",
+    body: bytes | None = None,
+    **headers: str,
 ) -> Answer:
     if token:
         headers["Authorization"] = f"Bearer {token}"
-    request = Request(hub.url + path, headers=headers, method=method)
+    request = Request(hub.url + path, body, headers=headers, method=method)
     try:
         with build_opener(ProxyHandler({})).open(request, timeout=10) as answer:
             return Answer(answer.status, answer.headers, answer.read())
@@ -138,3 +151,31 @@ def test_a_stopped_hub_answers_nobody(tmp_path: Path) -> None:
         assert ask(hub, "/api/models/acme/tiny").status == 401
     with pytest.raises(OSError, match="refused"):
         ask(hub, "/api/models/acme/tiny")
+
+
+def test_a_private_model_is_for_its_owner(hub: Hub) -> None:
+    hub.allow("hf_owner", "acme")
+    hub.allow("hf_other", "other")
+    hub.create("acme/secret", private=True, token="hf_owner")
+    path = "/api/models/acme/secret"
+    assert json.loads(ask(hub, path, "hf_owner").body)["private"] is True
+    assert json.loads(ask(hub, "/api/models/acme/tiny").body)["private"] is False
+    for token, status in ((None, 401), ("hf_other", 404)):
+        answer = ask(hub, path, token)
+        assert (answer.status, answer.code) == (status, "RepoNotFound")
+
+
+@pytest.mark.parametrize(
+    ("token", "status"), [(None, 401), ("hf_unknown", 401), ("hf_other", 403), ("hf_owner", 409)]
+)
+def test_a_model_is_made_by_its_owner_once(hub: Hub, token: str | None, status: int) -> None:
+    hub.allow("hf_owner", "acme")
+    hub.allow("hf_other", "other")
+    asked = {"organization": "acme", "name": "tiny", "visibility": "private"}
+    assert post(hub, "/api/repos/create", asked, token).status == status
+
+
+def test_an_object_is_kept_whole_or_not(hub: Hub) -> None:
+    oid = hashlib.sha256(OLD).hexdigest()
+    assert put(hub, oid, OLD[:-1]).status == 400 and hub.stored == {}
+    assert put(hub, oid, OLD).status == 200 and hub.stored == {oid: OLD}
