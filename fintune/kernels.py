@@ -355,21 +355,13 @@ def _swiglu_backward_and_products(
     BREADTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """_swiglu_backward of ROWS tokens and PART columns; its results are multiplied while they are at hand."""
-    first, part = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(1)
-    gate_up += first * 2 * columns
-    out += first * 2 * columns
-    dy += first * columns
-    value += first * columns
-    of_value += (part.to(tl.int64) * tokens + first) * RANKS
-    of_out += (part.to(tl.int64) * tokens + first) * MORE
-    tokens -= tl.program_id(0) * ROWS
-    token = tl.arange(0, ROWS)[:, None]
+    token = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
     r, s = tl.arange(0, WIDTH)[None, :], tl.arange(0, BREADTH)[None, :]
     narrow = tl.zeros((ROWS, WIDTH), tl.float32)
     broad = tl.zeros((ROWS, BREADTH), tl.float32)
     kind = out.dtype.element_ty
     for start in range(0, PART, COLUMNS):
-        column = part * PART + start + tl.arange(0, COLUMNS)
+        column = tl.program_id(1) * PART + start + tl.arange(0, COLUMNS)
         inside = (token < tokens) & (column[None, :] < columns)
         place = token * 2 * columns + column[None, :]
         gate = tl.load(gate_up + place, mask=inside, other=0.0).to(tl.float32)
@@ -392,8 +384,9 @@ def _swiglu_backward_and_products(
         broad = tl.dot(d_gate, tile, broad, input_precision="ieee")
         tile = tl.load(up + (below + columns) * MORE + s, mask=kept, other=0.0)
         broad = tl.dot(d_high, tile, broad, input_precision="ieee")
-    tl.store(of_value + token * RANKS + r, narrow, mask=(token < tokens) & (r < RANKS))
-    tl.store(of_out + token * MORE + s, broad, mask=(token < tokens) & (s < MORE))
+    part = tl.program_id(1).to(tl.int64) * tokens + token
+    tl.store(of_value + part * RANKS + r, narrow, mask=(token < tokens) & (r < RANKS))
+    tl.store(of_out + part * MORE + s, broad, mask=(token < tokens) & (s < MORE))
 
 
 @triton.jit
