@@ -186,23 +186,13 @@ class Projections:
                 dx.addmm_(inner, self.down, alpha=self._alpha)
         return dx
 
-    def parameter_gradients(
-        self,
-        x: Tensor,
-        dy: Tensor,
-        seed: int,
-        of_x: Tensor | None = None,
-        of_dy: Tensor | None = None,
-    ) -> list[Tensor]:
-        """The gradients of `parameters`, from the input and the gradient of the output.
-
-        `of_x` is x @ down.t() and `of_dy` is dy @ up, (tokens, ranks), where they are known already.
-        """
+    def parameter_gradients(self, x: Tensor, dy: Tensor, seed: int) -> list[Tensor]:
+        """The gradients of `parameters`, from the input and the gradient of the output."""
         if not self.parameters:
             return []
         x = self._dropped(x, seed)
-        d_down = (dy @ self.up if of_dy is None else of_dy).t() @ x
-        d_up = dy.t() @ (x @ self.down.t() if of_x is None else of_x)
+        d_down = (dy @ self.up).t() @ x
+        d_up = dy.t() @ (x @ self.down.t())
         return [part * self.factor for part in self._of_parameters(d_down, d_up)]
 
     @property
@@ -344,19 +334,6 @@ def swiglu_backward(gate_up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     return value, torch.cat((d_gate, wide * silu), dim=-1).to(dy.dtype)
 
 
-def swiglu_backward_and_products(
-    gate_up: Tensor, dy: Tensor, down: Tensor, up: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Both results of `swiglu_backward`, the value @ down.t() and the gradient @ up.
-
-    Args:
-        down: (ranks, n), LoRA's of the layer that reads the value.
-        up: (2 n, ranks), LoRA's of the layers that made `gate_up`.
-    """
-    value, out = swiglu_backward(gate_up, dy)
-    return value, out, value @ down.t(), out @ up
-
-
 @dataclass
 class Layer:
     """A decoder layer's weights, sizes and settings."""
@@ -404,17 +381,11 @@ class Layer:
         if gate_up is None:
             gate_up = self.gate_up.forward(normal, seed)
         d_middle = self.down.input_gradient(dy, seed + 1)
-        if self.down.parameters and self.gate_up.parameters and not self.down.dropout:
-            middle, d_gate_up, of_middle, of_d_gate_up = self.run.swiglu_backward_and_products(
-                gate_up, d_middle, self.down.down, self.gate_up.up
-            )
-        else:
-            middle, d_gate_up = self.run.swiglu_backward(gate_up, d_middle)
-            of_middle = of_d_gate_up = None
+        middle, d_gate_up = self.run.swiglu_backward(gate_up, d_middle)
         del gate_up, d_middle
-        of_down = self.down.parameter_gradients(middle, dy, seed + 1, of_x=of_middle)
+        of_down = self.down.parameter_gradients(middle, dy, seed + 1)
         del middle
-        of_gate_up = self.gate_up.parameter_gradients(normal, d_gate_up, seed, of_dy=of_d_gate_up)
+        of_gate_up = self.gate_up.parameter_gradients(normal, d_gate_up, seed)
         del normal
         d_normal = self.gate_up.input_gradient(d_gate_up, seed)
         del d_gate_up

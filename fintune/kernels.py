@@ -162,27 +162,6 @@ def swiglu_backward(gate_up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     return value, out
 
 
-def swiglu_backward_and_products(
-    gate_up: Tensor, dy: Tensor, down: Tensor, up: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tokens, columns = dy.shape
-    value, out = torch.empty_like(dy), torch.empty_like(gate_up)
-    ranks, more = down.shape[0], up.shape[1]
-    # of each part of the columns, added up at the end
-    of_value = dy.new_empty(PARTS, tokens, ranks, dtype=torch.float32)
-    of_out = dy.new_empty(PARTS, tokens, more, dtype=torch.float32)
-    step = PRODUCTS["COLUMNS"]
-    _swiglu_backward_and_products[(triton.cdiv(tokens, PRODUCTS["ROWS"]), PARTS)](
-        gate_up, dy, value, out, down, up, of_value, of_out, tokens, columns,
-        PART=triton.cdiv(triton.cdiv(columns, step), PARTS) * step,
-        RANKS=ranks, WIDTH=max(16, triton.next_power_of_2(ranks)),
-        MORE=more, BREADTH=max(16, triton.next_power_of_2(more)), **PRODUCTS,
-    )  # fmt: skip
-    return value, out, of_value.sum(0).to(dy.dtype), of_out.sum(0).to(dy.dtype)
-
-
-PARTS = 4  # the columns of a token are divided among that many programs
-PRODUCTS = {"ROWS": 32, "COLUMNS": 64, "num_warps": 4, "num_stages": 2}
 COLUMNS = 1024  # of one token that a program computes
 
 
@@ -346,47 +325,6 @@ def _swiglu_backward(gate_up, dy, value, out, columns, COLUMNS: tl.constexpr):
     d_gate = g * up * (sigmoid + silu * (1 - sigmoid))
     tl.store(out + token * 2 * columns + column, d_gate.to(kind), mask=inside)
     tl.store(out + token * 2 * columns + columns + column, (g * silu).to(kind), mask=inside)
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def _swiglu_backward_and_products(
-    gate_up, dy, value, out, down, up, of_value, of_out, tokens, columns,
-    PART: tl.constexpr, RANKS: tl.constexpr, WIDTH: tl.constexpr, MORE: tl.constexpr,
-    BREADTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """_swiglu_backward of ROWS tokens and PART columns; its results are multiplied while they are at hand."""
-    token = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
-    r, s = tl.arange(0, WIDTH)[None, :], tl.arange(0, BREADTH)[None, :]
-    narrow = tl.zeros((ROWS, WIDTH), tl.float32)
-    broad = tl.zeros((ROWS, BREADTH), tl.float32)
-    kind = out.dtype.element_ty
-    for start in range(0, PART, COLUMNS):
-        column = tl.program_id(1) * PART + start + tl.arange(0, COLUMNS)
-        inside = (token < tokens) & (column[None, :] < columns)
-        place = token * 2 * columns + column[None, :]
-        gate = tl.load(gate_up + place, mask=inside, other=0.0).to(tl.float32)
-        high = tl.load(gate_up + place + columns, mask=inside, other=0.0).to(tl.float32)
-        g = tl.load(dy + token * columns + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        sigmoid = tl.sigmoid(gate)
-        silu = gate * sigmoid
-        found = (silu * high).to(kind)
-        d_gate = (g * high * (sigmoid + silu * (1 - sigmoid))).to(kind)
-        d_high = (g * silu).to(kind)
-        tl.store(value + token * columns + column[None, :], found, mask=inside)
-        tl.store(out + place, d_gate, mask=inside)
-        tl.store(out + place + columns, d_high, mask=inside)
-        below = column[:, None]
-        kept = (below < columns) & (r < RANKS)
-        tile = tl.load(down + r * columns + below, mask=kept, other=0.0)
-        narrow = tl.dot(found, tile, narrow, input_precision="ieee")
-        kept = (below < columns) & (s < MORE)
-        tile = tl.load(up + below * MORE + s, mask=kept, other=0.0)
-        broad = tl.dot(d_gate, tile, broad, input_precision="ieee")
-        tile = tl.load(up + (below + columns) * MORE + s, mask=kept, other=0.0)
-        broad = tl.dot(d_high, tile, broad, input_precision="ieee")
-    part = tl.program_id(1).to(tl.int64) * tokens + token
-    tl.store(of_value + part * RANKS + r, narrow, mask=(token < tokens) & (r < RANKS))
-    tl.store(of_out + part * MORE + s, broad, mask=(token < tokens) & (s < MORE))
 
 
 @triton.jit

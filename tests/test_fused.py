@@ -316,12 +316,6 @@ for tokens, hidden, heads, groups, size in ((5, 48, 3, 1, 8), (7, 64, 4, 4, 16),
     found, expected = kernels.swiglu_backward(gate_up, dy), fused.swiglu_backward(gate_up, dy)
     compare("swiglu_backward", found[0], expected[0], 1e-6)
     compare("swiglu_backward", found[1], expected[1], 1e-6)
-for tokens, columns, ranks, more in ((5, 48, 4, 8), (70, 300, 16, 32), (3, 1100, 20, 5)):
-    arguments = [torch.randn(tokens, 2 * columns), torch.randn(tokens, columns)]
-    arguments += [torch.randn(ranks, columns), torch.randn(2 * columns, more)]
-    found = kernels.swiglu_backward_and_products(*arguments)
-    for ours, reference in zip(found, fused.swiglu_backward_and_products(*arguments), strict=True):
-        compare("swiglu_backward_and_products", ours, reference, 1e-5)
 for rows, heads, groups, size, window in ((5, 8, 2, 16, None), (3, 6, 6, 24, 40), (2, 4, 1, 128, 7)):
     q = torch.randn(rows, heads + 2 * groups, size)[:, :heads]
     keys, values = torch.randn(2, rows + 1, 150, groups, size).unbind()
