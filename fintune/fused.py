@@ -154,7 +154,7 @@ class Projections:
 
                 dequantize_and_add(base.weight, self.states[i], pair, self.scaling, whole[r])
             else:
-                weight = _dequantize(base)
+                weight = dequantize(base)
                 if pair:
                     weight.addmm_(pair[1].float(), pair[0].float(), alpha=self.scaling)
                 whole[r] = weight
@@ -214,7 +214,7 @@ def _side_by_side(sizes: Sequence[int]) -> list[slice]:
     return [slice(a, b) for a, b in pairwise([0, *accumulate(sizes)])]
 
 
-def _dequantize(base: Any) -> Tensor:
+def dequantize(base: Any) -> Tensor:
     """4 bits to float32 on a CPU, where bitsandbytes packs weights anew that evaluation has used."""
     weight = base.weight
     if getattr(weight.quant_state, "packing_format_for_cpu", False):
@@ -602,10 +602,10 @@ class FusedModel:
         self.copies = [view for p in self.groups for view in p.copies]
         self.parameters = [parameter for p in self.groups for parameter in p.parameters]
         self.drops = any(p.dropout for p in self.groups)
-        self.embedding, self.embedding_rows, self.tokens = _table(plain.get_input_embeddings())
+        self.embedding, self.embedding_rows, self.tokens = token_table(plain.get_input_embeddings())
         head = plain.get_output_embeddings()
         tied = config.tie_word_embeddings
-        self.head, self.head_rows, _ = _table(plain.get_input_embeddings() if tied else head)
+        self.head, self.head_rows, _ = token_table(plain.get_input_embeddings() if tied else head)
         # made in a step, it would wait there
         self.indices = torch.tensor(self.tokens, dtype=torch.long, device=device)
         self.follow()
@@ -676,7 +676,7 @@ def functions_for(x: Tensor) -> Any:
     return sys.modules[__name__]
 
 
-def _table(module: Any) -> tuple[Tensor, Tensor, list[int]]:
+def token_table(module: Any) -> tuple[Tensor, Tensor, list[int]]:
     """Weight, trained rows and their token ids of an embedding or head; no rows without an adapter."""
     tokens: Any = getattr(module, "token_adapter", module)
     name = active_adapter(tokens)
