@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import psutil
 import torch
 from tqdm.auto import tqdm
 
@@ -247,6 +248,9 @@ def _running(
     try:
         yield process
     finally:
+        started = []
+        with suppress(psutil.NoSuchProcess):
+            started = psutil.Process(process.pid).children(recursive=True)
         try:
             process.terminate()
             with suppress(subprocess.TimeoutExpired):
@@ -255,3 +259,4 @@ def _running(
             with suppress(ProcessLookupError):  # what it has started and not ended
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+            psutil.wait_procs(started, PATIENCE)  # the next server finds their memory free
