@@ -16,6 +16,7 @@ import torch
 
 import fintune.plain
 import fintune.vllm
+import stages.evaluate
 from fintune.generation import Answer, generate
 from fintune.measuring import measure
 from fintune.modeling import add_adapter, load_adapter, load_base, save_adapter
@@ -196,6 +197,19 @@ def test_a_missing_program_is_told_with_the_way_out(
     with pytest.raises(UserError, match="is no program" if named else "no vllm on the PATH") as no:
         ask(model, tokenizer, [])
     assert "pip install vllm" in str(no.value) and VARIABLE in str(no.value)
+
+
+def test_the_stage_misses_the_program_before_it_looks_for_anything_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped = (ROOT / "params.yaml").read_text()
+    changed = shipped.replace("engine: built_in", "engine: vllm")
+    (tmp_path / "params.yaml").write_text(changed.replace(" assets/", f" {ROOT}/assets/"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(VARIABLE, "nowhere/vllm")
+    with pytest.raises(UserError, match="nowhere/vllm is no program"):
+        stages.evaluate.main()
+    assert [path.name for path in tmp_path.iterdir()] == ["params.yaml"]
 
 
 @pytest.mark.parametrize("way", ["", "stubborn"])

@@ -63,6 +63,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         note(body)
+        if os.environ.get("VLLM_API_KEY") and "Authorization" not in self.headers:
+            return self.reply(401, {"error": {"message": "a key, please"}})
         if WAY == "quits":
             print("CudaError: out of memory", flush=True)
             os._exit(7)
