@@ -248,15 +248,23 @@ def _running(
     try:
         yield process
     finally:
-        started = []
-        with suppress(psutil.NoSuchProcess):
-            started = psutil.Process(process.pid).children(recursive=True)
         try:
             process.terminate()
             with suppress(subprocess.TimeoutExpired):
                 process.wait(PATIENCE)
         finally:
-            with suppress(ProcessLookupError):  # what it has started and not ended
+            left = _group(process.pid)
+            with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            psutil.wait_procs(started, PATIENCE)  # the next server finds their memory free
+            psutil.wait_procs(left, PATIENCE)  # the next server is to find their memory free
+
+
+def _group(leader: int) -> list[psutil.Process]:
+    """The processes of a group, whether or not the one that leads it is still alive."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(ProcessLookupError, PermissionError):
+            if os.getpgid(process.pid) == leader:
+                found.append(process)
+    return found
