@@ -65,7 +65,7 @@ def generate(
         One answer a prompt, in the order of the prompts.
     """
     model.eval()
-    ends = [end_id] + [tokenizer.eos_token_id] * (tokenizer.eos_token_id not in (None, end_id))
+    ends = ends_of(tokenizer, end_id)
     torch.manual_seed(seed)
     plain = kernels == "plain" or (kernels == "auto" and unsupported(model) is not None)
     answer = _with_transformers if plain else _with_slots
@@ -96,10 +96,17 @@ def generate(
                     raise
                 log.warning("warning: out of memory; going on with %d answers at once", rows)
                 torch.cuda.empty_cache()
-    return [_answer(tokenizer, tokens[i], end_id, ends) for i in range(len(prompts))]
+    return [answer_of(tokenizer, tokens[i], end_id) for i in range(len(prompts))]
 
 
-def _answer(tokenizer: Any, new: list[int], end_id: int, ends: Sequence[int]) -> Answer:
+def ends_of(tokenizer: Any, end_id: int) -> list[int]:
+    """The tokens that end an answer: the one that was taught, and the base's own."""
+    return [end_id] + [tokenizer.eos_token_id] * (tokenizer.eos_token_id not in (None, end_id))
+
+
+def answer_of(tokenizer: Any, new: Sequence[int], end_id: int) -> Answer:
+    """The answer that these tokens are; what comes after the first end is none of it."""
+    ends = ends_of(tokenizer, end_id)
     length = next((k for k, token in enumerate(new) if token in ends), len(new))
     text = tokenizer.decode(new[:length], skip_special_tokens=True).strip()
     return Answer(text, length, stopped=length < len(new) and new[length] == end_id)

@@ -1,21 +1,31 @@
 """What is measured of base, tuned model and champion on the same rows, in one load of the base."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fintune.answers import similarities, text_scores
+from fintune.fused import base_of
 from fintune.generation import FEWEST_ROWS, Answer, generate
 from fintune.harness import run_harness
-from fintune.modeling import load_adapter, load_another_adapter, load_base, read_training
+from fintune.merging import merge_into_folder
+from fintune.modeling import (
+    Trained,
+    load_adapter,
+    load_another_adapter,
+    load_base,
+    read_training,
+)
 from fintune.params import Evaluate, UserError
 from fintune.prompts import RESPONSE_END, encode, end_token_id, load_tokenizer
 from fintune.scoring import Likelihood, likelihood
 from fintune.verdict import Sums
+from fintune.vllm import serving
 
 PASSAGE_TOKENS = 512
 
@@ -65,6 +75,7 @@ def measure(
         "base": model.disable_adapter,
         "tuned": nullcontext,
     }
+    folders = {"base": None, "tuned": adapter, "champion": champion}
     champion_fault = ""
     if champion:
         try:
@@ -74,36 +85,28 @@ def measure(
             champion_fault = str(error)
     tokens = [encode(tokenizer, row["prompt"], row["completion"]) for row in rows]
     general = [encode_passage(tokenizer, passage) for passage in passages]
-    options = (end_token_id(tokenizer), params.max_new_tokens, params.rows_per_batch)
-
-    def answer(name: str) -> list[Answer]:
-        """Rows with the same prompt get the same answer, so each prompt is answered once."""
-        prompts = list(dict.fromkeys(tuple(prompt) for prompt, _ in tokens))
-        asked = [list(prompt) for prompt in prompts]
-        given = generate(
-            model, tokenizer, asked, *options, f"{name} answers", kernels=params.kernels
-        )
-        by_prompt = dict(zip(prompts, given, strict=True))
-        return [by_prompt[tuple(prompt)] for prompt, _ in tokens]
-
-    sides = {}
+    prompts = [prompt for prompt, _ in tokens]
+    sampling = params.sampling.model_dump(exclude={"rows"})
+    sides: dict[str, Side] = {}
+    sampled: list[Answer] = []
     for name, state in states.items():
         model.set_adapter("champion" if name == "champion" else "default")
         with state():
-            sides[name] = Side(
-                likelihood(model, tokens, f"{name} likelihood", params.kernels),
-                answer(name),
+            scores = likelihood(model, tokens, f"{name} likelihood", params.kernels)
+            passage = (
                 likelihood(model, general, f"{name} general text", params.kernels)
                 if general
-                else None,
+                else None
             )
+            written = partial(plain_folder, trained, tokenizer, folders[name])
+            with answering(model, tokenizer, prompts, params, name, written) as (ask, engine):
+                answers = _once_each(ask, prompts, f"{name} answers")
+                # nothing can be drawn from what are no probabilities
+                if name == "tuned" and np.isfinite(scores.nll).all():
+                    shown = prompts[: params.sampling.rows]
+                    sampled = ask(shown, title="samples", sampling=sampling, seed=params.seed)
+        sides[name] = Side(scores, answers, passage)
     model.set_adapter("default")
-    sampling = params.sampling.model_dump(exclude={"rows"})
-    prompts = [prompt for prompt, _ in tokens[: params.sampling.rows]]
-    if not np.isfinite(sides["tuned"].scores.nll).all():
-        prompts = []  # nothing can be drawn from what are no probabilities
-    how: dict[str, Any] = {"sampling": sampling, "seed": params.seed, "kernels": params.kernels}
-    sampled = generate(model, tokenizer, prompts, *options, "samples", **how)
     similarity = {}
     if params.embedding:
         texts = {name: [a.text for a in side.answers] for name, side in sides.items()}
@@ -115,6 +118,7 @@ def measure(
         "quantization": train["quantization"],
         "dtype": str(dtype).removeprefix("torch."),
         "device": model.device.type,
+        "engine": engine,
         "learning_rate": train["learning_rate"],
         "epochs": train["epochs"],
         "lora_r": train["lora"]["r"],
@@ -127,6 +131,53 @@ def measure(
         champion_fault,
         about,
     )
+
+
+def plain_folder(trained: Trained, tokenizer: Any, adapter: Path | None, folder: Path) -> None:
+    """Write the model that an adapter makes of its base, or the base alone, for another program."""
+    four_bits = trained.dtype if trained.train["quantization"] == "nf4" else None
+    merge_into_folder(trained.base, tokenizer, adapter, folder, trained.dtype, four_bits)
+
+
+@contextmanager
+def answering(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    params: Evaluate,
+    name: str,
+    write: Callable[[Path], None],
+) -> Iterator[tuple[Callable[..., list[Answer]], str]]:
+    """What answers prompts as the model stands, and what it is called with its version.
+
+    Args:
+        prompts: the longest of those that it will be asked is among them.
+        name: whose answers these are.
+        write: puts the same model into a folder.
+    """
+    end, limit, rows = end_token_id(tokenizer), params.max_new_tokens, params.rows_per_batch
+    if params.engine == "built_in":
+        how: dict[str, Any] = {"rows_at_once": rows, "kernels": params.kernels}
+        yield (
+            partial(generate, model, tokenizer, end_id=end, max_new_tokens=limit, **how),
+            "built_in",
+        )
+        return
+    most = max(map(len, prompts)) + limit
+    dtype = base_of(model).get_output_embeddings().weight.dtype
+    with serving(write, dtype, most, rows, f"{name} answers") as (server, version):
+        ask = partial(server.answer, tokenizer, end_id=end, max_new_tokens=limit)
+        yield ask, f"vllm {version}"
+
+
+def _once_each(
+    ask: Callable[..., list[Answer]], prompts: Sequence[list[int]], title: str
+) -> list[Answer]:
+    """Rows with the same prompt get the same answer, so each prompt is answered once."""
+    asked = list(dict.fromkeys(tuple(prompt) for prompt in prompts))
+    given = ask([list(prompt) for prompt in asked], title=title)
+    by_prompt = dict(zip(asked, given, strict=True))
+    return [by_prompt[tuple(prompt)] for prompt in prompts]
 
 
 def encode_passage(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:

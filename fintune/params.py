@@ -221,6 +221,7 @@ class Evaluate(Section):
 
     max_rows: Count | None
     max_new_tokens: Count
+    engine: Literal["built_in", "vllm"]
     rows_per_batch: Annotated[int | Literal["auto"], PlainValidator(_auto_or_count)]
     kernels: Literal["auto", "fused", "plain"]
     sampling: Sampling

@@ -36,6 +36,7 @@ from fintune.verdict import (
     select_rows,
     summarize,
 )
+from fintune.vllm import find_vllm
 
 TEST = Path("data/formatted/test.parquet")
 ADAPTER = Path("models/adapter")
@@ -59,6 +60,8 @@ def main() -> None:
     params = read_params().evaluate
     if params.harness.tasks:
         task_manager(params.harness)  # a missing package or task is told before minutes are spent
+    if params.engine == "vllm":
+        find_vllm()
     client = connect(project_root())
     run_id = run_of_adapter(client, RUN, TRAIN_METRICS, TRAIN_CURVE, ADAPTER)
     stored = read_rows(TEST, ["instruction", "input", "output", "prompt", "completion"])
