@@ -22,7 +22,7 @@ from typing import Any
 from fintune.params import UserError
 from fintune.prompts import encode
 
-INSTALL = "pip install 'xllamacpp>=2026.10'"
+INSTALL = "pip install 'gguf>=0.19' 'xllamacpp>=2026.10'"
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,20 @@ class Agreement:
 def is_installed() -> bool:
     """Whether the package that runs llama.cpp is there."""
     return find_spec("xllamacpp") is not None
+
+
+def require_packages() -> None:
+    """What writes GGUF files and what runs them.
+
+    Raises:
+        UserError: one is not installed.
+    """
+    missing = [name for name in ("gguf", "xllamacpp") if find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"merge_export.gguf: {' and '.join(missing)} not installed: {INSTALL}; "
+            "merge_export.gguf: [] does without"
+        )
 
 
 def check_gguf(

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from fintune.gguf_check import INSTALL
 from fintune.gguf_tokenizer import Vocabulary, read_vocabulary
 from fintune.params import UserError
 
@@ -35,7 +36,6 @@ LAYER_TENSORS = (
     "mlp.down_proj",
 )
 LARGEST = torch.finfo(torch.float16).max
-INSTALL = "pip install 'gguf>=0.19' 'xllamacpp>=2026.10'"
 
 
 def export_gguf(folder: Path, out: Path, name: str, kinds: Sequence[str]) -> list[Path]:

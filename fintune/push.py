@@ -10,17 +10,20 @@ changed, or goes on after an interruption.
 
 import argparse
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from fintune.hub import explain_push_error, is_offline
-from fintune.params import UserError
+from fintune.params import MergeExport, UserError, read_params
 from fintune.stage import log, run
 
 MERGED = Path("models/merged")
 ADAPTER = Path("models/adapter")
 RUN = Path("models/run.json")
 EXPORT = Path("reports/export.json")
+EVALUATION = Path("reports/evaluation.json")
+MANIFEST = Path("data/raw/manifest.json")
 PUSHED = {".safetensors", ".gguf", ".json", ".jinja", ".txt", ".md", ".model"}
 CHECKSUMS = "SHA256SUMS"
 RUNS_CODE = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".py"}
@@ -35,16 +38,21 @@ def main() -> None:
     parser.add_argument("folder", metavar="FOLDER", nargs="?", type=Path, default=MERGED)
     parser.add_argument("--public", action="store_true", help="for everybody to see")
     arguments = parser.parse_args()
+    settings = None
+    if arguments.folder.resolve() == ADAPTER.resolve() and EVALUATION.is_file():
+        settings = read_params().merge_export  # for its card
     try:
-        print(push(arguments.name, arguments.folder, arguments.public))
+        print(push(arguments.name, arguments.folder, arguments.public, settings))
     except KeyboardInterrupt:
         raise UserError(
             "interrupted; the same command goes on, whole files are not sent again"
         ) from None
 
 
-def push(name: str, folder: Path, public: bool) -> str:
+def push(name: str, folder: Path, public: bool, settings: MergeExport | None = None) -> str:
     """Make the repository unless it is there, and commit the folder's files to it.
+
+    An adapter that was evaluated gets its card on the way: training wrote the folder before.
 
     Weights of the repository that the folder does not have are deleted: beside new shards, an older
     model.safetensors would be what transformers loads.
@@ -57,7 +65,7 @@ def push(name: str, folder: Path, public: bool) -> str:
             private with it, a folder without weights or with files that can run code, no hub.
     """
     _check_name(name)
-    files = files_to_push(folder)
+    files: dict[str, str | bytes] = {p: str(f) for p, f in files_to_push(folder).items()}
     if is_offline():
         raise UserError("HF_HUB_OFFLINE is set; push without it")
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
@@ -68,6 +76,8 @@ def push(name: str, folder: Path, public: bool) -> str:
             f"set HF_TOKEN to a token of type write; {ENDPOINT}/settings/tokens makes one"
         )
     warn_of_local_base(folder)
+    if settings and (card := adapter_card(folder, settings)):
+        files["README.md"] = card
     api = HfApi()
     try:
         api.create_repo(name, private=not public, exist_ok=True)
@@ -78,7 +88,7 @@ def push(name: str, folder: Path, public: bool) -> str:
         commit = api.create_commit(
             name,
             operations=[
-                *(CommitOperationAdd(path, str(file)) for path, file in files.items()),
+                *(CommitOperationAdd(path, file) for path, file in files.items()),
                 *(CommitOperationDelete(path) for path in stale),
             ],
             commit_message=commit_message(folder),
@@ -124,6 +134,23 @@ def files_to_push(folder: Path) -> dict[str, Path]:
     return files
 
 
+def adapter_card(adapter: Path, settings: MergeExport) -> bytes | None:
+    """The model card, if the reports that lie here are about this adapter."""
+    if not all(file.is_file() for file in (RUN, EVALUATION, MANIFEST)):
+        return None
+    named = {"run": RUN, "evaluation": EVALUATION, "manifest": MANIFEST}
+    records = {name: _read(file) for name, file in named.items()}
+    if records["evaluation"]["evaluated"]["adapter_run"] != records["run"]["run_id"]:
+        log.warning("warning: %s is of another adapter; pushed without a card", EVALUATION)
+        return None
+    from fintune.card import write_card  # these import torch
+    from fintune.modeling import read_training
+
+    with tempfile.TemporaryDirectory() as scratch:
+        write_card(Path(scratch), read_training(adapter), records, None, settings)
+        return (Path(scratch) / "README.md").read_bytes()
+
+
 def warn_of_local_base(folder: Path) -> None:
     """Say so if others could not load this adapter, because its base is a folder here."""
     config = _read(folder / "adapter_config.json")
@@ -140,11 +167,11 @@ def warn_of_local_base(folder: Path) -> None:
 
 def commit_message(folder: Path) -> str:
     """Names the registered version and its run, if the folder is this project's."""
-    version, record = _read(EXPORT), _read(RUN)
+    version = _read(EXPORT)
     ours = folder.resolve() in (MERGED.resolve(), ADAPTER.resolve())
     if not ours or not {"registered_model", "version"} <= set(version):
         return f"Push {folder.name}"
-    run_id = f", MLflow run {record['run_id']}" if "run_id" in record else ""
+    run_id = f", MLflow run {version['run_id']}" if "run_id" in version else ""
     return f"{version['registered_model']} version {version['version']}{run_id}"
 
 

@@ -30,7 +30,7 @@ RECORD = Path("models/run.json")
 REPORTS = Path("reports")
 MANIFEST = Path("data/raw/manifest.json")
 UPSTREAM = ("fetch", "split", "format", "train")
-REGISTERED = ("registered_model", "version", "aliases")
+REGISTERED = ("registered_model", "version", "run_id", "aliases")
 EVALUATED = ("evaluation.json", "predictions.parquet", "evaluation.html")
 
 

@@ -1,6 +1,8 @@
 """Merge the adapter into a plain model, measure that it is the same one, register the adapter."""
 
 import json
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,8 @@ import torch
 
 from fintune.answering import generation_config
 from fintune.card import write_card
+from fintune.gguf_check import check_gguf, require_packages, transformers_answers
+from fintune.gguf_export import export_gguf
 from fintune.merging import merge_into_folder, write_checksums
 from fintune.modeling import (
     DTYPES,
@@ -38,11 +42,15 @@ EVALUATION = Path("reports/evaluation.json")
 OUT = Path("models/merged")
 METRICS = Path("reports/export.json")
 UPSTREAM = ("fetch", "split", "format", "train")
+GGUF_PROMPTS, GGUF_TOKENS = 8, 32  # that llama.cpp answers, on the CPU
+GGUF_MIN_EQUAL = {"f16": 0.97, "q8_0": 0.93}  # of its choices after equal tokens
 LOGIT_ROWS = 8  # their answers' logits are held in memory: rows x tokens x vocabulary
 
 
 def main() -> None:
     params = read_params().merge_export
+    if params.gguf:
+        require_packages()  # a missing one is told before minutes are spent
     client = connect(project_root())
     run_id = run_of_adapter(client, RUN, TRAIN_METRICS, TRAIN_CURVE, ADAPTER)
     records = {file.stem: json.loads(file.read_text()) for file in (RUN, EVALUATION, MANIFEST)}
@@ -58,6 +66,7 @@ def main() -> None:
         **measured,
         "registered_model": params.registered_model,
         "version": version,
+        "run_id": run_id,
         "aliases": aliases,
     }
     write_json(METRICS, report)
@@ -105,12 +114,34 @@ def export(folder: Path, trained: Trained, params: MergeExport) -> dict[str, Any
             f"{measured['adapter_loss']:.4f}, further apart than merge_export.max_loss_difference: "
             f"{params.max_loss_difference}; nothing was exported"
         )
+    files = {
+        kind: export_gguf(folder, folder, params.registered_model, [kind])[0]
+        for kind in params.gguf
+    }
+    prompts = list(dict.fromkeys(row["prompt"] for row in rows))[:GGUF_PROMPTS]
     return {
         "max_logit_difference": difference,
         "merged_loss": merged_loss,
         **measured,
         "rows": len(rows),
+        **({"gguf": check_files(files, plain, tokenizer, prompts)} if files else {}),
     }
+
+
+def check_files(
+    files: Mapping[Any, Path], model: Any, tokenizer: Tokenizer, prompts: list[str]
+) -> dict[str, Any]:
+    """What llama.cpp answers with each GGUF file, against the folder that it was made of.
+
+    Raises:
+        UserError: a file is another model.
+    """
+    expected = transformers_answers(model, tokenizer, prompts, GGUF_TOKENS)
+    report = {}
+    for kind, file in files.items():
+        same = check_gguf(file, expected, prompts, GGUF_TOKENS, GGUF_MIN_EQUAL[kind])
+        report[kind] = {"bytes": file.stat().st_size, **asdict(same)}
+    return report
 
 
 def measure_adapter(

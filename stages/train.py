@@ -62,6 +62,7 @@ def main() -> None:
         result = fine_tune(params, rows, scratch, run_id)
         with whole_folder(ADAPTER) as folder:
             save_adapter(result.model, folder)
+            (folder / "README.md").unlink()  # PEFT's form to be filled in
             usual = usual_instruction(rows["train"])
             tokenizer = load_tokenizer(params.base)
             add_chat_template(tokenizer, usual)

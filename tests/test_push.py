@@ -171,9 +171,8 @@ def test_what_was_pushed_loads_and_is_private(
 def test_the_commit_names_the_registered_version(hub: Hub, push: Push, merged: Path) -> None:
     project = merged.parent.parent
     (project / "reports").mkdir()
-    report = {"registered_model": "financial-qa", "version": "3"}
+    report = {"registered_model": "financial-qa", "version": "3", "run_id": "0123abcd"}
     (project / "reports/export.json").write_text(json.dumps(report))
-    (project / "models/run.json").write_text(json.dumps({"run_id": "0123abcd"}))
     assert push("acme/merged").returncode == 0
     elsewhere = shutil.copytree(merged, project / "copy")
     assert push("acme/copy", str(elsewhere)).returncode == 0

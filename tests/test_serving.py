@@ -25,8 +25,10 @@ from servers import answering, free_port
 from transformers import AutoTokenizer
 
 from fintune.answering import prompt_tokens
-from fintune.params import Base, UserError
-from fintune.prompts import RESPONSE_END, encode, load_tokenizer
+from fintune.gguf_check import llama_cpp_answers
+from fintune.params import Base, UserError, read_params
+from fintune.prompts import RESPONSE_END, encode, load_tokenizer, render_prompt
+from fintune.push import adapter_card
 from fintune.pyfunc import PACKAGES
 from fintune.records import read_rows
 
@@ -83,6 +85,7 @@ def served(make_project: Callable[..., Project]) -> Project:
             "train.validate_every_steps": 50,
             "evaluate.gate.min_stop_rate": None,
             "evaluate.gate.max_forgetting": None,
+            "merge_export.gguf": ["f16", "q8_0"],
         }
     )
     for stage in ("fetch", "split", "format", "train", "evaluate", "merge_export"):
@@ -280,6 +283,17 @@ def test_an_openai_client_gets_the_same_answer(served: Project, plain: dict[str,
     assert "".join(pieces) == plain["answer"] and len(pieces) > 5
 
 
+def test_llama_cpp_gives_the_same_answer(served: Project, plain: dict[str, Any]) -> None:
+    file = served / "models/merged/financial-qa-f16.gguf"
+    rows = read_rows(served / "data/formatted/train.parquet", ["instruction"])
+    usual = pd.Series([row["instruction"] for row in rows]).mode()[0]
+    (answer,) = llama_cpp_answers(file, [render_prompt(usual, QUESTION)], 96)
+    assert answer.text.removesuffix(RESPONSE_END) == plain["answer"]
+    report = json.loads((served / "reports/export.json").read_text())["gguf"]
+    assert report["f16"]["equal_choices"] > 0.97 and report["q8_0"]["equal_choices"] > 0.93
+    assert report["f16"]["bytes"] == file.stat().st_size > 1.5 * report["q8_0"]["bytes"]
+
+
 def test_the_card_states_facts(served: Project) -> None:
     card = served / "models/merged/README.md"
     about = metadata_load(card)
@@ -310,6 +324,22 @@ def metadata_load_text(text: str) -> Any:
     from huggingface_hub import RepoCard
 
     return RepoCard(text, ignore_metadata_errors=False).data.to_dict()
+
+
+def test_a_pushed_adapter_gets_the_card_of_its_own_evaluation(
+    served: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(served.folder)
+    settings = read_params().merge_export
+    assert not (served / "models/adapter/README.md").exists()
+    card = adapter_card(Path("models/adapter"), settings)
+    rouge = json.loads((served / "reports/evaluation.json").read_text())["tuned"]["rouge_l"]
+    assert card is not None and f"| {rouge:.4g} |" in card.decode()
+    assert metadata_load_text(card.decode())["library_name"] == "peft"
+    record = json.loads((served / "models/run.json").read_text()) | {"run_id": "another"}
+    (served / "another.json").write_text(json.dumps(record))
+    monkeypatch.setattr("fintune.push.RUN", served / "another.json")
+    assert adapter_card(Path("models/adapter"), settings) is None
 
 
 def test_the_sums_are_right(served: Project) -> None:
