@@ -19,7 +19,7 @@ from collections.abc import Callable
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
-from threading import Thread
+from threading import Lock, Thread
 from typing import Literal, NamedTuple, Self
 from urllib.parse import parse_qs, unquote
 
@@ -70,6 +70,7 @@ class Hub:
         self.messages: dict[str, str] = {}
         self.stored: dict[str, bytes] = {}
         self.room: int | None = None
+        self.storing = Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, self))
         self._server.socket.listen(128)  # a client connects per file; the default of 5 refuses some
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -341,13 +342,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _store(self, oid: str, body: bytes) -> None:
         """Keep an object, if it came whole and there is room for one more."""
-        if self.hub.room == 0:
-            raise Refusal(400, None, "RequestTimeout: the connection was idle")
         if hashlib.sha256(body).hexdigest() != oid:
             raise Refusal(400, None, "BadDigest")
-        if self.hub.room:
-            self.hub.room -= 1
-        self.hub.stored[oid] = body
+        with self.hub.storing:  # clients send several at once
+            if self.hub.room == 0:
+                raise Refusal(400, None, "RequestTimeout: the connection was idle")
+            if self.hub.room:
+                self.hub.room -= 1
+            self.hub.stored[oid] = body
         self._send(200, {}, b"")
 
     def _resolve(self, kind: Kind, repo: str, rev: str, file: str, token: str | None) -> None:
