@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from fintune import tracking
 from fintune.measuring import measure, sums_of
-from fintune.modeling import add_adapter, load_base, save_adapter
+from fintune.modeling import add_adapter, load_base, save_adapter, write_training
 from fintune.params import Base, Evaluate, Lora, read_params
 from fintune.prompts import encode, format_row
 from fintune.records import read_passages
@@ -107,8 +107,7 @@ def train(
         save_adapter(model, folder)
         settings = {"quantization": "none", "precision": "float32", "learning_rate": 0.02}
         settings |= {"epochs": 1, "lora": LORA.model_dump()}
-        sections = {"base": base.model_dump(), "train": settings}
-        (folder / "training.json").write_text(json.dumps(sections))
+        write_training(folder, base, settings, "Answer.")
         return folder
 
     return fit
