@@ -36,6 +36,7 @@ from benchmarks.quantization_cost import LIBRARIES, read_recipe
 from benchmarks.random_base import random_adapter
 from benchmarks.training_speed import version
 from fintune.generation import Answer, generate
+from fintune.gguf_check import Greedy, compare
 from fintune.merging import merge_into_folder
 from fintune.modeling import (
     DTYPES,
@@ -160,7 +161,7 @@ def merged(
 ) -> dict[str, Any]:
     """Merge once and compare."""
     with tempfile.TemporaryDirectory(dir=".") as folder:
-        four_bits = trained.train["quantization"] == "nf4" and weights == "trained_on"
+        four_bits = trained.four_bits if weights == "trained_on" else None
         context = multiprocessing.get_context("spawn")
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(
@@ -168,29 +169,32 @@ def merged(
             args=(sender, trained, adapter, Path(folder), dtype, four_bits),
         )
         process.start()
+        sender.close()  # so that a process that fails is not waited for
         cost = receiver.recv()
         process.join()
         sizes = [file.stat().st_size for file in Path(folder).glob("*.safetensors")]
-        plain = load_plain(
-            Path(folder), DTYPES[dtype] if device().type == "cuda" else torch.float32
-        )
-        seen = look_at(plain, *how)
+        seen = look_at(load_plain(Path(folder)), *how)
     pairs = zip(reference["logits"], seen["logits"], strict=True)
-    same, every, equal = agreement(how[0], reference["answers"], seen["answers"])
+    same = compare(*(greedy(how[0], each["answers"]) for each in (reference, seen)))
     return {
         **cost,
         "shards": len(sizes),
         "largest_shard_gib": max(sizes) / GIB,
         "loss": seen["loss"],
         "max_logit_difference": max(float((a - b).abs().max()) for a, b in pairs),
-        "equal_tokens": same / every,
-        "equal_answers": equal / len(seen["answers"]),
-        "tokens": every,
+        "equal_tokens": same.equal_tokens,
+        "equal_answers": same.equal_answers,
+        "equal_choices": same.equal_choices,
     }
 
 
 def merge_and_measure(
-    sender: Any, trained: Trained, adapter: Path, folder: Path, dtype: str, four_bits: bool
+    sender: Any,
+    trained: Trained,
+    adapter: Path,
+    folder: Path,
+    dtype: str,
+    four_bits: torch.dtype | None,
 ) -> None:
     """In its own process: seconds from an imported program to a whole folder, and memory."""
     tokenizer = load_tokenizer(trained.base)
@@ -204,8 +208,7 @@ def merge_and_measure(
     watcher = threading.Thread(target=watch)
     watcher.start()
     before, begun = status("RssAnon"), time.perf_counter()
-    computed = trained.dtype if four_bits else None
-    merge_into_folder(trained.base, tokenizer, adapter, folder, DTYPES[dtype], computed)
+    merge_into_folder(trained.base, tokenizer, adapter, folder, DTYPES[dtype], four_bits)
     seconds = time.perf_counter() - begun
     done.set()
     watcher.join()
@@ -225,18 +228,13 @@ def status(name: str) -> float:
     return int(found[1]) * 1024 / GIB if found else 0.0
 
 
-def agreement(tokenizer: Any, ours: list[Answer], theirs: list[Answer]) -> tuple[int, int, int]:
-    """Tokens that are the same at the same place, all tokens of the longer answers, equal answers."""
-    same = every = equal = 0
-    for a, b in zip(ours, theirs, strict=True):
-        left, right = (
-            tokenizer(each.text, add_special_tokens=False)["input_ids"] + [-1] * each.stopped
-            for each in (a, b)
-        )
-        same += sum(one == other for one, other in zip(left, right, strict=False))
-        every += max(len(left), len(right))
-        equal += left == right
-    return same, every, equal
+def greedy(tokenizer: Any, answers: list[Answer]) -> list[Greedy]:
+    """Answers as tokens, with -1 for the end of one that has stopped."""
+    ids = [tokenizer(each.text, add_special_tokens=False)["input_ids"] for each in answers]
+    return [
+        Greedy([], tokens + [-1] * each.stopped, each.text)
+        for tokens, each in zip(ids, answers, strict=True)
+    ]
 
 
 if __name__ == "__main__":

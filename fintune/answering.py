@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from fintune.generation import Answer, generate
@@ -31,8 +30,7 @@ def load_tuned(folder: Path) -> tuple[Any, Tokenizer]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if not tokenizer.chat_template or not set(SPECIAL_TOKENS) <= set(tokenizer.get_vocab()):
         raise UserError(f"{folder}: not a model of this project: its tokenizer lacks the prompt")
-    model = load_plain(folder, "auto" if device().type == "cuda" else torch.float32)
-    return model, tokenizer
+    return load_plain(folder), tokenizer
 
 
 def _load_tuned_base(adapter: Path) -> tuple[Any, Tokenizer]:

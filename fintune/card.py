@@ -1,5 +1,6 @@
 """The model card: what a model was made from and how well it does, from records and measurements."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,12 @@ from fintune.params import MergeExport
 from fintune.verdict import METRICS, number
 
 
+def read_records(run: Path, evaluation: Path, manifest: Path) -> dict[str, dict[str, Any]]:
+    """What a card is written from: models/run.json, reports/evaluation.json, data/raw/manifest.json."""
+    files = {"run": run, "evaluation": evaluation, "manifest": manifest}
+    return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items()}
+
+
 def write_card(
     folder: Path,
     trained: Trained,
@@ -22,8 +29,7 @@ def write_card(
     """Write `README.md` for a merged model, or for an adapter where there is no `measured` merge.
 
     Args:
-        records: `run` (models/run.json), `evaluation` (reports/evaluation.json) and `manifest`
-            (data/raw/manifest.json).
+        records: as `read_records` gives them.
         measured: the losses of merged model, adapter and base.
     """
     run, evaluation, manifest = (records[name] for name in ("run", "evaluation", "manifest"))
@@ -37,10 +43,9 @@ def write_card(
         license=license,
         library_name="transformers" if measured else "peft",
         pipeline_tag="text-generation",
-        tags=["qlora" if trained.train["quantization"] == "nf4" else "lora"],
+        tags=["qlora" if trained.four_bits else "lora"],
     )
-    four_bits = trained.train["quantization"] == "nf4"
-    kept = four_bits and params.weights == "trained_on"
+    kept = trained.four_bits and params.weights == "trained_on"
     page = _template().render(
         metadata=f"---\n{metadata.to_yaml()}\n---",
         name=params.registered_model,
@@ -49,7 +54,7 @@ def write_card(
         else f"`{base.model}`",
         revision=f" at `{base.revision}`" if base.revision else "",
         base_license=license or "not stated",
-        method="with QLoRA (4-bit NF4 base)" if four_bits else "with LoRA",
+        method="with QLoRA (4-bit NF4 base)" if trained.four_bits else "with LoRA",
         data=manifest,
         hashes=sorted(
             (key.removeprefix("md5."), tags[key]) for key in tags if key.startswith("md5.")

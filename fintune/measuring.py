@@ -135,8 +135,7 @@ def measure(
 
 def plain_folder(trained: Trained, tokenizer: Any, adapter: Path | None, folder: Path) -> None:
     """Write the model that an adapter makes of its base, or the base alone, for another program."""
-    four_bits = trained.dtype if trained.train["quantization"] == "nf4" else None
-    merge_into_folder(trained.base, tokenizer, adapter, folder, trained.dtype, four_bits)
+    merge_into_folder(trained.base, tokenizer, adapter, folder, trained.dtype, trained.four_bits)
 
 
 @contextmanager

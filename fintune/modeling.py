@@ -194,6 +194,11 @@ class Trained:
         """What its matrix products are computed in here."""
         return compute_dtype(self.train["precision"])
 
+    @property
+    def four_bits(self) -> torch.dtype | None:
+        """What the products of its 4-bit base are computed in; None where the base is in 16 bits."""
+        return self.dtype if self.train["quantization"] == "nf4" else None
+
 
 def write_training(adapter: Path, base: Base, train: dict[str, Any], instruction: str) -> None:
     """Write `training.json` into an adapter's folder, for `read_training`."""
@@ -211,7 +216,8 @@ def read_training(adapter: Path) -> Trained:
     """Read an adapter's `training.json` and make sure that its base is still the one it was trained on.
 
     Raises:
-        UserError: there is no adapter, its base is not here, or holds other weights now.
+        UserError: there is no adapter, or an older version's; its base is not here, or holds other
+            weights now.
     """
     file = adapter / "training.json"
     if not file.is_file():
@@ -219,6 +225,11 @@ def read_training(adapter: Path) -> Trained:
             f"{adapter}: no adapter there; `dvc repro train` makes it, `dvc pull` fetches it"
         )
     said = json.loads(file.read_text(encoding="utf-8"))
+    if missing := [key for key in ("base_fingerprint", "instruction") if key not in said]:
+        raise UserError(
+            f"{file}: has no {' and no '.join(missing)}: it was trained by an older version of this project; "
+            "`dvc repro train` trains it again"
+        )
     try:
         base = Base(**said["base"])
     except ValidationError:
@@ -396,8 +407,12 @@ def load_another_adapter(model: PeftModel, folder: Path, name: str) -> None:
     model.eval()
 
 
-def load_plain(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
-    """Load a merged folder as any user of transformers would."""
+def load_plain(folder: Path) -> PreTrainedModel:
+    """Load a merged folder as any user of transformers would: in its own type, or without a GPU in float32.
+
+    There float32 is faster than 16 bits, and exact.
+    """
+    dtype = "auto" if device().type == "cuda" else torch.float32
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, device_map={"": device()}, use_safetensors=True
     )

@@ -138,14 +138,13 @@ def adapter_card(adapter: Path, settings: MergeExport) -> bytes | None:
     """The model card, if the reports that lie here are about this adapter."""
     if not all(file.is_file() for file in (RUN, EVALUATION, MANIFEST)):
         return None
-    named = {"run": RUN, "evaluation": EVALUATION, "manifest": MANIFEST}
-    records = {name: _read(file) for name, file in named.items()}
+    from fintune.card import read_records, write_card  # these import torch
+    from fintune.modeling import read_training
+
+    records = read_records(RUN, EVALUATION, MANIFEST)
     if records["evaluation"]["evaluated"]["adapter_run"] != records["run"]["run_id"]:
         log.warning("warning: %s is of another adapter; pushed without a card", EVALUATION)
         return None
-    from fintune.card import write_card  # these import torch
-    from fintune.modeling import read_training
-
     with tempfile.TemporaryDirectory() as scratch:
         write_card(Path(scratch), read_training(adapter), records, None, settings)
         return (Path(scratch) / "README.md").read_bytes()

@@ -24,8 +24,7 @@ def register_adapter(
     """Make the run's adapter loadable by MLflow, register it and move the aliases.
 
     Args:
-        records: `run` (models/run.json), `evaluation` (reports/evaluation.json) and `manifest`
-            (data/raw/manifest.json).
+        records: as `card.read_records` gives them.
         hashes: the md5 of the data and the adapter, as tags.
 
     Returns:

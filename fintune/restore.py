@@ -97,11 +97,11 @@ def restore_export(client: Any, run_id: str, hashes: dict[str, str]) -> str:
     known = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
     if known:
         return f"{name}/{max(int(version.version) for version in known)}"
-    from fintune.modeling import read_training  # these import torch
+    from fintune.card import read_records  # these import torch
+    from fintune.modeling import read_training
     from fintune.registering import register_adapter
 
-    files = (RECORD, REPORTS / "evaluation.json", MANIFEST)
-    records = {file.stem: json.loads(file.read_text()) for file in files}
+    records = read_records(RECORD, REPORTS / "evaluation.json", MANIFEST)
     params = MergeExport(**_settings("merge_export")["merge_export"])
     version, aliases = register_adapter(
         client, run_id, read_training(ADAPTER), records, hashes, params

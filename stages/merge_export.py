@@ -1,6 +1,5 @@
 """Merge the adapter into a plain model, measure that it is the same one, register the adapter."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -9,14 +8,13 @@ from typing import Any
 import torch
 
 from fintune.answering import generation_config
-from fintune.card import write_card
+from fintune.card import read_records, write_card
 from fintune.gguf_check import check_gguf, require_packages, transformers_answers
 from fintune.gguf_export import export_gguf
 from fintune.merging import merge_into_folder, write_checksums
 from fintune.modeling import (
     DTYPES,
     Trained,
-    device,
     free_memory,
     load_adapter,
     load_base,
@@ -53,7 +51,7 @@ def main() -> None:
         require_packages()  # a missing one is told before minutes are spent
     client = connect(project_root())
     run_id = run_of_adapter(client, RUN, TRAIN_METRICS, TRAIN_CURVE, ADAPTER)
-    records = {file.stem: json.loads(file.read_text()) for file in (RUN, EVALUATION, MANIFEST)}
+    records = read_records(RUN, EVALUATION, MANIFEST)
     trained = read_training(ADAPTER)
     with whole_folder(OUT) as folder:
         measured = export(folder, trained, params)
@@ -98,12 +96,10 @@ def export(folder: Path, trained: Trained, params: MergeExport) -> dict[str, Any
     tokens = [encode(tokenizer, row["prompt"], row["completion"]) for row in rows]
     measured, before = measure_adapter(trained, tokenizer, tokens)
     dtype = DTYPES[params.dtype]
-    four_bits = trained.train["quantization"] == "nf4" and params.weights == "trained_on"
-    merge_into_folder(
-        trained.base, tokenizer, ADAPTER, folder, dtype, trained.dtype if four_bits else None
-    )
+    four_bits = trained.four_bits if params.weights == "trained_on" else None
+    merge_into_folder(trained.base, tokenizer, ADAPTER, folder, dtype, four_bits)
     generation_config(tokenizer, params.generation).save_pretrained(folder)
-    plain = load_plain(folder, dtype if device().type == "cuda" else torch.float32)
+    plain = load_plain(folder)
     merged_loss = likelihood(plain, tokens, "merged").loss
     after = answer_logits(plain, tokens[:LOGIT_ROWS])
     difference = max(float((a - b).abs().max()) for a, b in zip(before, after, strict=True))

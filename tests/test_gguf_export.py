@@ -117,7 +117,7 @@ def make_tiny(tmp_path: Path, tokenizer: Any) -> MakeFolder:
 
 
 def folder_answers(folder: Path, prompts: list[str], tokens: int = NEW_TOKENS) -> list[Greedy]:
-    model = load_plain(folder, torch.float32)
+    model = load_plain(folder)
     return transformers_answers(model, AutoTokenizer.from_pretrained(folder), prompts, tokens)
 
 

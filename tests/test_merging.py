@@ -65,7 +65,7 @@ def test_the_folder_computes_what_the_adapter_does(
     adapter = make_adapter(base, tokenizer, tmp_path / "adapter", quantization)
     tuned = load_adapter(load_base(base, tokenizer, quantization, FLOAT), adapter)
     merge_into_folder(base, tokenizer, adapter, tmp_path, FLOAT, four_bits)
-    plain = load_plain(tmp_path, FLOAT)
+    plain = load_plain(tmp_path)
     for a, b in zip(answer_logits(tuned, rows), answer_logits(plain, rows), strict=True):
         assert torch.allclose(a, b, atol=1e-4)
     with tuned.disable_adapter():  # which is not what any model does
@@ -138,7 +138,7 @@ def test_a_base_whose_head_is_its_embedding_stays_one(
     merge_into_folder(base, tokenizer, adapter, merged, FLOAT, FLOAT)
     assert "lm_head.weight" not in load_file(merged / "model.safetensors")
     tuned = load_adapter(load_base(base, tokenizer, "nf4", FLOAT), adapter)
-    plain = load_plain(merged, FLOAT)
+    plain = load_plain(merged)
     for a, b in zip(answer_logits(tuned, rows), answer_logits(plain, rows), strict=True):
         assert torch.allclose(a, b, atol=1e-4)
 
@@ -201,6 +201,16 @@ def test_an_adapter_of_other_weights_is_refused(
     shutil.rmtree(folder)
     with pytest.raises(UserError, match="a folder that is not here"):
         read_training(moved)
+
+
+def test_an_adapter_of_an_older_version_is_refused(adapter: Path, tmp_path: Path) -> None:
+    older = tmp_path / "adapter"
+    shutil.copytree(adapter, older)
+    said = json.loads((older / "training.json").read_text())
+    del said["base_fingerprint"]
+    (older / "training.json").write_text(json.dumps(said))
+    with pytest.raises(UserError, match="no base_fingerprint: it was trained by an older version"):
+        read_training(older)
 
 
 @pytest.mark.parametrize(
