@@ -370,7 +370,15 @@ def _is_linear(module: torch.nn.Module) -> bool:
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write LoRA weights and the two tokens' rows, not the whole resized embedding."""
+    """Write LoRA weights and the two tokens' rows, not the whole resized embedding.
+
+    PEFT keeps names in sets and writes them in the order of a hash that each process draws anew; sorted,
+    equal adapters are equal files.
+    """
+    for config in model.peft_config.values():
+        for name, value in vars(config).items():
+            if isinstance(value, set):
+                setattr(config, name, sorted(value))
     model.save_pretrained(str(folder), save_embedding_layers=False)
 
 

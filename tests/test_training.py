@@ -1,5 +1,6 @@
 """Fine-tuning on a tiny base: what is learned, what moves, and that speed changes neither."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -324,6 +325,13 @@ def test_the_saved_adapter_is_small_and_comes_back(
     with model.disable_adapter():
         untrained = likelihood(model, rows, "off").loss
     assert likelihood(model, rows, "on").loss < untrained - 0.5
+
+
+def test_names_are_written_in_the_order_of_the_alphabet(trained: Path) -> None:
+    """Not in that of a set, which is another in each process, and would change the folder's md5."""
+    config = json.loads((trained / "adapter_config.json").read_text())
+    assert len(config["target_modules"]) == 7
+    assert config["target_modules"] == sorted(config["target_modules"])
 
 
 def test_an_adapter_of_another_shape_is_refused(
