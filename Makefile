@@ -9,9 +9,9 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .PHONY: demo test check experiments lock
 
 demo: $(BIN)/ready
-	python -m fintune.preflight
+	python -m fintune check
 	dvc repro
-	python -m fintune.results
+	python -m fintune results
 
 test: $(BIN)/ready
 	python -m pytest

@@ -26,22 +26,18 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import fintune.measuring as measuring
+import fintune.evaluation.measure as measuring
 from benchmarks.quantization_cost import LIBRARIES, read_recipe
 from benchmarks.random_base import random_adapter
 from benchmarks.training_speed import version
-from fintune.generation import generate
-from fintune.modeling import (
-    compute_dtype,
-    free_memory,
-    load_base,
-    save_adapter,
-    write_training,
-)
+from fintune.data.formatting import format_row
+from fintune.data.prompt import encode, end_token_id, load_tokenizer
+from fintune.data.tables import read_source
+from fintune.generation.generate import generate
+from fintune.hardware import GIB, compute_dtype, free_memory
+from fintune.model.adapter import save_adapter, write_training
+from fintune.model.base import load_base
 from fintune.params import Base
-from fintune.preflight import GIB
-from fintune.prompts import encode, end_token_id, format_row, load_tokenizer
-from fintune.records import read_source
 from fintune.stage import run, write_json
 
 

@@ -25,12 +25,14 @@ from trl import SFTConfig, SFTTrainer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.quantization_cost import read_recipe, read_splits, vary
-from fintune.modeling import add_adapter, compute_dtype, load_base
+from fintune.data.prompt import encode, load_tokenizer
+from fintune.hardware import compute_dtype
+from fintune.model.adapter import add_adapter
+from fintune.model.base import load_base
+from fintune.model.batch import TokenRow
 from fintune.params import Params
-from fintune.prompts import encode, load_tokenizer
-from fintune.scoring import TokenRow
 from fintune.stage import run, write_json
-from fintune.training import train
+from fintune.training.train import train
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "padded, plain": {"attention": "padded", "kernels": "plain", "checkpointing": "none"},

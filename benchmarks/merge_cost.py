@@ -35,27 +35,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.quantization_cost import LIBRARIES, read_recipe
 from benchmarks.random_base import random_adapter
 from benchmarks.training_speed import version
-from fintune.generation import Answer, generate
-from fintune.gguf_check import Greedy, compare
-from fintune.merging import merge_into_folder
-from fintune.modeling import (
-    DTYPES,
-    Trained,
-    compute_dtype,
-    device,
-    free_memory,
-    load_adapter,
-    load_base,
-    load_plain,
-    read_training,
-    save_adapter,
-    write_training,
-)
+from fintune.data.formatting import format_row
+from fintune.data.prompt import encode, end_token_id, load_tokenizer
+from fintune.data.tables import read_rows, read_source
+from fintune.export.gguf.check import compare
+from fintune.export.gguf.llama_cpp import Greedy
+from fintune.generation.generate import Answer, generate
+from fintune.hardware import DTYPES, GIB, compute_dtype, device, free_memory, hardware
+from fintune.merging.merge import merge_into_folder
+from fintune.model.adapter import Trained, load_adapter, read_training, save_adapter, write_training
+from fintune.model.base import load_base, load_plain
+from fintune.model.likelihood import answer_logits, likelihood
 from fintune.params import Base
-from fintune.preflight import GIB, hardware
-from fintune.prompts import encode, end_token_id, format_row, load_tokenizer
-from fintune.records import read_rows, read_source
-from fintune.scoring import answer_logits, likelihood
 from fintune.stage import run, write_json
 
 LOGIT_ROWS = 8

@@ -26,7 +26,8 @@ SHORT = {"train.max_steps": 2, "evaluate.max_rows": 4, "merge_export.check_rows"
 LOG_STEPS = """
 import sys, time
 from pathlib import Path
-from fintune.tracking import connect, live_logger
+from fintune.tracking.client import connect
+from fintune.tracking.runs import live_logger
 client = connect(Path.cwd())
 run = client.create_run(client.get_experiment_by_name("financial-qa").experiment_id).info.run_id
 log_values = live_logger(run)

@@ -26,25 +26,23 @@ from ruamel.yaml import YAML
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fintune.generation import generate
-from fintune.measuring import Side, sums_of
-from fintune.modeling import (
-    add_adapter,
-    compute_dtype,
-    free_memory,
-    load_adapter,
-    load_base,
-    save_adapter,
-)
-from fintune.params import Params, UserError, read_params
-from fintune.preflight import check_base
-from fintune.prompts import encode, end_token_id, load_tokenizer
-from fintune.records import read_source, select_records
-from fintune.scoring import TokenRow, likelihood
-from fintune.splitting import split_rows
+from fintune.data.prompt import encode, end_token_id, load_tokenizer
+from fintune.data.records import select_records
+from fintune.data.splitting import split_rows
+from fintune.data.tables import read_source
+from fintune.errors import UserError
+from fintune.evaluation.measure import Side, sums_of
+from fintune.evaluation.statistics import summarize
+from fintune.generation.generate import generate
+from fintune.hardware import compute_dtype, free_memory
+from fintune.hub.models import check_base
+from fintune.model.adapter import add_adapter, load_adapter, save_adapter
+from fintune.model.base import load_base
+from fintune.model.batch import TokenRow
+from fintune.model.likelihood import likelihood
+from fintune.params import Params, read_params
 from fintune.stage import log, run, write_json
-from fintune.training import train
-from fintune.verdict import summarize
+from fintune.training.train import train
 from stages.format import format_rows
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes")

@@ -40,7 +40,7 @@ def main() -> None:
 
 def random_adapter(model: Any, tokenizer: Any) -> Any:
     """Put an adapter of rank 16 on all projections whose B is random, too, so that it does something."""
-    from fintune.modeling import add_adapter
+    from fintune.model.adapter import add_adapter
     from fintune.params import Lora
 
     layers = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -44,14 +44,17 @@ from trl import SFTConfig, SFTTrainer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.step_times import Times, synchronize
-from fintune import training
-from fintune.modeling import add_adapter, free_memory, load_base
+from fintune.data.prompt import load_tokenizer
+from fintune.hardware import GIB, free_memory, matmul_flops
+from fintune.model.adapter import add_adapter
+from fintune.model.base import load_base
+from fintune.model.batch import TokenRow
+from fintune.model.sizes import Shape
 from fintune.params import Base, Lora, Train
-from fintune.preflight import GIB, Shape, estimate_memory_gib, matmul_flops
-from fintune.prompts import load_tokenizer
-from fintune.scoring import TokenRow
 from fintune.stage import log, run, write_json
-from fintune.training import train
+from fintune.training import train as training
+from fintune.training.memory import estimate_memory_gib
+from fintune.training.train import train
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "triton")
 ROWS_PER_STEP = 32

@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationErr
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from fintune.errors import UserError
+
 PARAMS_FILE = Path("params.yaml")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -30,10 +32,6 @@ def _auto_or_count(value: Any) -> Any:
     if value == "auto" or (type(value) is int and value >= 1):
         return value
     raise ValueError(f"give auto or a number, not {value!r}")
-
-
-class UserError(Exception):
-    """The user's input, parameters or surroundings are at fault; the message names the way out."""
 
 
 class Section(BaseModel):
@@ -306,6 +304,15 @@ def read_params(path: Path = PARAMS_FILE) -> Params:
         problems = [_describe(problem) for problem in error.errors()]
     lines = "\n".join(f"  {line}" for line in problems)
     raise UserError(f"{path}: {len(problems)} problem{'s' * (len(problems) > 1)}\n{lines}")
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a nested mapping's leaves by dotted key."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        inside = isinstance(value, dict)
+        leaves |= flatten(value, f"{prefix}{key}.") if inside else {prefix + key: value}
+    return leaves
 
 
 def _describe(problem: Any) -> str:

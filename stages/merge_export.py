@@ -1,65 +1,37 @@
 """Merge the adapter into a plain model, measure that it is the same one, register the adapter."""
 
-from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from fintune.answering import generation_config
-from fintune.card import read_records, write_card
-from fintune.gguf_check import check_gguf, require_packages, transformers_answers
-from fintune.gguf_export import export_gguf
-from fintune.merging import merge_into_folder, write_checksums
-from fintune.modeling import (
-    DTYPES,
-    Trained,
-    free_memory,
-    load_adapter,
-    load_base,
-    load_plain,
-    read_training,
-)
-from fintune.params import MergeExport, UserError, read_params
-from fintune.prompts import Tokenizer, add_chat_template, encode, load_tokenizer
-from fintune.records import read_rows
-from fintune.registering import register_adapter
-from fintune.restore import restore_evaluation
-from fintune.scoring import TokenRow, answer_logits, likelihood
-from fintune.stage import log, project_root, run, whole_folder, write_json
-from fintune.tracking import connect, data_hashes, log_results, run_of_adapter
-
-MANIFEST = Path("data/raw/manifest.json")
-TEST = Path("data/formatted/test.parquet")
-ADAPTER = Path("models/adapter")
-RUN = Path("models/run.json")
-TRAIN_METRICS = Path("reports/train.json")
-TRAIN_CURVE = Path("reports/train_curve.csv")
-EVALUATION = Path("reports/evaluation.json")
-OUT = Path("models/merged")
-METRICS = Path("reports/export.json")
-UPSTREAM = ("fetch", "split", "format", "train")
-GGUF_PROMPTS, GGUF_TOKENS = 8, 32  # that llama.cpp answers, on the CPU
-GGUF_MIN_EQUAL = {"f16": 0.97, "q8_0": 0.93}  # of its choices after equal tokens
-LOGIT_ROWS = 8  # their answers' logits are held in memory: rows x tokens x vocabulary
+from fintune import paths
+from fintune.export.card import read_records, write_card
+from fintune.export.gguf.llama_cpp import require_packages
+from fintune.export.register import register_adapter
+from fintune.export.verify import export
+from fintune.lineage import UPSTREAM, finished_stages, output_hashes, project_root
+from fintune.merging.merge import write_checksums
+from fintune.model.adapter import read_training
+from fintune.params import read_params
+from fintune.registry.recovery import restore_evaluation, run_of_adapter
+from fintune.registry.results import log_results
+from fintune.stage import log, run, whole_folder, write_json
+from fintune.tracking.client import connect
 
 
 def main() -> None:
     params = read_params().merge_export
     if params.gguf:
-        require_packages()  # a missing one is told before minutes are spent
+        require_packages()  # fail fast if one is missing
     client = connect(project_root())
-    run_id = run_of_adapter(client, RUN, TRAIN_METRICS, TRAIN_CURVE, ADAPTER)
-    records = read_records(RUN, EVALUATION, MANIFEST)
-    trained = read_training(ADAPTER)
-    with whole_folder(OUT) as folder:
-        measured = export(folder, trained, params)
-        write_card(folder, trained, records, measured, params)
+    run_id = run_of_adapter(client)
+    records = read_records()
+    adapter = read_training(paths.ADAPTER)
+    with whole_folder(paths.MERGED) as folder:
+        measured = export(folder, adapter, params)
+        write_card(folder, adapter, records, measured, params)
         write_checksums(folder)
     restore_evaluation(client, run_id)
-    hashes = data_hashes(Path.cwd(), UPSTREAM)
-    version, aliases = register_adapter(client, run_id, trained, records, hashes, params)
+    hashes = output_hashes(finished_stages(Path.cwd(), UPSTREAM))
+    version, aliases = register_adapter(client, run_id, adapter, records, hashes, params)
     report = {
         **measured,
         "registered_model": params.registered_model,
@@ -67,8 +39,8 @@ def main() -> None:
         "run_id": run_id,
         "aliases": aliases,
     }
-    write_json(METRICS, report)
-    log_results(client, run_id, measured, {"merge_export": params.model_dump()}, [METRICS])
+    write_json(paths.EXPORT, report)
+    log_results(client, run_id, measured, {"merge_export": params.model_dump()}, [paths.EXPORT])
     log.info(
         "%s version %s (%s); loss merged %.4f, adapter %.4f, base %.4f; logits within %.3g",
         params.registered_model,
@@ -77,82 +49,6 @@ def main() -> None:
         *(measured[key] for key in ("merged_loss", "adapter_loss", "base_loss")),
         measured["max_logit_difference"],
     )
-
-
-def export(folder: Path, trained: Trained, params: MergeExport) -> dict[str, Any]:
-    """Write the merged model to `folder` and compare it with the adapter on test rows.
-
-    Returns:
-        `base_loss` and `adapter_loss` of the base without and with its adapter, both as trained (in
-        4 bits where it was), `merged_loss` of the folder as plain transformers loads it, and
-        `max_logit_difference` between the adapter and the folder.
-
-    Raises:
-        UserError: the two losses differ by more than `max_loss_difference`.
-    """
-    tokenizer = load_tokenizer(trained.base)
-    add_chat_template(tokenizer, trained.instruction)
-    rows = read_rows(TEST, ["prompt", "completion"])[: params.check_rows]
-    tokens = [encode(tokenizer, row["prompt"], row["completion"]) for row in rows]
-    measured, before = measure_adapter(trained, tokenizer, tokens)
-    dtype = DTYPES[params.dtype]
-    four_bits = trained.four_bits if params.weights == "trained_on" else None
-    merge_into_folder(trained.base, tokenizer, ADAPTER, folder, dtype, four_bits)
-    generation_config(tokenizer, params.generation).save_pretrained(folder)
-    plain = load_plain(folder)
-    merged_loss = likelihood(plain, tokens, "merged").loss
-    after = answer_logits(plain, tokens[:LOGIT_ROWS])
-    difference = max(float((a - b).abs().max()) for a, b in zip(before, after, strict=True))
-    apart = abs(merged_loss - measured["adapter_loss"])
-    if not apart <= params.max_loss_difference:  # nan is no number to accept
-        raise UserError(
-            f"merge_export: the merged model's loss is {merged_loss:.4f} and the adapter's "
-            f"{measured['adapter_loss']:.4f}, further apart than merge_export.max_loss_difference: "
-            f"{params.max_loss_difference}; nothing was exported"
-        )
-    files = {
-        kind: export_gguf(folder, folder, params.registered_model, [kind])[0]
-        for kind in params.gguf
-    }
-    prompts = list(dict.fromkeys(row["prompt"] for row in rows))[:GGUF_PROMPTS]
-    return {
-        "max_logit_difference": difference,
-        "merged_loss": merged_loss,
-        **measured,
-        "rows": len(rows),
-        **({"gguf": check_files(files, plain, tokenizer, prompts)} if files else {}),
-    }
-
-
-def check_files(
-    files: Mapping[Any, Path], model: Any, tokenizer: Tokenizer, prompts: list[str]
-) -> dict[str, Any]:
-    """What llama.cpp answers with each GGUF file, against the folder that it was made of.
-
-    Raises:
-        UserError: a file is another model.
-    """
-    expected = transformers_answers(model, tokenizer, prompts, GGUF_TOKENS)
-    report = {}
-    for kind, file in files.items():
-        same = check_gguf(file, expected, prompts, GGUF_TOKENS, GGUF_MIN_EQUAL[kind])
-        report[kind] = {"bytes": file.stat().st_size, **asdict(same)}
-    return report
-
-
-def measure_adapter(
-    trained: Trained, tokenizer: Tokenizer, tokens: list[TokenRow]
-) -> tuple[dict[str, float], list[torch.Tensor]]:
-    """The losses of the adapter and of its base alone, and the adapter's logits."""
-    base = load_base(trained.base, tokenizer, trained.train["quantization"], trained.dtype)
-    model = load_adapter(base, ADAPTER)
-    adapter_loss = likelihood(model, tokens, "adapter").loss
-    logits = answer_logits(model, tokens[:LOGIT_ROWS])
-    with model.disable_adapter():
-        base_loss = likelihood(model, tokens, "base").loss
-    del model, base
-    free_memory()
-    return {"adapter_loss": adapter_loss, "base_loss": base_loss}, logits
 
 
 if __name__ == "__main__":

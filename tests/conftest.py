@@ -2,39 +2,19 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: several workers share the cores
+
 import pytest
 import torch
-from ruamel.yaml import YAML
 from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
 
+from fintune.data.prompt import load_tokenizer
 from fintune.params import Base
-from fintune.prompts import load_tokenizer
-
-ROOT = Path(__file__).parent.parent
-COPIED = ("fintune", "stages", "recipes", "dvc.yaml", ".dvcignore", ".gitignore")
-
-# Small enough for seconds a stage, with every part of the real thing: 4 bits, LoRA, packing, a gate.
-SMALL = {
-    "base.model": "base",
-    "format.max_tokens": 192,
-    "split.validation_fraction": 0.1,
-    "train.lora.r": 4,
-    "train.max_steps": 6,
-    "train.rows_per_step": 8,
-    "train.tokens_per_pass": 600,
-    "train.validate_every_steps": 3,
-    "evaluate.max_rows": 8,
-    "evaluate.max_new_tokens": 8,
-    "evaluate.sampling.rows": 2,
-    "evaluate.bootstrap_samples": 100,
-    "merge_export.check_rows": 8,
-}
+from support.project import COPIED, ROOT, SMALL, Project
 
 
 @pytest.fixture(scope="session")
@@ -71,77 +51,6 @@ def base(tiny_base: Path) -> Base:
 def tokenizer(base: Base) -> Any:
     """Its tokenizer with the two tokens."""
     return load_tokenizer(base)
-
-
-class Project:
-    """A copy of the project in a temporary folder, with small parameters, run as users run it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.environment = {
-            key: value
-            for key, value in os.environ.items()
-            if not key.startswith(("MLFLOW_", "DVC_", "HF_", "GIT_"))
-        }
-        self.environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-
-    def __truediv__(self, name: str) -> Path:
-        return self.folder / name
-
-    def set(self, **values: Any) -> None:
-        """Change parameters; `__` in a name stands for the dot."""
-        self.set_all({key.replace("__", "."): value for key, value in values.items()})
-
-    def set_all(self, values: dict[str, Any]) -> None:
-        """Change parameters by dotted key."""
-        yaml = YAML()
-        path = self / "params.yaml"
-        params = yaml.load(path.read_text())
-        for key, value in values.items():
-            *sections, last = key.split(".")
-            section = params
-            for name in sections:
-                section = section[name]
-            section[last] = value
-        with path.open("w") as file:
-            yaml.dump(params, file)
-
-    def run(
-        self, *command: str, check: bool = True, **extra: str
-    ) -> subprocess.CompletedProcess[str]:
-        """Run a command in the copy; `python` is this interpreter."""
-        done = subprocess.run(
-            command,
-            cwd=self.folder,
-            env=self.environment | extra,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if check and done.returncode:
-            raise AssertionError(
-                f"{command} exited {done.returncode}:\n{done.stdout}\n{done.stderr}"
-            )
-        return done
-
-    def commit_all(self) -> None:
-        """Make it a git repository with everything in its first commit."""
-        (self / "data/source/.gitkeep").touch()
-        self.run("git", "init", "--quiet")
-        for key, value in {
-            "user.name": "A",
-            "user.email": "a@example.org",
-            "commit.gpgsign": "false",
-        }.items():
-            self.run("git", "config", key, value)
-        self.run("git", "add", "--all")
-        self.run("git", "commit", "--quiet", "--message", "start")
-
-    def stage(
-        self, name: str, check: bool = True, **extra: str
-    ) -> subprocess.CompletedProcess[str]:
-        """Run one stage by itself."""
-        return self.run("python", "-m", f"stages.{name}", check=check, **extra)
 
 
 @pytest.fixture(scope="session")

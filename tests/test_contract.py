@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 
 from fintune.params import Params, read_params
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 PIPELINE = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())
 STAGES: dict[str, dict[str, Any]] = PIPELINE["stages"]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from fintune.params import Params, UserError, read_params
+from fintune.errors import UserError
+from fintune.params import Params, read_params
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "recipes/demo.yaml"
 
 

@@ -1,0 +1,54 @@
+"""Run a command: `python -m fintune NAME ...`; without a name, list the commands."""
+
+import argparse
+import ast
+import difflib
+import importlib
+import sys
+from pathlib import Path
+
+from fintune.stage import prepare, run
+
+PROGRAM = "python -m fintune"
+COMMANDS = sorted(
+    path.stem for path in (Path(__file__).parent / "commands").glob("[!_]*.py")
+)  # a file is a command
+
+
+def summary(name: str) -> str:
+    """Read the first line of a command's docstring; nothing of it is imported."""
+    source = (Path(__file__).parent / f"commands/{name}.py").read_text(encoding="utf-8")
+    return (ast.get_docstring(ast.parse(source)) or "").splitlines()[0]
+
+
+def build_parser(name: str) -> argparse.ArgumentParser:
+    """Build the parser of one command, and import that command alone."""
+    command = importlib.import_module(f"fintune.commands.{name}")
+    parser = argparse.ArgumentParser(
+        prog=f"{PROGRAM} {name}",
+        description=command.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_arguments(parser)
+    parser.set_defaults(main=command.main)
+    return parser
+
+
+def main(arguments: list[str]) -> None:
+    """Run the command that the arguments name."""
+    prepare()
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help"):
+        lines = [f"  {command:<9} {summary(command)}" for command in COMMANDS]
+        print("\n".join([f"usage: {PROGRAM} COMMAND [--help] ...", "", *lines]))
+    elif name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+        sys.exit(f"error: {name}: no such command; {hint}")
+    else:
+        given = build_parser(name).parse_args(arguments[1:])
+        run(lambda: given.main(given), interrupted="interrupted")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,122 @@
+"""Format rows: render prompt and completion, and make them fit."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import pyarrow as pa
+from tqdm.auto import tqdm
+
+from fintune.data.prompt import SPECIAL_TOKENS, Tokenizer, encode, render_completion, render_prompt
+from fintune.data.tables import COLUMNS, Row
+from fintune.errors import UserError
+from fintune.params import Format
+
+SCHEMA = {**dict.fromkeys((*COLUMNS, "prompt", "completion"), pa.string()), "tokens": pa.int32()}
+
+
+def format_row(
+    tokenizer: Tokenizer,
+    row: dict[str, str],
+    max_tokens: int,
+    overlong: Literal["truncate", "drop"],
+) -> tuple[dict[str, Any] | None, str | None]:
+    """Render a record and make it fit.
+
+    An answer that is too long is cut after its last whole sentence that fits, or after its last
+    whole word where that would lose over half of the room, and keeps its end token: the model learns
+    shorter answers, not answers that never stop.
+
+    Returns:
+        The record with `prompt`, `completion` and `tokens` (their number together) added, or None
+        where the row is dropped; and what happened: None, `truncated`, `too_long` (with
+        overlong=drop), `prompt_too_long`, or `special_token` (the text holds a token of the prompt).
+    """
+    if any(token in text for text in row.values() for token in SPECIAL_TOKENS):
+        return None, "special_token"
+    prompt = render_prompt(row["instruction"], row["input"])
+    completion = render_completion(row["output"])
+    prompt_ids, completion_ids = encode(tokenizer, prompt, completion)
+    happened = None
+    if len(prompt_ids) + len(completion_ids) > max_tokens:
+        if overlong == "drop":
+            return None, "too_long"
+        room = max_tokens - len(prompt_ids) - 1  # one for the end token
+        answer = _cut(tokenizer, row["output"], room)
+        if not answer:
+            return None, "prompt_too_long"
+        happened = "truncated"
+        completion = render_completion(answer)
+        prompt_ids, completion_ids = encode(tokenizer, prompt, completion)
+    formatted = {
+        **row,
+        "prompt": prompt,
+        "completion": completion,
+        "tokens": len(prompt_ids) + len(completion_ids),
+    }
+    return formatted, happened
+
+
+def _cut(tokenizer: Tokenizer, text: str, room: int) -> str:
+    """The longest run of whole sentences from the start that takes `room` tokens, or of whole words."""
+    if room < 1:
+        return ""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    head = text[: encoded["offset_mapping"][:room][-1][1]]
+    sentences = [match.end() for match in re.finditer(r"[.!?][\"')\]]*(?=\s)", head)]
+    sentences = [end for end in sentences if end > len(head) / 2]
+    words = [match.start() for match in re.finditer(r"(?<=\S)\s", head)]
+    for end in [*reversed(sentences), *reversed(words)]:
+        # Encoding a prefix can take a token more than it took inside the whole.
+        if len(tokenizer(head[:end], add_special_tokens=False)["input_ids"]) <= room:
+            return head[:end]
+    return ""
+
+
+def format_rows(
+    tokenizer: Tokenizer, rows: list[Row], params: Format, split: str
+) -> tuple[list[Row], dict[str, Any]]:
+    """Format the rows of one split.
+
+    Returns:
+        The rows that fit, and their token counts with what was truncated and dropped, by reason.
+
+    Raises:
+        UserError: no row is left.
+    """
+    kept, events = [], Counter[str]()
+    for row in tqdm(rows, desc=f"format {split}", unit="row", leave=False):
+        formatted, event = format_row(tokenizer, row, params.max_tokens, params.overlong)
+        if formatted:
+            kept.append(formatted)
+        if event:
+            events[event] += 1
+    if not kept:
+        raise UserError(
+            f"format: no {split} row fits into format.max_tokens: {params.max_tokens}; raise it"
+        )
+    truncated = events.pop("truncated", 0)
+    return kept, {
+        **describe_tokens([row["tokens"] for row in kept]),
+        "rows_truncated": truncated,
+        "rows_dropped": len(rows) - len(kept),
+        "dropped": dict(sorted(events.items())),
+    }
+
+
+def describe_tokens(tokens: Sequence[int]) -> dict[str, float]:
+    """Tokens in total and per row: p50, p95, p99 and max."""
+    import numpy as np
+
+    if not tokens:
+        return {"rows": 0, "tokens": 0}
+    p50, p95, p99 = (float(q) for q in np.percentile(tokens, [50, 95, 99]))
+    return {
+        "rows": len(tokens),
+        "tokens": sum(tokens),
+        "p50": p50,
+        "p95": p95,
+        "p99": p99,
+        "max": max(tokens),
+    }

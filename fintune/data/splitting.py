@@ -1,0 +1,139 @@
+"""Splitting by question: equal and nearly equal questions always stay on one side.
+
+A row's side follows from its question and the seed alone, so neither the order of the rows nor rows
+that are added later move it. The one exception: where a new question is a near-duplicate, it joins
+the group of its likeness, and the group sits where its member with the smallest hash belongs.
+"""
+
+import hashlib
+import re
+from collections import Counter, defaultdict
+from typing import Any
+
+from fintune.data.records import normalize_question
+from fintune.data.tables import SPLITS
+from fintune.errors import UserError
+from fintune.params import Split
+
+PERMUTATIONS = 128
+SHINGLE = 5
+Row = dict[str, Any]
+
+
+def split_rows(rows: list[Row], params: Split) -> tuple[dict[str, list[Row]], dict[str, int]]:
+    """Assign every row to train, validation or test.
+
+    Args:
+        rows: records with `instruction`, `input` and `output`; the question is `input`.
+
+    Returns:
+        The rows of each split in the order of their hashes, and the number of rows left out, by
+        reason: `duplicate` (all three texts equal to another row's).
+
+    Raises:
+        UserError: a split would be empty.
+    """
+    unique = {tuple(row[key] for key in ("instruction", "input", "output")): row for row in rows}
+    questions = sorted({normalize_question(row["input"]) for row in unique.values()})
+    groups = group_questions(questions, params.near_duplicate_similarity)
+    side = {}
+    for group in groups:
+        leader = min(group, key=lambda question: _digest("leader", question))
+        place = int.from_bytes(_digest(f"side {params.seed}", leader)[:8]) / 2**64
+        for question in group:
+            side[question] = _side(place, params)
+    splits: dict[str, list[Row]] = {name: [] for name in SPLITS}
+    for _, row in sorted(unique.items(), key=lambda item: _order(item[0], params.seed)):
+        splits[side[normalize_question(row["input"])]].append(row)
+    empty = [name for name, part in splits.items() if not part]
+    if empty:
+        raise UserError(
+            f"split: {' and '.join(empty)} would be empty: {len(questions)} different questions in "
+            f"{len(groups)} groups are too few for these fractions; raise them, or bring more questions"
+        )
+    return splits, {"duplicate": len(rows) - len(unique)}
+
+
+def _side(place: float, params: Split) -> str:
+    if place < params.test_fraction:
+        return "test"
+    if place < params.test_fraction + params.validation_fraction:
+        return "validation"
+    return "train"
+
+
+def _order(texts: tuple[str, ...], seed: int) -> tuple[bytes, bytes]:
+    """Rows of one question together, questions and answers in hashed order."""
+    return _digest(f"order {seed}", normalize_question(texts[1])), _digest("row", *texts)
+
+
+def _digest(salt: str, *texts: str) -> bytes:
+    return hashlib.sha256("\x00".join((salt, *texts)).encode("utf-8", "surrogatepass")).digest()
+
+
+def group_questions(questions: list[str], similarity: float | None) -> list[list[str]]:
+    """Group normalized questions that are alike, directly or through others.
+
+    Two questions are alike when the Jaccard similarity of their five-character shingles is at least
+    `similarity` and they name the same numbers: "a loan of $5,000" and "a loan of $9,000" ask for
+    different answers. MinHash and locality-sensitive hashing propose the pairs (Broder 1997), and
+    each is then checked exactly.
+
+    Args:
+        questions: distinct, normalized, sorted.
+        similarity: 0.5 to 1, or None to keep every question on its own.
+    """
+    if similarity is None:
+        return [[question] for question in questions]
+    from datasketch import MinHash, MinHashLSH
+
+    shingles = [_shingles(question) for question in questions]
+    numbers = [Counter(re.findall(r"\d[\d.]*", question)) for question in questions]
+    sketches = MinHash.bulk(
+        [[shingle.encode() for shingle in sorted(each)] for each in shingles],
+        num_perm=PERMUTATIONS,
+        seed=1,
+    )
+    # A lower threshold than asked for: a missed pair would leak, a proposed one is checked below.
+    index = MinHashLSH(threshold=max(0.3, similarity - 0.15), num_perm=PERMUTATIONS)
+    parent = list(range(len(questions)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    for i, sketch in enumerate(sketches):
+        for j in index.query(sketch):
+            if numbers[i] == numbers[j] and _jaccard(shingles[i], shingles[j]) >= similarity:
+                parent[root(i)] = root(j)
+        index.insert(i, sketch)
+    members = defaultdict(list)
+    for i, question in enumerate(questions):
+        members[root(i)].append(question)
+    return list(members.values())
+
+
+def _shingles(question: str) -> set[str]:
+    padded = f" {question} "
+    return {padded[i : i + SHINGLE] for i in range(max(1, len(padded) - SHINGLE + 1))}
+
+
+def _jaccard(a: set[str], b: set[str]) -> float:
+    return len(a & b) / len(a | b)
+
+
+def describe_splits(splits: dict[str, list[Row]]) -> dict[str, Any]:
+    """Count the rows and questions of each split and the questions that stand in more than one."""
+    questions = {
+        name: {normalize_question(row["input"]) for row in rows} for name, rows in splits.items()
+    }
+    seen = Counter(question for part in questions.values() for question in part)
+    return {
+        **{
+            name: {"rows": len(rows), "questions": len(questions[name])}
+            for name, rows in splits.items()
+        },
+        "overlapping_questions": sum(count > 1 for count in seen.values()),
+    }

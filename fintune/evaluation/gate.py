@@ -1,0 +1,53 @@
+"""The gate: the rules that a model must pass to become champion."""
+
+from typing import Any
+
+from fintune.params import Gate
+
+
+def judge(report: dict[str, Any], gate: Gate) -> dict[str, Any]:
+    """Whether the tuned model may become champion: a verdict and a reason for every rule.
+
+    Each rule looks at the end of the interval that speaks against the model. A rule without a
+    champion to compare with holds; where there is one that could not be fetched, it is broken.
+
+    Returns:
+        `passed`, `reason` in one line, and `rules`: a list of `rule`, `passed` and `reason`.
+    """
+    rules: list[dict[str, Any]] = []
+
+    def rule(name: str, held: bool | None, reason: str) -> None:
+        rules.append({"rule": name, "passed": bool(held), "reason": reason})
+
+    if (limit := gate.min_perplexity_reduction) is not None:
+        low = report["improvement"]["perplexity_reduction"]["low"]
+        reason = f"perplexity reduction at least {_shown(low)} (95 %), {limit:g} required"
+        rule("min_perplexity_reduction", low is not None and low >= limit, reason)
+    if (limit := gate.min_stop_rate) is not None:
+        rate = report["tuned"]["stop_rate"]
+        rule("min_stop_rate", rate >= limit, f"stop rate {_shown(rate)}, {limit:g} required")
+    if (limit := gate.max_forgetting) is not None:
+        high = report["forgetting"]["rise"]["high"]
+        reason = f"general text's loss up by at most {_shown(high)} (95 %), {limit:g} allowed"
+        rule("max_forgetting", high is not None and high <= limit, reason)
+    if (limit := gate.max_loss_above_champion) is not None:
+        champion = report["champion"]
+        if champion["compared"]:
+            low = champion["improvement"]["loss"]["low"]
+            high = None if low is None else -low
+            reason = f"loss above champion's by at most {_shown(high)} (95 %), {limit:g} allowed"
+            rule("max_loss_above_champion", high is not None and high <= limit, reason)
+        else:
+            reason = f"not compared with a champion: {champion['reason']}"
+            rule("max_loss_above_champion", not champion["broken"], reason)
+    passed = all(each["passed"] for each in rules)
+    told = [each["reason"] for each in rules if each["passed"] == passed] or ["no rule is set"]
+    return {
+        "passed": passed,
+        "reason": f"{'passed' if passed else 'failed'}: {'; '.join(told)}",
+        "rules": rules,
+    }
+
+
+def _shown(value: float | None) -> str:
+    return "not a number" if value is None else f"{value:.3f}"

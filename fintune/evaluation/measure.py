@@ -1,0 +1,212 @@
+"""Measure base, tuned model and champion on the same rows, in one load of the base."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fintune.data.prompt import RESPONSE_END, encode, end_token_id, load_tokenizer
+from fintune.errors import UserError
+from fintune.evaluation.harness import run_harness
+from fintune.evaluation.statistics import Sums
+from fintune.evaluation.texts import similarities, text_scores
+from fintune.generation.generate import Answer, generate
+from fintune.generation.slots import FEWEST_ROWS
+from fintune.generation.vllm import serving
+from fintune.merging.merge import merge_into_folder
+from fintune.model.adapter import Trained, load_adapter, load_another_adapter, read_training
+from fintune.model.base import base_of, load_base
+from fintune.model.likelihood import Likelihood, likelihood
+from fintune.params import Evaluate
+
+PASSAGE_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Side:
+    """What was measured of one model; `general` is the loss on the general text, if there is one."""
+
+    scores: Likelihood
+    answers: list[Answer]
+    general: Likelihood | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All models' measurements by name (base, tuned, and champion where there is one), and the rest."""
+
+    sides: dict[str, Side]
+    similarity: dict[str, np.ndarray]
+    sampled: list[str]
+    harness: dict[str, Any]
+    champion_fault: str  # why the champion could not be measured, where it should have been
+    about: dict[str, Any]
+
+
+def measure(
+    adapter: Path,
+    champion: Path | None,
+    rows: list[dict[str, Any]],
+    references: list[list[str]],
+    passages: list[str],
+    params: Evaluate,
+) -> Measured:
+    """Load the base once and measure it, the tuned model and the champion, switching adapters.
+
+    Args:
+        adapter: the tuned model's folder; champion: that of the adapter to compare it with, or None.
+        rows: formatted test rows, with `prompt` and `completion`.
+        references: all answers to each row's question.
+        passages: general text; none where forgetting is not measured.
+    """
+    trained = read_training(adapter)
+    base, train, dtype = trained.base, trained.train, trained.dtype
+    tokenizer = load_tokenizer(base)
+    model = load_adapter(load_base(base, tokenizer, train["quantization"], dtype), adapter)
+    states: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+        "base": model.disable_adapter,
+        "tuned": nullcontext,
+    }
+    folders = {"base": None, "tuned": adapter, "champion": champion}
+    champion_fault = ""
+    if champion:
+        try:
+            load_another_adapter(model, champion, "champion")
+            states["champion"] = nullcontext
+        except UserError as error:  # what is in the registry must not stop the evaluation
+            champion_fault = str(error)
+    tokens = [encode(tokenizer, row["prompt"], row["completion"]) for row in rows]
+    general = [encode_passage(tokenizer, passage) for passage in passages]
+    prompts = [prompt for prompt, _ in tokens]
+    sampling = params.sampling.model_dump(exclude={"rows"})
+    sides: dict[str, Side] = {}
+    sampled: list[Answer] = []
+    for name, state in states.items():
+        model.set_adapter("champion" if name == "champion" else "default")
+        with state():
+            scores = likelihood(model, tokens, f"{name} likelihood", params.kernels)
+            passage = (
+                likelihood(model, general, f"{name} general text", params.kernels)
+                if general
+                else None
+            )
+            written = partial(plain_folder, trained, tokenizer, folders[name])
+            with answering(model, tokenizer, prompts, params, name, written) as (ask, engine):
+                answers = _once_each(ask, prompts, f"{name} answers")
+                # nothing can be drawn from what are no probabilities
+                if name == "tuned" and np.isfinite(scores.nll).all():
+                    shown = prompts[: params.sampling.rows]
+                    sampled = ask(shown, title="samples", sampling=sampling, seed=params.seed)
+        sides[name] = Side(scores, answers, passage)
+    model.set_adapter("default")
+    similarity = {}
+    if params.embedding:
+        texts = {name: [a.text for a in side.answers] for name, side in sides.items()}
+        similarity = similarities(texts, references, params.embedding, model.device)
+    compared = {name: states[name] for name in ("base", "tuned")}
+    about = {
+        "base": base.model,
+        "base_revision": base.revision,
+        "quantization": train["quantization"],
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "engine": engine,
+        "learning_rate": train["learning_rate"],
+        "epochs": train["epochs"],
+        "lora_r": train["lora"]["r"],
+    }
+    return Measured(
+        sides,
+        similarity,
+        [each.text for each in sampled],
+        run_harness(model, tokenizer, params.harness, compared, FEWEST_ROWS, params.seed),
+        champion_fault,
+        about,
+    )
+
+
+def plain_folder(trained: Trained, tokenizer: Any, adapter: Path | None, folder: Path) -> None:
+    """Write the model that an adapter makes of its base, or the base alone, for another program."""
+    merge_into_folder(trained.base, tokenizer, adapter, folder, trained.dtype, trained.four_bits)
+
+
+@contextmanager
+def answering(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    params: Evaluate,
+    name: str,
+    write: Callable[[Path], None],
+) -> Iterator[tuple[Callable[..., list[Answer]], str]]:
+    """What answers prompts as the model stands, and what it is called with its version.
+
+    Args:
+        prompts: the longest of those that it will be asked is among them.
+        name: whose answers these are.
+        write: puts the same model into a folder.
+    """
+    end, limit, rows = end_token_id(tokenizer), params.max_new_tokens, params.rows_per_batch
+    if params.engine == "built_in":
+        how: dict[str, Any] = {"rows_at_once": rows, "kernels": params.kernels}
+        yield (
+            partial(generate, model, tokenizer, end_id=end, max_new_tokens=limit, **how),
+            "built_in",
+        )
+        return
+    most = max(map(len, prompts)) + limit
+    dtype = base_of(model).get_output_embeddings().weight.dtype
+    with serving(write, dtype, most, rows, f"{name} answers") as (server, version):
+        ask = partial(server.answer, tokenizer, end_id=end, max_new_tokens=limit)
+        yield ask, f"vllm {version}"
+
+
+def _once_each(
+    ask: Callable[..., list[Answer]], prompts: Sequence[list[int]], title: str
+) -> list[Answer]:
+    """Rows with the same prompt get the same answer, so each prompt is answered once."""
+    asked = list(dict.fromkeys(tuple(prompt) for prompt in prompts))
+    given = ask([list(prompt) for prompt in asked], title=title)
+    by_prompt = dict(zip(asked, given, strict=True))
+    return [by_prompt[tuple(prompt)] for prompt in prompts]
+
+
+def encode_passage(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
+    """A text as the model saw texts before it was tuned: all of it but the first token is predicted.
+
+    A long one is cut.
+    """
+    ids = tokenizer(text)["input_ids"][:PASSAGE_TOKENS]
+    return ids[:1], ids[1:]
+
+
+def sums_of(
+    side: Side,
+    rows: Sequence[dict[str, Any]],
+    references: Sequence[Sequence[str]],
+    similarity: np.ndarray | None,
+) -> Sums:
+    """Each metric's numerator and denominator on every row."""
+    scores, answers = side.scores, side.answers
+    texts = text_scores([each.text for each in answers], references)
+    one = np.ones(len(rows))
+    answer_bytes = [len(row["completion"].removesuffix(RESPONSE_END).encode()) for row in rows]
+    sums = {
+        "loss": (scores.nll, scores.tokens),
+        "perplexity": (scores.nll, scores.tokens),
+        "bits_per_byte": (scores.nll / np.log(2), np.array(answer_bytes, dtype=float)),
+        "token_accuracy": (scores.correct, scores.tokens),
+        **{key: (texts[key], one) for key in ("rouge_1", "rouge_2", "rouge_l", "chrf")},
+        **({} if similarity is None else {"similarity": (similarity, one)}),
+        "stop_rate": (np.array([float(each.stopped) for each in answers]), one),
+        "empty_rate": (np.array([float(not each.text) for each in answers]), one),
+        "distinct_2": (texts["distinct_2"], one),
+        "longest_repeat": (texts["longest_repeat"], one),
+        "mean_answer_tokens": (np.array([float(each.tokens) for each in answers]), one),
+        "length_ratio": (texts["words"], texts["reference_words"]),
+    }
+    return sums

@@ -1,0 +1,100 @@
+"""The evaluation's report and its table of predictions, from what was measured."""
+
+from typing import Any
+
+import pyarrow as pa
+
+from fintune.evaluation.breakdown import break_down, calibration_curve, extremes
+from fintune.evaluation.gate import judge
+from fintune.evaluation.measure import Measured
+from fintune.evaluation.statistics import Sums, compare, summarize
+from fintune.metrics import number
+from fintune.params import Evaluate
+from fintune.registry.champion import Champion
+
+TEXTS = ("instruction", "question", "reference", "base", "tuned", "sampled")
+SCHEMA = {
+    **dict.fromkeys(TEXTS, pa.string()),
+    **dict.fromkeys(("base_stopped", "tuned_stopped"), pa.bool_()),
+    **dict.fromkeys(("base_loss", "tuned_loss", "base_rouge_l", "tuned_rouge_l"), pa.float64()),
+}
+
+
+def conclude(
+    measured: Measured,
+    sums: dict[str, Sums],
+    rows: list[dict[str, Any]],
+    questions: list[str],
+    champion: Champion,
+    params: Evaluate,
+) -> dict[str, Any]:
+    """Compute the content of evaluation.json: metrics, differences with intervals, breakdowns, the gate."""
+    draws = (params.bootstrap_samples, params.seed)
+    sides = measured.sides
+    report: dict[str, Any] = {name: summarize(sums[name]) for name in ("base", "tuned")}
+    report["improvement"] = compare(sums["base"], sums["tuned"], questions, *draws)
+    report["champion"] = {
+        "compared": "champion" in sums,
+        "version": champion.version,
+        "run": champion.run_id,
+        "reason": champion.reason,
+        "note": champion.note,
+        "broken": champion.broken,
+    }
+    if "champion" in sums:
+        better = compare(sums["champion"], sums["tuned"], questions, *draws)
+        report["champion"] |= {"metrics": summarize(sums["champion"]), "improvement": better}
+    if sides["base"].general and sides["tuned"].general:
+        losses = {
+            n: {"loss": (s.general.nll, s.general.tokens)} for n, s in sides.items() if s.general
+        }
+        ids = [str(i) for i in range(len(losses["base"]["loss"][0]))]
+        # the improvement of the base on the tuned model is what the tuned model has lost
+        rise = compare(losses["tuned"], losses["base"], ids, *draws)["loss"]
+        report["forgetting"] = {name: summarize(each)["loss"] for name, each in losses.items()}
+        report["forgetting"] |= {"rise": rise, "passages": len(ids)}
+    if measured.harness:
+        report["harness"] = measured.harness
+    report["rows"] = len(rows)
+    report["questions"] = len(set(questions))
+    report["gate"] = judge(report, params.gate)
+    report["calibration"] = {n: calibration_curve(s.scores.calibration) for n, s in sides.items()}
+    report["breakdown"] = break_down(rows, sums["base"], sums["tuned"])
+    report["worst_rows"], report["best_rows"] = extremes(sums["base"], sums["tuned"])
+    return report
+
+
+def predictions(
+    rows: list[dict[str, Any]], measured: Measured, sums: dict[str, Sums]
+) -> list[dict[str, Any]]:
+    """Tabulate a row a test row: question, reference, and both models' answers and figures."""
+    table = []
+    for i, row in enumerate(rows):
+        line = {
+            key: row[column]
+            for key, column in zip(TEXTS, ("instruction", "input", "output"), strict=False)
+        }
+        line["sampled"] = measured.sampled[i] if i < len(measured.sampled) else None
+        for name in ("base", "tuned"):
+            answer, (nll, tokens) = measured.sides[name].answers[i], sums[name]["loss"]
+            line |= {name: answer.text, f"{name}_stopped": answer.stopped}
+            line[f"{name}_loss"] = float(nll[i] / tokens[i])
+            line[f"{name}_rouge_l"] = float(sums[name]["rouge_l"][0][i])
+        table.append(line)
+    return table
+
+
+def row_losses(table: list[dict[str, Any]]) -> str:
+    """Format both models' loss of each row as CSV."""
+    lines = [f"{row['base_loss']:.5g},{row['tuned_loss']:.5g}\n" for row in table]
+    return "base,tuned\n" + "".join(lines)
+
+
+def summary(report: dict[str, Any]) -> list[str]:
+    """Format what the terminal shows: a line a model, and the gate's."""
+    shown = ("loss", "perplexity", "token_accuracy", "rouge_l", "stop_rate", "mean_answer_tokens")
+    lines = []
+    for name in ("base", "tuned"):
+        figures = (f"{key} {number(report[name][key])}" for key in shown)
+        lines.append(f"{name:<5} " + "  ".join(figures))
+    return [*lines, f"gate: {report['gate']['reason']}"]

@@ -1,0 +1,38 @@
+"""Select the test rows that are measured."""
+
+import hashlib
+from collections.abc import Sequence
+
+from fintune.evaluation.statistics import Row
+
+
+def select_rows(
+    rows: Sequence[Row], questions: Sequence[str], max_rows: int | None
+) -> tuple[list[Row], list[str], list[list[str]]]:
+    """The rows that are measured, which do not depend on the order of the table.
+
+    Args:
+        questions: the normalised question of each row.
+
+    Returns:
+        At most `max_rows` rows in the order of a hash, those of one question together; the question
+        of each; and all different answers that the table has for it.
+    """
+    references: dict[str, list[str]] = {}
+    for row, question in zip(rows, questions, strict=True):
+        references.setdefault(question, []).append(row["output"])
+
+    def place(pair: tuple[Row, str]) -> tuple[bytes, bytes]:
+        row, question = pair
+        return _digest(question), _digest("\0".join((row["prompt"], row["completion"])))
+
+    chosen = sorted(zip(rows, questions, strict=True), key=place)[:max_rows]
+    return (
+        [row for row, _ in chosen],
+        [question for _, question in chosen],
+        [sorted(set(references[question])) for _, question in chosen],
+    )
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()

@@ -1,0 +1,181 @@
+"""Answers that a model wrote: how near they are to the references, how long, how repetitive."""
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fintune.errors import UserError
+from fintune.params import Embedding
+
+SCORES = ("rouge_1", "rouge_2", "rouge_l", "chrf", "distinct_2", "longest_repeat")
+LENGTHS = ("words", "reference_words")
+SERIAL_WORK = 3e7  # pairs of words; a few seconds, which is what starting other processes is worth
+TEXTS_PER_PASS = 64
+
+
+def text_scores(
+    answers: Sequence[str], references: Sequence[Sequence[str]]
+) -> dict[str, np.ndarray]:
+    """Compare answers with their references; where there are several, the best of them counts.
+
+    Equal answers to equal references are scored once, many of them by all cores.
+
+    Args:
+        answers: (rows,); references: one or more for each of them.
+
+    Returns:
+        Arrays of shape (rows,): ROUGE-1, -2 and -L as F1 of stems (Lin 2004), from 0 to 1;
+        `chrf` (Popović 2015), from 0 to 100; `distinct_2`, the share of an answer's pairs of
+        neighbouring words that are different ones, 1 where there are none; `longest_repeat`, the
+        words of the longest stretch that stands in the answer before; `words`, and
+        `reference_words` of the reference nearest in length.
+    """
+    jobs = [(answer, tuple(each)) for answer, each in zip(answers, references, strict=True)]
+    different = list(dict.fromkeys(jobs))
+    work = sum(len(a.split()) * sum(len(r.split()) for r in each) for a, each in different)
+    if work < SERIAL_WORK:
+        scored = [_score(job) for job in different]
+    else:
+        from joblib import Parallel, delayed
+
+        scored = Parallel(n_jobs=-1, batch_size=8)(delayed(_score)(job) for job in different)
+    by_job = dict(zip(different, scored, strict=True))
+    table = np.array([by_job[job] for job in jobs]).reshape(len(jobs), -1)
+    return dict(zip((*SCORES, *LENGTHS), table.T, strict=True))
+
+
+def _score(job: tuple[str, tuple[str, ...]]) -> tuple[float, ...]:
+    answer, references = job
+    rouge_scorer, chrf = _scorers()
+    rouge = rouge_scorer.score_multi(references, answer)
+    words = answer.split()
+    lengths = [len(reference.split()) for reference in references]
+    return (
+        *(rouge[kind].fmeasure for kind in ("rouge1", "rouge2", "rougeL")),
+        chrf.sentence_score(answer, references).score,
+        distinct_2(words),
+        longest_repeat(words),
+        len(words),
+        min(lengths, key=lambda length: (abs(length - len(words)), length)),
+    )
+
+
+class _Words:
+    """ROUGE's own words and stems, each word stemmed once: stemming takes half of the time."""
+
+    def __init__(self) -> None:
+        from nltk.stem.porter import PorterStemmer
+
+        self.stem = lru_cache(maxsize=None)(PorterStemmer().stem)
+
+    def tokenize(self, text: str) -> list[str]:
+        from rouge_score.tokenize import tokenize
+
+        words: list[str] = tokenize(text, self)
+        return words
+
+
+@lru_cache
+def _scorers() -> tuple[Any, Any]:
+    from rouge_score.rouge_scorer import RougeScorer
+    from sacrebleu.metrics.chrf import CHRF
+
+    return RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=_Words()), CHRF()
+
+
+def distinct_2(words: Sequence[str]) -> float:
+    """The share of the pairs of neighbouring words that are different ones; 1 where there are none."""
+    pairs = list(pairwise(words))
+    return len(set(pairs)) / len(pairs) if pairs else 1.0
+
+
+def longest_repeat(words: Sequence[str]) -> int:
+    """The number of words of the longest stretch that occurs earlier as well; the two may overlap.
+
+    "to be or not to be" repeats two words, and "no no no no" three.
+    """
+    number: dict[str, int] = {}
+    ids = np.array([number.setdefault(word, len(number)) for word in words])
+    longest = 0
+    for offset in range(1, len(ids)):
+        if len(ids) - offset <= longest:
+            break
+        equal = np.concatenate([[False], ids[offset:] == ids[:-offset], [False]])
+        ends = np.flatnonzero(np.diff(equal.astype(np.int8)))
+        if len(ends):
+            longest = max(longest, int((ends[1::2] - ends[::2]).max()))
+    return longest
+
+
+def similarities(
+    answer_sets: Mapping[str, Sequence[str]],
+    references: Sequence[Sequence[str]],
+    embedding: Embedding,
+    device: Any,
+) -> dict[str, np.ndarray]:
+    """How alike in meaning each model's answers and their references are, by a sentence embedding model.
+
+    Texts become the mean of the model's last hidden states (Reimers and Gurevych 2019); the cosine with
+    the nearest reference counts.
+
+    Returns:
+        For each set of answers an array of shape (rows,), from -1 to 1; 0 for an empty answer.
+
+    Raises:
+        UserError: the model cannot be loaded, or has no safetensors weights.
+    """
+    every = [text for answers in answer_sets.values() for text in answers]
+    every += [text for each in references for text in each]
+    different = sorted({text for text in every if text.strip()}, key=lambda t: (len(t), t))
+    place = {text: i for i, text in enumerate(different)}
+    vectors = _embed(different, embedding, device)
+
+    def nearest(answer: str, each: Sequence[str]) -> float:
+        if not answer.strip():
+            return 0.0
+        return float((vectors[[place[text] for text in each]] @ vectors[place[answer]]).max())
+
+    return {
+        name: np.array([nearest(a, each) for a, each in zip(answers, references, strict=True)])
+        for name, answers in answer_sets.items()
+    }
+
+
+def _embed(texts: Sequence[str], embedding: Embedding, device: Any) -> np.ndarray:
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    source: dict[str, Any] = {"revision": embedding.revision}
+    if Path(embedding.model).is_dir():
+        source = {"local_files_only": True}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(embedding.model, **source)
+        model = AutoModel.from_pretrained(embedding.model, use_safetensors=True, **source)
+    except Exception as error:  # the hub's client raises its transport's own kinds
+        raise UserError(
+            f"evaluate.embedding: {embedding.model}: cannot be loaded: {error}; set "
+            "evaluate.embedding: null to do without"
+        ) from error
+    model = model.to(device).eval()
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    limit = getattr(model.config, "max_position_embeddings", 512)
+    limit = min(limit, tokenizer.model_max_length)
+    vectors = []
+    for start in range(0, len(texts), TEXTS_PER_PASS):
+        batch = tokenizer(
+            list(texts[start : start + TEXTS_PER_PASS]),
+            padding=True,
+            truncation=True,
+            max_length=limit,
+            return_tensors="pt",
+        ).to(device)
+        mask = batch["attention_mask"]
+        with torch.no_grad():
+            hidden = model(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state
+        mean = (hidden.float() * mask[:, :, None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+        vectors.append(torch.nn.functional.normalize(mean, dim=-1).cpu().numpy())
+    return np.concatenate(vectors)

@@ -1,0 +1,106 @@
+"""The model card: what a model was made from and how well it does, from records and measurements."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from fintune import paths
+from fintune.hub.client import stated_license
+from fintune.hub.models import local_folder
+from fintune.metrics import METRICS, number
+from fintune.model.adapter import Trained
+from fintune.params import MergeExport
+
+
+def read_records() -> dict[str, dict[str, Any]]:
+    """Read the records that a card is written from: `run`, `evaluation` and `manifest`."""
+    files = {"run": paths.RUN, "evaluation": paths.EVALUATION, "manifest": paths.MANIFEST}
+    return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items()}
+
+
+def write_card(
+    folder: Path,
+    trained: Trained,
+    records: dict[str, dict[str, Any]],
+    measured: dict[str, Any] | None,
+    params: MergeExport,
+) -> None:
+    """Write `README.md` for a merged model, or for an adapter where there is no `measured` merge.
+
+    Args:
+        records: as `read_records` gives them.
+        measured: the losses of merged model, adapter and base.
+    """
+    run, evaluation, manifest = (records[name] for name in ("run", "evaluation", "manifest"))
+    tags, base = run["tags"], trained.base
+    license = stated_license(local_folder(base))
+    on_hub = manifest["revision"] is not None
+    metadata = ModelCardData(
+        base_model=None if base.is_folder else base.model,
+        base_model_relation=None if base.is_folder else "finetune" if measured else "adapter",
+        datasets=[manifest["source"]] if on_hub else None,
+        license=license,
+        library_name="transformers" if measured else "peft",
+        pipeline_tag="text-generation",
+        tags=["qlora" if trained.four_bits else "lora"],
+    )
+    kept = trained.four_bits and params.weights == "trained_on"
+    page = _template().render(
+        metadata=f"---\n{metadata.to_yaml()}\n---",
+        name=params.registered_model,
+        base=f"[{base.model}](https://huggingface.co/{base.model})"
+        if not base.is_folder
+        else f"`{base.model}`",
+        revision=f" at `{base.revision}`" if base.revision else "",
+        base_license=license or "not stated",
+        method="with QLoRA (4-bit NF4 base)" if trained.four_bits else "with LoRA",
+        data=manifest,
+        hashes=sorted(
+            (key.removeprefix("md5."), tags[key]) for key in tags if key.startswith("md5.")
+        ),
+        commit=tags.get("git_commit"),
+        dirty=tags.get("git_dirty") == "true",
+        hardware=tags["hardware"],
+        run_id=run["run_id"],
+        merged=measured is not None,
+        measured=measured,
+        instruction=trained.instruction,
+        generation=params.generation,
+        evaluation=evaluation,
+        metrics=list(_lines(evaluation)),
+        forgetting=(evaluation.get("forgetting") or {}).get("rise"),
+        weights="the adapter added to the 4-bit weights, dequantised"
+        if kept
+        else "the adapter added to the base's own",
+        dtype=params.dtype,
+        max_tokens=run["params"].get("format.max_tokens", "as many as its data has"),
+        parameters=sorted(run["params"].items()),
+        number=number,
+    )
+    (folder / "README.md").write_text(page, encoding="utf-8")
+
+
+def _lines(evaluation: dict[str, Any]) -> Any:
+    """Title, base, tuned and the difference with its interval, a line a metric."""
+    for key, metric in METRICS.items():
+        if key not in evaluation["tuned"]:
+            continue
+        gain = evaluation["improvement"][key]
+        difference = f"{number(gain['value'])} ({number(gain['low'])} to {number(gain['high'])})"
+        yield (
+            metric.title,
+            number(evaluation["base"][key]),
+            number(evaluation["tuned"][key]),
+            difference,
+        )
+
+
+def _template() -> Any:
+    loader = FileSystemLoader(Path(__file__).parent)
+    plain = Environment(  # Markdown, which nothing here is put into as markup
+        loader=loader, undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False
+    )
+    return plain.get_template("card.md.jinja")

@@ -1,0 +1,110 @@
+"""Compare a GGUF file's greedy answers by llama.cpp with those of the folder it comes from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from fintune.data.prompt import encode
+from fintune.errors import UserError
+from fintune.export.gguf.llama_cpp import Greedy, llama_cpp_answers
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How alike two lists of greedy answers are.
+
+    All are shares from 0 to 1. `equal_prompts`: prompts that became the same tokens. `equal_answers`:
+    answers that are equal to the last token. `equal_tokens`: places that hold the same token, of the
+    places of the longer answer; after a first difference the rest differs too, as a rule.
+    `equal_choices` leaves the rest out: of the tokens chosen after equal ones, those that are equal.
+    """
+
+    answers: int
+    equal_prompts: float
+    equal_answers: float
+    equal_tokens: float
+    equal_choices: float
+
+
+def check_gguf(
+    file: Path,
+    expected: Sequence[Greedy],
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    min_equal_choices: float,
+) -> Agreement:
+    """Answer the prompts with llama.cpp and hold the answers against `expected`.
+
+    Raises:
+        UserError: the file cannot be run, a prompt became other tokens, or `equal_choices` is
+            less than `min_equal_choices`.
+    """
+    found = llama_cpp_answers(file, prompts, max_new_tokens)
+    agreement = compare(expected, found)
+    if agreement.equal_prompts < 1:
+        i = next(
+            i for i, (a, b) in enumerate(zip(expected, found, strict=True)) if a.prompt != b.prompt
+        )
+        raise UserError(
+            f"gguf: {file}: llama.cpp reads {prompts[i]!r} as the tokens {found[i].prompt}, and "
+            f"transformers as {expected[i].prompt}; the file is not the same model"
+        )
+    if agreement.equal_choices < min_equal_choices:
+        raise UserError(
+            f"gguf: {file}: after equal tokens, llama.cpp chose the folder's next token in "
+            f"{agreement.equal_choices:.2%} of the cases, which is less than {min_equal_choices:.2%}"
+        )
+    return agreement
+
+
+def compare(expected: Sequence[Greedy], found: Sequence[Greedy]) -> Agreement:
+    """Compare answers to the same prompts, pair by pair."""
+    pairs = list(zip(expected, found, strict=True))
+    places = sum(max(len(a.answer), len(b.answer)) for a, b in pairs)
+    equal = sum(x == y for a, b in pairs for x, y in zip(a.answer, b.answer, strict=False))
+    before = sum(_until_different(a.answer, b.answer) for a, b in pairs)
+    different = sum(a.answer != b.answer for a, b in pairs)
+    return Agreement(
+        answers=len(pairs),
+        equal_prompts=sum(a.prompt == b.prompt for a, b in pairs) / max(1, len(pairs)),
+        equal_answers=sum(a.answer == b.answer for a, b in pairs) / max(1, len(pairs)),
+        equal_tokens=equal / max(1, places),
+        equal_choices=before / max(1, before + different),
+    )
+
+
+def _until_different(one: Sequence[int], other: Sequence[int]) -> int:
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+
+
+def transformers_answers(
+    model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int
+) -> list[Greedy]:
+    """Greedy answers by transformers' own loop, ended by what the generation config says.
+
+    To compare with a file in f16, load the folder in float32: bfloat16's roundings are larger.
+
+    Args:
+        prompts: as `fintune.prompts.render_prompt` makes them.
+    """
+    import torch  # here, because the process that runs llama.cpp has no use for it
+
+    answers = []
+    for prompt in prompts:
+        asked, _ = encode(tokenizer, prompt, "")
+        ids = torch.tensor([asked], device=model.device)
+        tokens = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+        )[0].tolist()
+        answer = tokens[len(asked) :]
+        text = tokenizer.decode(answer, skip_special_tokens=True)
+        answers.append(Greedy(asked, answer, text))
+    return answers

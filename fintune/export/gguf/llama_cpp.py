@@ -1,0 +1,130 @@
+"""Greedy answers of a GGUF file by llama.cpp (PyPI's xllamacpp), in a process of its own.
+
+`python -m fintune.export.gguf.llama_cpp FILE` reads the prompts as JSON from its input and prints the
+answers. A file that makes llama.cpp crash fails the check alone, and its threads and torch's do not meet.
+"""
+
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from fintune.errors import UserError
+
+INSTALL = "pip install 'gguf>=0.19' 'xllamacpp>=2026.10'"
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """A greedy answer: tokens of the prompt, beginning included, and of the answer, its end included."""
+
+    prompt: list[int]
+    answer: list[int]
+    text: str
+
+
+def is_installed() -> bool:
+    """Whether the package that runs llama.cpp is there."""
+    return find_spec("xllamacpp") is not None
+
+
+def require_packages() -> None:
+    """What writes GGUF files and what runs them.
+
+    Raises:
+        UserError: one is not installed.
+    """
+    missing = [name for name in ("gguf", "xllamacpp") if find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"merge_export.gguf: {' and '.join(missing)} not installed: {INSTALL}; "
+            "merge_export.gguf: [] does without"
+        )
+
+
+def llama_cpp_answers(file: Path, prompts: Sequence[str], max_new_tokens: int) -> list[Greedy]:
+    """Greedy answers of a GGUF file by llama.cpp on the CPU, its own tokenizer included.
+
+    Raises:
+        UserError: llama.cpp is not installed, or cannot load or run the file.
+    """
+    if not is_installed():
+        raise UserError(f"gguf: llama.cpp is not installed, which checks the file: {INSTALL}")
+    request = {"prompts": list(prompts), "max_new_tokens": max_new_tokens}
+    done = subprocess.run(
+        [sys.executable, "-m", "fintune.export.gguf.llama_cpp", str(file.resolve())],
+        input=json.dumps(request),
+        cwd=Path(__file__).parents[3],  # where fintune is found
+        env=os.environ | {"GGML_NO_BACKTRACE": "1"},  # a crash would start a debugger
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    if done.returncode:
+        raise UserError(f"gguf: {file}: llama.cpp cannot run it: {_reason(done)}")
+    return [Greedy(**answer) for answer in json.loads(done.stdout.splitlines()[-1])]
+
+
+def _reason(done: subprocess.CompletedProcess[str]) -> str:
+    """The first error that llama.cpp logged ("time E what") or died of, and else how it ended."""
+    for line in done.stderr.splitlines():
+        if " E " in line:
+            return line.split(" E ", 1)[1].strip()
+        if "GGML_ASSERT" in line or "what():" in line:
+            return line.strip()
+    if done.returncode < 0:
+        return f"it crashed: {signal.strsignal(-done.returncode)}"
+    return (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
+
+
+def _answer_all(file: str, prompts: list[str], max_new_tokens: int) -> list[Greedy]:
+    """Runs in the process of its own: a server on loopback, asked for one answer after the other."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = file
+    # A token is a byte or more; one for the beginning and one for a space before the text.
+    params.n_ctx = max((len(p.encode()) for p in prompts), default=0) + 2 + max_new_tokens
+    params.n_gpu_layers = 0
+    params.fit_params = False
+    params.warmup = False
+    params.ui = False
+    params.verbosity = 1  # errors
+    params.api_keys = [key := secrets.token_hex()]
+    server = xllamacpp.Server(params)
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def ask(path: str, body: dict[str, Any]) -> dict[str, Any]:
+        request = urllib.request.Request(
+            server.listening_address + path,
+            data=json.dumps(body).encode(),
+            headers={"Content-Type": "application/json", "Authorization": f"Bearer {key}"},
+        )
+        with opener.open(request) as answer:
+            content: dict[str, Any] = json.load(answer)
+            return content
+
+    answers = []
+    for prompt in prompts:
+        read = {"content": prompt, "add_special": True, "parse_special": True}
+        asked = ask("/tokenize", read)["tokens"]
+        wanted = {"n_predict": max_new_tokens, "temperature": 0, "return_tokens": True}
+        said = ask("/completion", {"prompt": prompt, "cache_prompt": False, **wanted})
+        answers.append(Greedy(asked, said["tokens"], said["content"]))
+    return answers
+
+
+def main() -> None:
+    """Answer the prompts on the standard input with the file that the command line names."""
+    request = json.loads(sys.stdin.read())
+    answers = _answer_all(sys.argv[1], request["prompts"], request["max_new_tokens"])
+    print(json.dumps([asdict(answer) for answer in answers]))

@@ -1,0 +1,119 @@
+"""The adapter as an MLflow model: a data frame of questions in, a data frame of answers out.
+
+    mlflow.pyfunc.load_model("models:/financial-qa@champion").predict(questions)
+
+The model consists of the adapter, the code that answers with it and the exact packages; its base is
+named by revision and fetched from where it was trained from, not copied.
+"""
+
+import importlib.metadata
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas as pd
+from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+
+from fintune.errors import UserError
+from fintune.generation.tuned import answer_all, load_tuned, prompt_tokens
+from fintune.params import Generation
+
+PACKAGES = (
+    "mlflow",
+    "accelerate",
+    "bitsandbytes",
+    "huggingface_hub",
+    "numpy",
+    "pandas",
+    "peft",
+    "psutil",
+    "pydantic",
+    "ruamel.yaml",
+    "torch",
+    "tqdm",
+    "transformers",
+)
+EXAMPLE = {"question": "What is the difference between a stock and a bond?"}
+
+
+class Answers:
+    """What `mlflow.pyfunc.load_model` gives; loaded once, asked often."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model, self.tokenizer = load_tuned(folder)
+
+    def predict(self, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> Any:
+        """Answer each row's `question`, with its `instruction` where there is one.
+
+        Args:
+            params: `temperature` (0 is greedy, the default), `top_p`, `max_new_tokens`, `seed`.
+
+        Returns:
+            A data frame with the column `answer` and the input's index.
+
+        Raises:
+            MlflowException: a question is empty or holds a token of the prompt; the row is named.
+        """
+        wanted = params or {}
+        instructions = model_input.get("instruction", pd.Series(None, model_input.index))
+        prompts = []
+        for row, question, instruction in zip(
+            model_input.index, model_input["question"], instructions, strict=True
+        ):
+            given = instruction if isinstance(instruction, str) else None
+            try:
+                prompts.append(prompt_tokens(self.tokenizer, str(question), given))
+            except UserError as error:
+                raise MlflowException(
+                    f"row {row}: {error}", error_code=INVALID_PARAMETER_VALUE
+                ) from None
+        temperature = float(wanted.get("temperature", 0))
+        sampling = {"temperature": temperature, "top_p": float(wanted.get("top_p", 1))}
+        answers = answer_all(
+            self.model,
+            self.tokenizer,
+            prompts,
+            int(wanted["max_new_tokens"]),
+            sampling if temperature else None,
+            int(wanted.get("seed", 0)),
+        )
+        return pd.DataFrame({"answer": [each.text for each in answers]}, index=model_input.index)
+
+
+def _load_pyfunc(path: str) -> Answers:
+    """MLflow's entry: `path` is the folder of the model, which is the adapter's own."""
+    return Answers(Path(path))
+
+
+def write_model_files(folder: Path, generation: Generation, run_id: str) -> None:
+    """Write what makes a folder with an adapter an MLflow model: `MLmodel`, packages, code, example."""
+    signature = ModelSignature(
+        inputs=Schema(
+            [ColSpec("string", "question"), ColSpec("string", "instruction", required=False)]
+        ),
+        outputs=Schema([ColSpec("string", "answer")]),
+        params=ParamSchema(
+            [
+                ParamSpec("temperature", "double", 0.0),
+                ParamSpec("top_p", "double", generation.top_p),
+                ParamSpec("max_new_tokens", "long", generation.max_new_tokens),
+                ParamSpec("seed", "long", 0),
+            ]
+        ),
+    )
+    mlflow.pyfunc.save_model(
+        str(folder),
+        loader_module="fintune.export.pyfunc",
+        code_paths=[str(Path(__file__).parents[1])],
+        pip_requirements=[f"{name}=={_version(name)}" for name in PACKAGES],
+        signature=signature,
+        input_example=pd.DataFrame([EXAMPLE]),
+        mlflow_model=mlflow.models.Model(run_id=run_id, artifact_path="adapter"),
+    )
+
+
+def _version(package: str) -> str:
+    return importlib.metadata.version(package).split("+")[0]  # +cpu and +cu130 are of a build

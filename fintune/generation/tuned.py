@@ -1,0 +1,101 @@
+"""A tuned model for use: an adapter on its base or a merged folder, and the prompt that it was trained on."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
+
+from fintune.data.prompt import SPECIAL_TOKENS, Tokenizer, end_token_id
+from fintune.errors import UserError
+from fintune.generation.generate import Answer, generate
+from fintune.hardware import device
+from fintune.model.adapter import load_adapter, read_training
+from fintune.model.base import load_base, load_plain
+from fintune.params import Generation
+
+
+def load_tuned(folder: Path) -> tuple[Any, Tokenizer]:
+    """Load an adapter on the base that it was trained on, or a merged model.
+
+    Without a GPU all is computed in float32, which there is faster and exact.
+
+    Raises:
+        UserError: the folder holds neither, or its base is not to be had.
+    """
+    if (folder / "adapter_config.json").is_file():
+        return _load_tuned_base(folder)
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder}: neither a merged model nor an adapter is there; `dvc repro` makes both, "
+            "`dvc pull` fetches them"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not tokenizer.chat_template or not set(SPECIAL_TOKENS) <= set(tokenizer.get_vocab()):
+        raise UserError(f"{folder}: not a model of this project: its tokenizer lacks the prompt")
+    return load_plain(folder), tokenizer
+
+
+def _load_tuned_base(adapter: Path) -> tuple[Any, Tokenizer]:
+    trained = read_training(adapter)
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    quantization = trained.train["quantization"]
+    base: PreTrainedModel = load_base(trained.base, tokenizer, quantization, trained.dtype)
+    if quantization == "nf4" and device().type == "cpu":
+        base = base.dequantize()  # products in 4 bits are computed in bfloat16 there
+    base.config.use_cache = True
+    return load_adapter(base, adapter), tokenizer
+
+
+def generation_config(tokenizer: Tokenizer, generation: Generation) -> GenerationConfig:
+    """How transformers, and servers that read its files, let the model answer: sampling, and its end."""
+    return GenerationConfig(
+        do_sample=True,
+        temperature=generation.temperature,
+        top_p=generation.top_p,
+        top_k=0,
+        max_new_tokens=generation.max_new_tokens,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=[end_token_id(tokenizer), tokenizer.eos_token_id],
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def prompt_tokens(tokenizer: Tokenizer, question: str, instruction: str | None) -> list[int]:
+    """The tokens of a question's prompt; without an instruction, that of most training rows.
+
+    Raises:
+        UserError: there is no question, or the text holds a token of the prompt itself.
+    """
+    if not question.strip():
+        raise UserError("the question is empty")
+    if used := [t for t in SPECIAL_TOKENS if t in question or t in (instruction or "")]:
+        raise UserError(f"{used[0]} stands in the text, and is a token of the prompt itself")
+    messages = [{"role": "user", "content": question.strip()}]
+    if instruction and instruction.strip():
+        messages.insert(0, {"role": "system", "content": instruction.strip()})
+    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    ids: list[int] = encoded["input_ids"]
+    return ids
+
+
+def answer_all(
+    model: Any,
+    tokenizer: Tokenizer,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    sampling: dict[str, float] | None,
+    seed: int,
+) -> list[Answer]:
+    """Answer many prompts, greedily or with `sampling` (temperature, top_p)."""
+    return generate(
+        model,
+        tokenizer,
+        prompts,
+        end_token_id(tokenizer),
+        max_new_tokens,
+        "auto",
+        "answers",
+        sampling=sampling,
+        seed=seed,
+    )

@@ -1,0 +1,122 @@
+"""Device, number types, memory, disk and speed of this machine."""
+
+import gc
+import math
+import os
+import resource
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import torch
+
+from fintune.errors import UserError
+
+GIB = 2**30
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+
+
+def hardware() -> str:
+    """Name the device that computes: the GPU and its memory, or the CPU's cores."""
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        return f"{properties.name}, {properties.total_memory / GIB:.0f} GiB"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{cores} CPU cores"
+
+
+def describe_device() -> str:
+    """Name the hardware and the number type that `precision: auto` stands for on it."""
+    if not torch.cuda.is_available():
+        return f"no GPU: {hardware()}, float32; right for the demo, hours or days for a 7B model"
+    if torch.cuda.is_bf16_supported():
+        return f"{hardware()}, bfloat16"
+    return f"{hardware()}, float16 with loss scaling (no bfloat16 here)"
+
+
+def free_memory_gib() -> float:
+    """Memory that this process could hold in all, in GiB: of the GPU, or of the machine without one.
+
+    Where a process is limited to a share of the GPU, that share counts.
+    """
+    if not torch.cuda.is_available():
+        return psutil.virtual_memory().available / GIB
+    free, total = torch.cuda.mem_get_info()
+    reserved = torch.cuda.memory_reserved()
+    share = torch.cuda.get_per_process_memory_fraction() * total - reserved
+    return (min(free, share) + reserved) / GIB
+
+
+def room_gib() -> float:
+    """Memory that this process can still allocate, in GiB."""
+    held = torch.cuda.memory_allocated() / GIB if torch.cuda.is_available() else 0.0
+    return free_memory_gib() - held
+
+
+def matmul_flops(dtype: torch.dtype) -> float:
+    """Measure the operations a second of a large matrix product, the ceiling that MFU is relative to."""
+    on_gpu = torch.cuda.is_available()
+    n, repeats = (8192, 10) if on_gpu else (1024, 3)
+    where = torch.device("cuda" if on_gpu else "cpu")
+    a, b = (torch.randn(n, n, device=where, dtype=dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    best = math.inf
+    for _ in range(3):
+        if on_gpu:
+            torch.cuda.synchronize()
+        begun = time.perf_counter()
+        for _ in range(repeats):
+            torch.mm(a, b, out=out)
+        if on_gpu:
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - begun)
+    return repeats * 2.0 * n**3 / best
+
+
+def check_disk(needed_bytes: int, folder: Path) -> None:
+    """Check that there is room for `needed_bytes` in the file system of `folder`.
+
+    Raises:
+        UserError: there is not.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise UserError(
+            f"{folder.resolve()}: {free / GIB:.1f} GiB free and about {needed_bytes / GIB:.1f} GiB needed; "
+            "make room (dvc gc -w removes outputs of other experiments from the cache)"
+        )
+
+
+def device() -> torch.device:
+    """Return the first GPU, or the CPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def free_memory() -> None:
+    """Return the memory of a dropped model to the device before the next one is loaded."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def compute_dtype(precision: str) -> torch.dtype:
+    """Return the type of matrix products; `auto` takes bfloat16, float16 or float32, by the hardware."""
+    if precision != "auto":
+        return DTYPES[precision]
+    if not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def peak_memory_gib() -> float:
+    """Return the most memory held so far, in GiB: on the GPU if there is one, else by this process."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated()) / GIB
+    unit = GIB if sys.platform == "darwin" else 2**20  # bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

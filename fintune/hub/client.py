@@ -1,0 +1,74 @@
+"""The Hugging Face hub's refusals in plain words; never with a token in them.
+
+`HF_TOKEN`, `HF_ENDPOINT`, `HF_HOME` and `HF_HUB_OFFLINE` are the libraries' own and are honoured.
+"""
+
+import os
+from pathlib import Path
+
+
+def is_offline() -> bool:
+    """Whether the user switched the hub off, so that only the local cache may answer."""
+    return os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+
+
+def stated_license(folder: Path) -> str | None:
+    """The licence that the card of a model or data set names, if there is a card that does."""
+    from huggingface_hub import metadata_load
+
+    card = folder / "README.md"
+    said = (metadata_load(card) or {}).get("license") if card.is_file() else None
+    return str(said) if said else None
+
+
+def explain_model_error(error: Exception, model: str, revision: str | None) -> str:
+    """What went wrong while a base model was loaded from the hub, with the way out."""
+    return explain_error(error, "models", model, revision)
+
+
+def explain_error(error: BaseException, kind: str, name: str, revision: str | None) -> str:
+    """A hub library's error as a sentence with the way out; never shows a token."""
+    from huggingface_hub import errors, get_token
+    from huggingface_hub.constants import ENDPOINT
+
+    page = f"{ENDPOINT}/{'datasets/' if kind == 'datasets' else ''}{name}"
+    for each in causes(error):
+        status = getattr(getattr(each, "response", None), "status_code", None)
+        if isinstance(each, errors.GatedRepoError):
+            return f"{name} is gated: {_access(page, bool(get_token()), status)}"
+        if isinstance(each, errors.RevisionNotFoundError):
+            return f"{name} has no revision {revision}; its commits are listed at {page}/commits"
+        if isinstance(each, errors.RepositoryNotFoundError):
+            return (
+                f"{name}: not on the hub at {ENDPOINT}, or private: check the name, and for a private "
+                "repository set HF_TOKEN to a token that may read it"
+            )
+        missing = isinstance(each, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled)
+        if missing and is_offline():
+            return f"{name} at {revision} is not in the local cache, and HF_HUB_OFFLINE is set"
+        if status in (401, 403):
+            return f"{name}: the hub answered {status}: {_access(page, bool(get_token()), status)}"
+    first = str(error).strip().splitlines() or [""]
+    return (
+        f"{name}: {type(error).__name__} while reading from {ENDPOINT}: {first[0][:300]}\n"
+        "  run it again to go on where it broke off; HF_ENDPOINT names another server, "
+        "HF_HUB_OFFLINE=1 uses the local cache alone"
+    )
+
+
+def causes(error: BaseException) -> list[BaseException]:
+    """The error and what caused it, down to the first."""
+    chain = [error]
+    while (
+        cause := chain[-1].__cause__ or chain[-1].__context__
+    ) is not None and cause not in chain:
+        chain.append(cause)
+    return chain
+
+
+def _access(page: str, has_token: bool, status: int | None) -> str:
+    if not has_token:
+        return f"accept its terms at {page}, then set HF_TOKEN to a token of that account"
+    if status == 401:
+        return f"HF_TOKEN is not valid (any more); make a new one, and accept the terms at {page}"
+    return f"HF_TOKEN's account has no access yet; accept the terms at {page} and wait for approval"

@@ -1,0 +1,90 @@
+"""The project's root, commit and dvc.lock: the parameters and hashes that a result was made from."""
+
+import hashlib
+import json
+import os
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from fintune import paths
+
+UPSTREAM = ("fetch", "split", "format", "train")  # the stages that an adapter depends on
+
+
+def project_root() -> Path:
+    """Return the folder of the checkout that the user works in.
+
+    `dvc exp run --temp` and queued experiments run in a copy below `.dvc/tmp/exps` that is deleted
+    afterwards; the MLflow database and checkpoints must outlive it, so they belong to the real root.
+    """
+    here = Path.cwd().resolve()
+    for parent in here.parents:
+        if parent.parts[-3:] == (".dvc", "tmp", "exps"):
+            return parent.parents[2]
+    return here
+
+
+def git(root: Path, *arguments: str) -> str:
+    """Return what git prints in `root`; an empty string where it fails or there is no repository."""
+    done = subprocess.run(
+        ["git", *arguments], cwd=root, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def locked_stages(root: Path = Path()) -> dict[str, Any]:
+    """Read the entries of dvc.lock, by stage; none without that file."""
+    lock = root / paths.LOCK
+    stages: dict[str, Any] = {}
+    if lock.is_file():
+        stages = YAML(typ="safe").load(lock.read_text(encoding="utf-8"))["stages"]
+    return stages
+
+
+def finished_stages(root: Path, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Read the entries of stages that ran before this one; none where DVC does not run it.
+
+    Only stages before the running one may be asked for: its own entry is the last run's.
+    """
+    if "DVC_STAGE" not in os.environ:
+        return []
+    stages = locked_stages(root)
+    return [stages[name] for name in names if name in stages]
+
+
+def locked_params(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return the sections of parameters with which a stage ran, from its entry in dvc.lock."""
+    params: dict[str, Any] = entry.get("params", {}).get("params.yaml", {})
+    return params
+
+
+def output_hashes(entries: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Return the md5 of the data and the adapter in stages' entries of dvc.lock, as tags."""
+    return {
+        f"md5.{out['path']}": out["md5"]
+        for entry in entries
+        for out in entry.get("outs", [])
+        if Path(out["path"]).parts[0] == paths.RAW.parts[0] or Path(out["path"]) == paths.ADAPTER
+    }
+
+
+def adapter_read(entry: dict[str, Any]) -> str | None:
+    """Return the md5 of the adapter that a stage has read, from its entry in dvc.lock."""
+    deps = {Path(dep["path"]): str(dep["md5"]) for dep in entry.get("deps", [])}
+    return deps.get(paths.ADAPTER)
+
+
+def folder_md5(folder: Path) -> str:
+    """Compute the hash by which DVC knows a folder: of the sorted list of its files' hashes and paths."""
+    listed = []
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                md5 = hashlib.file_digest(file, "md5").hexdigest()
+            listed.append({"md5": md5, "relpath": path.relative_to(folder).as_posix()})
+    listed.sort(key=lambda entry: entry["relpath"])
+    return hashlib.md5(json.dumps(listed, sort_keys=True).encode()).hexdigest() + ".dir"

@@ -1,0 +1,44 @@
+"""The evaluation's metrics: names, titles and directions, and how a person reads a number."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric's title, and which way is better: 1 up, -1 down, 0 neither."""
+
+    title: str
+    better: int
+
+
+METRICS = {
+    "loss": Metric("Loss, nats an answer token", -1),
+    "perplexity": Metric("Answer perplexity", -1),
+    "bits_per_byte": Metric("Bits a byte", -1),
+    "token_accuracy": Metric("Token accuracy", 1),
+    "rouge_1": Metric("ROUGE-1", 1),
+    "rouge_2": Metric("ROUGE-2", 1),
+    "rouge_l": Metric("ROUGE-L", 1),
+    "chrf": Metric("chrF", 1),
+    "similarity": Metric("Likeness of meaning", 1),
+    "stop_rate": Metric("Stop rate", 1),
+    "empty_rate": Metric("Empty answers", -1),
+    "distinct_2": Metric("Different word pairs (distinct-2)", 1),
+    "longest_repeat": Metric("Longest repeated stretch, words", -1),
+    "mean_answer_tokens": Metric("Tokens an answer", 0),
+    "length_ratio": Metric("Length, answers to references", 0),
+}
+
+
+def number(value: float | None) -> str:
+    """Four digits, as a person reads them."""
+    if value is None or not math.isfinite(value):
+        return "not a number"
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}".replace("-", "−")
+
+
+def finite(value: Any) -> float | None:
+    """The number, or None where it is none that JSON has; a zero has no sign."""
+    return float(value) + 0.0 if math.isfinite(value) else None

@@ -1,0 +1,191 @@
+"""The LoRA adapter and its folder: weights, tokenizer and what it was trained on."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from pydantic import ValidationError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fintune.data.prompt import SPECIAL_TOKENS, add_chat_template, load_tokenizer
+from fintune.errors import UserError
+from fintune.hardware import compute_dtype
+from fintune.hub.models import weights_fingerprint
+from fintune.params import Base, Lora
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What an adapter's folder says of its training: `base` and `train` parameters, and more.
+
+    `instruction` is the one that most of its training rows had.
+    """
+
+    base: Base
+    train: dict[str, Any]
+    instruction: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What its matrix products are computed in here."""
+        return compute_dtype(self.train["precision"])
+
+    @property
+    def four_bits(self) -> torch.dtype | None:
+        """What the products of its 4-bit base are computed in; None where the base is in 16 bits."""
+        return self.dtype if self.train["quantization"] == "nf4" else None
+
+
+def write_training(adapter: Path, base: Base, train: dict[str, Any], instruction: str) -> None:
+    """Write `training.json` into an adapter's folder, for `read_training`."""
+    said = {
+        "base": base.model_dump(),
+        "base_fingerprint": weights_fingerprint(base),
+        "instruction": instruction,
+        "train": train,
+    }
+    text = json.dumps(said, indent=2, ensure_ascii=False) + "\n"
+    (adapter / "training.json").write_text(text, encoding="utf-8")
+
+
+def read_training(adapter: Path) -> Trained:
+    """Read an adapter's `training.json` and make sure that its base is still the one it was trained on.
+
+    Raises:
+        UserError: there is no adapter, or an older version's; its base is not here, or holds other
+            weights now.
+    """
+    file = adapter / "training.json"
+    if not file.is_file():
+        raise UserError(
+            f"{adapter}: no adapter there; `dvc repro train` makes it, `dvc pull` fetches it"
+        )
+    said = json.loads(file.read_text(encoding="utf-8"))
+    if missing := [key for key in ("base_fingerprint", "instruction") if key not in said]:
+        raise UserError(
+            f"{file}: has no {' and no '.join(missing)}: it was trained by an older version of this project; "
+            "`dvc repro train` trains it again"
+        )
+    try:
+        base = Base(**said["base"])
+    except ValidationError:
+        raise UserError(
+            f"{adapter} was trained on {said['base']['model']}, a folder that is not here; work in the "
+            "folder that holds it"
+        ) from None
+    if said["base_fingerprint"] != weights_fingerprint(base):
+        raise UserError(
+            f"{adapter} was trained on other weights than {base.model}"
+            f"{f' at {base.revision}' if base.revision else ''} holds now; bring that base back, or "
+            "`dvc repro train` to train on this one"
+        )
+    return Trained(base, said["train"], said["instruction"])
+
+
+def add_adapter(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lora: Lora, seed: int
+) -> PeftModel:
+    """Put a new LoRA adapter, drawn from `seed`, on the base and make the two tokens' rows trainable.
+
+    LoRA alone would leave the new tokens untrained (artidoro/qlora#214): the model could not learn to
+    end an answer.
+
+    Raises:
+        UserError: a name in train.lora.target_modules is no linear layer of this model.
+    """
+    names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    if unknown := [name for name in lora.target_modules if name not in names]:
+        linear = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if _is_linear(m)}
+        raise UserError(
+            f"train.lora.target_modules: {', '.join(unknown)}: no such layer in this model; "
+            f"it has {', '.join(sorted(linear - {'lm_head'}))}"
+        )
+    new_tokens = [int(i) for i in tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))]
+    tables = ["embed_tokens"] if model.config.tie_word_embeddings else ["embed_tokens", "lm_head"]
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.target_modules),
+        trainable_token_indices=dict.fromkeys(tables, new_tokens),
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(seed)
+    tuned: PeftModel = get_peft_model(model, config)
+    return tuned
+
+
+def _is_linear(module: torch.nn.Module) -> bool:
+    return isinstance(module, torch.nn.Linear)
+
+
+def write_adapter(
+    model: PeftModel, folder: Path, base: Base, train: dict[str, Any], instruction: str
+) -> None:
+    """Write an adapter's whole folder: weights, `training.json`, and the tokenizer with its chat template.
+
+    Args:
+        train: the section with which it was trained.
+        instruction: the one that most of its training rows had.
+    """
+    save_adapter(model, folder)
+    (folder / "README.md").unlink()  # PEFT's form to be filled in
+    tokenizer = load_tokenizer(base)
+    add_chat_template(tokenizer, instruction)
+    tokenizer.save_pretrained(folder)
+    write_training(folder, base, train, instruction)
+
+
+def describe_adapter(model: PeftModel) -> str:
+    """Format the number of trainable parameters and their share."""
+    trainable, total = model.get_nb_trainable_parameters()
+    return f"{trainable:,} of {total:,} parameters ({100 * trainable / total:.3f} %)"
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Write LoRA weights and the two tokens' rows, not the whole resized embedding.
+
+    PEFT keeps names in sets and writes them in the order of a hash that each process draws anew; sorted,
+    equal adapters are equal files.
+    """
+    for config in model.peft_config.values():
+        for name, value in vars(config).items():
+            if isinstance(value, set):
+                setattr(config, name, sorted(value))
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+
+
+def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """Put a saved adapter on its base, for use, not for training.
+
+    Raises:
+        UserError: the folder holds no adapter, or one of another shape.
+    """
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise UserError(
+            f"{folder}: no adapter there; `dvc repro train` makes it, `dvc pull` fetches it"
+        )
+    try:
+        tuned: PeftModel = PeftModel.from_pretrained(model, str(folder))
+    except RuntimeError as error:
+        raise UserError(f"{folder}: the adapter does not fit its base: {error}") from error
+    return tuned.eval()
+
+
+def load_another_adapter(model: PeftModel, folder: Path, name: str) -> None:
+    """Put a second saved adapter beside the first, which stays the active one; `set_adapter` switches.
+
+    To be called before the model has computed anything: PEFT reads the model's state here, and on some
+    CPUs bitsandbytes rounds the 4-bit weights' scales once more when its state is read after a pass.
+
+    Raises:
+        UserError: the adapter does not fit this base.
+    """
+    try:
+        model.load_adapter(str(folder), adapter_name=name)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{folder}: the adapter does not fit its base: {error}") from error
+    model.eval()

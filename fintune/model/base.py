@@ -1,0 +1,103 @@
+"""The base model: load it, in 4 bits or whole, and add rows for the new tokens.
+
+Only safetensors weights are read and no code from a model's folder is run.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from fintune.errors import UserError
+from fintune.hardware import device
+from fintune.hub.client import explain_model_error
+from fintune.model.attention import ATTENTION
+from fintune.params import Base
+
+
+def load_base(
+    base: Base,
+    tokenizer: PreTrainedTokenizerBase,
+    quantization: str,
+    dtype: torch.dtype,
+    on: torch.device | None = None,
+) -> PreTrainedModel:
+    """Load the base and give it rows for the new tokens in embedding and head.
+
+    Args:
+        quantization: `nf4` for 4-bit weights with double quantisation (QLoRA, Dettmers et al. 2023);
+            embedding, norms and head stay in `dtype`. `none` keeps every weight in `dtype`.
+        dtype: what weights are kept in and products are computed in.
+        on: where to put it; the first GPU, or the CPU, when left out.
+
+    Returns:
+        The model with `max(rows of the base, len(tokenizer))` rows; new ones start as the mean of
+        the base's, which is the same in every stage and on every device to rounding.
+    """
+    config = None
+    if quantization == "nf4":
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    model: PreTrainedModel
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            base.model,
+            revision=base.revision,
+            dtype=dtype,
+            quantization_config=config,
+            device_map={"": on or device()},
+            use_safetensors=True,
+            attn_implementation=ATTENTION,
+        )
+    except OSError as error:
+        reason = str(error)
+        if not base.is_folder:
+            reason = explain_model_error(error, base.model, base.revision)
+        raise UserError(f"base.model: {base.model}: cannot be loaded: {reason}") from error
+    _add_rows(model, len(tokenizer))
+    model.config.use_cache = False
+    return model
+
+
+def _add_rows(model: PreTrainedModel, rows: int) -> None:
+    old = model.get_input_embeddings().weight.shape[0]
+    if rows <= old:
+        return
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    tables = {id(w): w for w in (model.get_input_embeddings().weight, head_weight(model))}
+    with torch.no_grad():
+        for weight in tables.values():
+            weight[old:] = weight[:old].float().mean(dim=0).to(weight.dtype)
+
+
+def head_weight(model: PreTrainedModel) -> torch.Tensor:
+    """The head's weight, (vocabulary, hidden); the embedding's own where the two are tied."""
+    weight: torch.Tensor = model.get_output_embeddings().weight
+    return weight
+
+
+def load_plain(folder: Path) -> PreTrainedModel:
+    """Load a merged folder as any user of transformers would: in its own type, or without a GPU in float32.
+
+    There float32 is faster than 16 bits, and exact.
+    """
+    dtype = "auto" if device().type == "cuda" else torch.float32
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, device_map={"": device()}, use_safetensors=True
+    )
+    return model
+
+
+def base_of(model: Any) -> Any:
+    """transformers' own model, whose layers an adapter may sit in."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

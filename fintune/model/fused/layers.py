@@ -1,0 +1,177 @@
+"""A decoder layer with hand-written forward and backward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from fintune.model.attention import attend
+from fintune.model.fused.projections import Projections
+
+
+@dataclass
+class Layer:
+    """A decoder layer's weights, sizes and settings."""
+
+    qkv: Projections
+    output: Projections
+    gate_up: Projections
+    down: Projections
+    norms: tuple[Tensor, Tensor]
+    eps: float
+    heads: int
+    groups: int
+    window: int | None
+    keeps_middle: bool  # whether the outputs of gate and up are kept for the backward pass
+    run: Any  # where rms_norm and the others are taken from: kernels.py on a GPU, else this module
+
+    def __call__(self, x: Tensor, place: Place, seed: int) -> Tensor:
+        """(tokens, hidden) to (tokens, hidden)."""
+        out: Tensor = _FeedForward.apply(
+            self.attention(x, place, seed), self, seed + 2, *self.of_feed_forward
+        )
+        return out
+
+    def attention(self, x: Tensor, place: Place, seed: int) -> Tensor:
+        """The first half, residual included."""
+        q, k, v, x = _QueryKeyValue.apply(x, self, place, seed, *self.qkv.parameters)
+        scale = q.shape[-1] ** -0.5
+        seen = attend(q, k, v, place.bounds, place.longest, self.window, scale)
+        out: Tensor = _Output.apply(seen.flatten(1), x, self, seed + 1, *self.output.parameters)
+        return out
+
+    @property
+    def of_attention(self) -> tuple[Tensor, ...]:
+        return (*self.qkv.parameters, *self.output.parameters)
+
+    @property
+    def of_feed_forward(self) -> tuple[Tensor, ...]:
+        return (*self.gate_up.parameters, *self.down.parameters)
+
+    def feed_forward_gradients(
+        self, x: Tensor, gate_up: Tensor | None, dy: Tensor, seed: int
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Of x, and of `of_feed_forward`; without `gate_up` that product is made again."""
+        normal = self.run.rms_norm(x, self.norms[1], self.eps)
+        if gate_up is None:
+            gate_up = self.gate_up.forward(normal, seed)
+        d_middle = self.down.input_gradient(dy, seed + 1)
+        middle, d_gate_up = self.run.swiglu_backward(gate_up, d_middle)
+        del gate_up, d_middle
+        of_down = self.down.parameter_gradients(middle, dy, seed + 1)
+        del middle
+        of_gate_up = self.gate_up.parameter_gradients(normal, d_gate_up, seed)
+        del normal
+        d_normal = self.gate_up.input_gradient(d_gate_up, seed)
+        del d_gate_up
+        dx = self.run.rms_norm_backward(x, self.norms[1], self.eps, d_normal, dy)
+        return dx, [*of_gate_up, *of_down]
+
+    def infer(self, x: Tensor, cos: Tensor, sin: Tensor, look: Callable[..., Tensor]) -> Tensor:
+        """The same without gradients; `look` takes q, k and v and gives what each token has seen."""
+        normal = self.run.rms_norm(x, self.norms[0], self.eps)
+        turned = self.run.rotate(self.qkv.forward(normal, 0), cos, sin, self.heads, self.groups)
+        seen = look(*turned.split([self.heads, self.groups, self.groups], dim=1))
+        x = self.output.forward(seen.flatten(1), 0).add_(x)
+        normal = self.run.rms_norm(x, self.norms[1], self.eps)
+        middle = self.run.swiglu(self.gate_up.forward(normal, 0))
+        return self.down.forward(middle, 0).add_(x)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the tokens of packed rows belong: angles of each, and the bounds of the documents."""
+
+    cos: Tensor  # (tokens, head size)
+    sin: Tensor
+    bounds: Tensor  # int32, (documents + 1,)
+    longest: int
+
+
+class _QueryKeyValue(Function):
+    """Norm, q, k, v and rotary embedding; hands the residual on, so that its gradient is added here."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Layer, place: Place, seed: int, *_: Tensor) -> Any:
+        normal = layer.run.rms_norm(x, layer.norms[0], layer.eps)
+        qkv = layer.qkv.forward(normal, seed)
+        turned = layer.run.rotate(qkv, place.cos, place.sin, layer.heads, layer.groups)
+        ctx.save_for_backward(x)
+        ctx.layer, ctx.place, ctx.seed = layer, place, seed
+        q, k, v = turned.split([layer.heads, layer.groups, layer.groups], dim=1)
+        return q, k, v, x
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        dq, dk, dv, skip = gradients
+        (x,), layer, place = ctx.saved_tensors, ctx.layer, ctx.place
+        d_qkv = layer.run.rotate_backward(dq, dk, dv, place.cos, place.sin)
+        normal = layer.run.rms_norm(x, layer.norms[0], layer.eps)
+        of_parameters = layer.qkv.parameter_gradients(normal, d_qkv, ctx.seed)
+        d_normal = layer.qkv.input_gradient(d_qkv, ctx.seed)
+        dx = layer.run.rms_norm_backward(x, layer.norms[0], layer.eps, d_normal, skip)
+        return dx, None, None, None, *of_parameters
+
+
+class _Output(Function):
+    """The attention's output layer, added to the residual."""
+
+    @staticmethod
+    def forward(ctx: Any, seen: Tensor, x: Tensor, layer: Layer, seed: int, *_: Tensor) -> Any:
+        ctx.save_for_backward(seen)
+        ctx.layer, ctx.seed = layer, seed
+        return layer.output.forward(seen, seed).add_(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (dy,), (seen,), layer = gradients, ctx.saved_tensors, ctx.layer
+        of_parameters = layer.output.parameter_gradients(seen, dy, ctx.seed)
+        return layer.output.input_gradient(dy, ctx.seed), dy, None, None, *of_parameters
+
+
+class _FeedForward(Function):
+    """Norm, gate, up, SwiGLU and down, added to the residual."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Layer, seed: int, *_: Tensor) -> Any:
+        normal = layer.run.rms_norm(x, layer.norms[1], layer.eps)
+        gate_up = layer.gate_up.forward(normal, seed)
+        del normal
+        middle = layer.run.swiglu(gate_up)
+        ctx.save_for_backward(x, gate_up if layer.keeps_middle else None)
+        ctx.layer, ctx.seed = layer, seed
+        if not layer.keeps_middle:
+            del gate_up
+        return layer.down.forward(middle, seed + 1).add_(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        x, gate_up = ctx.saved_tensors
+        dx, of_parameters = ctx.layer.feed_forward_gradients(x, gate_up, gradients[0], ctx.seed)
+        return dx, None, None, *of_parameters
+
+
+class CheckpointedLayer(Function):
+    """A layer of which only the input is kept; all but its last product is computed again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Layer, place: Place, seed: int, *_: Tensor) -> Any:
+        ctx.save_for_backward(x)
+        ctx.layer, ctx.place, ctx.seed = layer, place, seed
+        return layer(x, place, seed)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        layer, x = ctx.layer, ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            middle = layer.attention(x, ctx.place, ctx.seed)
+        d_middle, of_feed_forward = layer.feed_forward_gradients(
+            middle.detach(), None, gradients[0], ctx.seed + 2
+        )
+        dx, *of_attention = torch.autograd.grad(middle, [x, *layer.of_attention], d_middle)
+        return dx, None, None, None, *of_attention, *of_feed_forward

@@ -1,0 +1,187 @@
+"""Linear layers with LoRA that read the same input, as one matrix product."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from torch import Tensor
+
+from fintune.model.fused.ops import functions_for
+
+
+class Workspace:
+    """One buffer for the weights of the product at hand; a stream runs one product after another."""
+
+    def __init__(self) -> None:
+        self._buffer: Tensor | None = None
+
+    def take(self, rows: int, columns: int, like: Tensor) -> Tensor:
+        """An uninitialised (rows, columns) view; valid until the next call."""
+        size = rows * columns
+        if self._buffer is None or self._buffer.numel() < size:
+            self._buffer = None
+            self._buffer = like.new_empty(size)
+        return self._buffer[:size].view(rows, columns)
+
+
+class Projections:
+    """Linear layers that read the same input, with or without LoRA, as one product.
+
+    `parameters` are A and B of each layer that has them; gradients come in that order. Ranks and
+    outputs of the layers lie side by side in `down`, (ranks, inputs), and `up`, (outputs, ranks),
+    which is zero where a rank belongs to another layer; both are copies in the activations' type.
+    `refresh` takes over the parameters' values. With `keep`, 4-bit weights are dequantised there and
+    stay in 16 bits; otherwise each product makes them anew.
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[Any],
+        dtype: torch.dtype,
+        workspace: Workspace,
+        keep: bool,
+        training: bool,
+    ) -> None:
+        self.bases = [getattr(module, "base_layer", module) for module in modules]
+        self.outputs = [base.out_features for base in self.bases]
+        self.inputs: int = self.bases[0].in_features
+        self.quantized = hasattr(self.bases[0].weight, "quant_state")
+        self.workspace = workspace
+        tuned = [(m, active_adapter(m)) for m in modules]
+        self.loras = [
+            (m.lora_A[name].weight, m.lora_B[name].weight) if name else None for m, name in tuned
+        ]
+        self.parameters: tuple[Tensor, ...] = tuple(p for pair in self.loras if pair for p in pair)
+        present = [(m, name) for m, name in tuned if name]
+        self.scaling: float = present[0][0].scaling[present[0][1]] if present else 0.0
+        self.dropout: float = 0.0
+        if present and training:
+            self.dropout = getattr(present[0][0].lora_dropout[present[0][1]], "p", 0.0)
+        self.folds = bool(present) and self.quantized and not self.dropout
+        device = self.bases[0].weight.device
+        ranks = sum(pair[0].shape[0] for pair in self.loras if pair)
+        self.down = torch.zeros(ranks, self.inputs, dtype=dtype, device=device)
+        self.up = torch.zeros(sum(self.outputs), ranks, dtype=dtype, device=device)
+        self.rows = _side_by_side(self.outputs)
+        self.ranks = _side_by_side([pair[0].shape[0] if pair else 0 for pair in self.loras])
+        self.copies = self._of_parameters(self.down, self.up)
+        # one float32 number, which makes the product float32: scaled and converted in one pass
+        self.factor = torch.full((1,), self._alpha, dtype=torch.float32, device=device)
+        if self.quantized and device.type == "cuda":
+            from fintune.model.fused import (
+                kernels,  # needs Triton, which comes with torch for GPUs only
+            )
+
+            self.states = [kernels.NestedState.of(base.weight.quant_state) for base in self.bases]
+        self.kept: Tensor | None = None
+        if keep and self.quantized:
+            self.kept = torch.empty(sum(self.outputs), self.inputs, dtype=dtype, device=device)
+            self._fill(self.kept)
+
+    def refresh(self) -> None:
+        """Follow parameters that have changed, once `copies` have."""
+        if self.kept is not None and self.folds:
+            self._fill(self.kept)
+
+    def _of_parameters(self, down: Tensor, up: Tensor) -> list[Tensor]:
+        """The parts of tensors of `down`'s and `up`'s shapes that belong to `parameters`, in their order."""
+        parts = []
+        for pair, rows, ranks in zip(self.loras, self.rows, self.ranks, strict=True):
+            if pair:
+                parts += [down[ranks], up[rows, ranks]]
+        return parts
+
+    def _blocks(self, like: Tensor) -> list[tuple[slice, Tensor]]:
+        """Weights, (outputs, inputs), with the outputs that they belong to."""
+        if not self.quantized:
+            return [(r, base.weight) for r, base in zip(self.rows, self.bases, strict=True)]
+        whole = self.kept
+        if whole is None:
+            whole = self.workspace.take(sum(self.outputs), self.inputs, like)
+            self._fill(whole)
+        return [(slice(0, len(whole)), whole)]
+
+    @torch.no_grad()
+    def _fill(self, whole: Tensor) -> None:
+        """Dequantise the weights, (outputs, inputs), and add the adapter where it is folded in."""
+        for i, (r, base, pair) in enumerate(zip(self.rows, self.bases, self.loras, strict=True)):
+            pair = pair if self.folds else None
+            if whole.is_cuda:
+                from fintune.model.fused.kernels import dequantize_and_add
+
+                dequantize_and_add(base.weight, self.states[i], pair, self.scaling, whole[r])
+            else:
+                weight = _dequantize(base)
+                if pair:
+                    weight.addmm_(pair[1].float(), pair[0].float(), alpha=self.scaling)
+                whole[r] = weight
+
+    def forward(self, x: Tensor, seed: int) -> Tensor:
+        """(tokens, inputs) to (tokens, outputs)."""
+        blocks = self._blocks(x)
+        y = x.new_empty(x.shape[0], sum(self.outputs))
+        for rows, weight in blocks:
+            torch.mm(x, weight.t(), out=y[:, rows])
+        if self.parameters and not self.folds:
+            y.addmm_(self._dropped(x, seed) @ self.down.t(), self.up.t(), alpha=self._alpha)
+        return y
+
+    def input_gradient(self, dy: Tensor, seed: int) -> Tensor:
+        """(tokens, outputs) to (tokens, inputs)."""
+        (rows, weight), *others = self._blocks(dy)
+        dx = dy[:, rows] @ weight
+        for rows, weight in others:
+            dx.addmm_(dy[:, rows], weight)
+        if self.parameters and not self.folds:
+            inner = dy @ self.up
+            if self.dropout:
+                arguments = (dx, inner, self.down, self._alpha, self.dropout, seed)
+                functions_for(dx).add_dropped_product(*arguments)
+            else:
+                dx.addmm_(inner, self.down, alpha=self._alpha)
+        return dx
+
+    def parameter_gradients(self, x: Tensor, dy: Tensor, seed: int) -> list[Tensor]:
+        """The gradients of `parameters`, from the input and the gradient of the output."""
+        if not self.parameters:
+            return []
+        x = self._dropped(x, seed)
+        d_down = (dy @ self.up).t() @ x
+        d_up = dy.t() @ (x @ self.down.t())
+        return [part * self.factor for part in self._of_parameters(d_down, d_up)]
+
+    @property
+    def _alpha(self) -> float:
+        return self.scaling / (1 - self.dropout)
+
+    def _dropped(self, x: Tensor, seed: int) -> Tensor:
+        return functions_for(x).drop(x, self.dropout, seed) if self.dropout else x
+
+
+def active_adapter(module: Any) -> str | None:
+    """The adapter that a layer of PEFT's computes with; None where it is switched off, or has none."""
+    if not getattr(module, "active_adapters", None) or module.disable_adapters:
+        return None
+    name: str = module.active_adapters[0]
+    mine = getattr(module, "lora_A", None) or getattr(module, "token_indices", {})
+    return name if name in mine else None
+
+
+def _side_by_side(sizes: Sequence[int]) -> list[slice]:
+    return [slice(a, b) for a, b in pairwise([0, *accumulate(sizes)])]
+
+
+def _dequantize(base: Any) -> Tensor:
+    """4 bits to float32 on a CPU, where bitsandbytes packs weights anew that evaluation has used."""
+    weight = base.weight
+    if getattr(weight.quant_state, "packing_format_for_cpu", False):
+        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+        weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(
+            weight.data, weight.quant_state
+        )
+    return dequantize_4bit(weight.data, weight.quant_state).float()

@@ -1,0 +1,146 @@
+"""How likely a model finds the answers to question-answer rows, and how sure it is of itself."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from fintune.hardware import room_gib
+from fintune.model.base import base_of
+from fintune.model.batch import CHUNK, Pass, TokenRow, batches_by_length, lay_out
+from fintune.model.fused.model import FusedModel, kept_gib, unsupported
+
+TOKENS_PER_BATCH = (
+    8192  # padded; bounds the memory of a batch, and changes no result beyond rounding
+)
+ROOM_GIB = 6  # left for a batch, before weights are kept in 16 bits
+BINS = 10  # of the calibration, equally wide
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Sums over each row's answer tokens, in the order of the rows; arrays of shape (rows,).
+
+    `nll` is the negative log-likelihood in nats, `correct` counts the tokens that were the most
+    likely ones, `tokens` counts all of them, the end token included. `calibration`, shape (BINS, 3),
+    has all rows' tokens by the probability that the model gave to its own favourite: their number,
+    the sum of those probabilities, and how often the favourite was right.
+    """
+
+    nll: np.ndarray
+    correct: np.ndarray
+    tokens: np.ndarray
+    calibration: np.ndarray
+
+    @property
+    def loss(self) -> float:
+        """Nats per answer token, each token counted alike."""
+        return float(self.nll.sum() / self.tokens.sum())
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the answer tokens that were the most likely ones."""
+        return float(self.correct.sum() / self.tokens.sum())
+
+
+@torch.no_grad()
+def likelihood(
+    model: Any, rows: Sequence[TokenRow], title: str, kernels: str = "auto"
+) -> Likelihood:
+    """How likely the model finds the answers, given their prompts.
+
+    Only the answers' positions go through the head, in chunks, so memory does not grow with the prompt and
+    the vocabulary together.
+
+    Args:
+        model: a causal model, with or without an adapter; left in evaluation mode.
+        title: of the progress bar.
+        kernels: `fused`, on packed rows, `plain`, on padded ones, or `auto`, as for training.
+    """
+    forward = _Forward(model, kernels)
+    nll, correct = np.zeros(len(rows)), np.zeros(len(rows))
+    calibration = np.zeros((BINS, 3))
+    lengths = [len(prompt) + len(completion) for prompt, completion in rows]
+    most = TOKENS_PER_BATCH * (1 if forward.padded else 2)
+    with tqdm(total=len(rows), desc=title, unit="row", leave=False) as bar:
+        for batch in batches_by_length(lengths, most, rows=256):
+            part = lay_out([rows[i] for i in batch], forward.padded, model.device)
+            states = forward.answer_states(part)
+            figures = [
+                token_figures(forward.logits(chunk).float(), labels)
+                for chunk, labels in zip(
+                    states.split(CHUNK), part.targets.split(CHUNK), strict=True
+                )
+            ]
+            losses, hits, confidence = np.concatenate(figures, axis=1)
+            owner = np.repeat(batch, [len(rows[i][1]) for i in batch])
+            np.add.at(nll, owner, losses)
+            np.add.at(correct, owner, hits)
+            calibration += calibration_sums(confidence, hits)
+            bar.update(len(batch))
+    tokens = np.array([len(completion) for _, completion in rows], dtype=float)
+    return Likelihood(nll, correct, tokens, calibration)
+
+
+def token_figures(
+    logits: torch.Tensor, labels: torch.Tensor
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What is measured at each answer token.
+
+    Args:
+        logits: float32, (tokens, vocabulary), that predict the labels; labels: (tokens,).
+
+    Returns:
+        The losses in nats, 1 where the most likely token was the right one and else 0, and the
+        probability of the most likely token; float64, each of shape (tokens,).
+    """
+    total = logits.logsumexp(dim=-1)
+    losses = total - logits.gather(-1, labels[:, None])[:, 0]
+    top, favourite = logits.max(dim=-1)
+    figures = torch.stack([losses, (favourite == labels).float(), (top - total).exp()])
+    losses, hits, confidence = figures.double().cpu().numpy()
+    return losses, hits, confidence
+
+
+def calibration_sums(confidence: np.ndarray, hits: np.ndarray) -> np.ndarray:
+    """Tokens by confidence: number, sum of confidence, number right; shape (BINS, 3)."""
+    places = np.clip(np.nan_to_num(confidence) * BINS, 0, BINS - 1).astype(int)
+    columns = (np.ones_like(confidence), confidence, hits)
+    return np.stack([np.bincount(places, each, minlength=BINS) for each in columns], axis=1)
+
+
+@torch.no_grad()
+def answer_logits(model: Any, rows: Sequence[TokenRow]) -> list[torch.Tensor]:
+    """The logits that predict each row's answer tokens; float32 on the CPU, (answer tokens, vocabulary)."""
+    forward = _Forward(model, "auto")
+    parts = [lay_out([row], forward.padded, model.device) for row in rows]
+    return [forward.logits(forward.answer_states(part)).float().cpu() for part in parts]
+
+
+class _Forward:
+    """A model's states at the places that predict answers, by the fused layers or the model's own."""
+
+    def __init__(self, model: Any, kernels: str) -> None:
+        model.eval()
+        plain = base_of(model)
+        self.body, self.head = plain.get_decoder(), plain.get_output_embeddings()
+        self.fused = None
+        if kernels == "fused" or (kernels == "auto" and unsupported(model) is None):
+            keep = kept_gib(model) + ROOM_GIB < room_gib()
+            self.fused = FusedModel(model, self.head.weight.dtype, keep=keep, training=False)
+        self.padded = self.fused is None
+        self.logits = self.fused.logits if self.fused else self.head
+
+    def answer_states(self, part: Pass) -> torch.Tensor:
+        """(answer tokens, hidden), normalised."""
+        if self.fused:
+            assert part.bounds is not None
+            at = (part.ids[0], part.positions[0], part.bounds, part.longest)
+            hidden = self.fused.hidden_states(*at)
+        else:
+            seen = {"attention_mask": part.mask, "use_cache": False}
+            hidden = self.body(input_ids=part.ids, **seen).last_hidden_state.flatten(0, 1)
+        return hidden.index_select(0, part.predicting)

@@ -1,0 +1,43 @@
+"""Every file that passes between stages, and what stays at the project's root beside them."""
+
+from pathlib import Path
+
+PIPELINE = Path("dvc.yaml")
+LOCK = Path("dvc.lock")
+DVC_CONFIG = (Path(".dvc/config"), Path(".dvc/config.local"))
+
+DEMO_ASSETS = Path("assets")
+OWN_DATA = Path("data/source")
+GENERAL_TEXT = Path("assets/general-text.jsonl")
+
+RAW = Path("data/raw")
+RAW_ROWS = RAW / "qa.parquet"
+MANIFEST = RAW / "manifest.json"
+SPLIT = Path("data/split")
+FORMATTED = Path("data/formatted")
+
+ADAPTER = Path("models/adapter")
+RUN = Path("models/run.json")
+MERGED = Path("models/merged")
+
+REPORTS = Path("reports")
+SPLIT_METRICS = REPORTS / "split.json"
+FORMAT_METRICS = REPORTS / "format.json"
+TRAIN_METRICS = REPORTS / "train.json"
+TRAIN_CURVE = REPORTS / "train_curve.csv"
+VALIDATION_CURVE = REPORTS / "validation_curve.csv"  # apart: DVC's plots draw an empty cell as 0
+EVALUATION = REPORTS / "evaluation.json"
+EVALUATION_PAGE = REPORTS / "evaluation.html"
+PREDICTIONS = REPORTS / "predictions.parquet"
+ROW_LOSS = REPORTS / "row_loss.csv"
+EXPORT = REPORTS / "export.json"
+
+SCRATCH = Path(".checkpoints")
+MLFLOW_DATABASE = Path("mlflow.db")
+MLFLOW_ARTIFACTS = Path("mlartifacts")
+SEARCH_DATABASE = Path("search.db")
+
+
+def rows(folder: Path, split: str) -> Path:
+    """Where `folder` keeps the rows of `split`: train, validation or test."""
+    return folder / f"{split}.parquet"

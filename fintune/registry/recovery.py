@@ -1,0 +1,74 @@
+"""Log a run again from the files where MLflow lacks it."""
+
+import csv
+import io
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow.tracking import MlflowClient
+
+from fintune import paths
+from fintune.data.tables import read_rows
+from fintune.lineage import locked_params, locked_stages
+from fintune.registry.results import log_predictions, log_results
+from fintune.tracking.runs import COMPLETE, existing_run, log_training
+
+log = logging.getLogger("fintune")
+
+
+def run_of_adapter(client: MlflowClient) -> str:
+    """Return the id of the adapter's run, which is logged again from the files where it is missing.
+
+    A run that was logged again has another id than `models/run.json` says; it is found by the tag
+    `first_run_id`.
+    """
+    record = json.loads(paths.RUN.read_text())
+    metrics = json.loads(paths.TRAIN_METRICS.read_text())
+    curve = read_curve(paths.TRAIN_CURVE)
+    run_id = existing_run(client, record["run_id"])
+    if run_id is None:
+        experiment = mlflow.set_experiment(record["experiment"])
+        again = client.search_runs(
+            [experiment.experiment_id], f"tags.first_run_id = '{record['run_id']}'"
+        )
+        if again:
+            run_id = str(again[0].info.run_id)
+        else:
+            tags = {"first_run_id": record["run_id"]}
+            run_id = client.create_run(
+                experiment.experiment_id, tags=tags, run_name=record["name"]
+            ).info.run_id
+            log.info("MLflow has no run %s; logging it again as %s", record["run_id"], run_id)
+    if client.get_run(run_id).data.tags.get(COMPLETE) != "true":
+        log_training(client, {**record, "run_id": run_id}, metrics, paths.ADAPTER, curve)
+        client.set_terminated(run_id, "FINISHED")
+    return str(run_id)
+
+
+def read_curve(path: Path) -> list[dict[str, float | None]]:
+    """The training's values step by step; None where a step has none."""
+    return [
+        {key: float(value) if value else None for key, value in row.items()}
+        for row in csv.DictReader(io.StringIO(path.read_text()))
+    ]
+
+
+def restore_evaluation(client: Any, run_id: str) -> None:
+    """Add the evaluation's results to a run that has none."""
+    if has_metric(client, run_id, "tuned/loss"):
+        return
+    report = json.loads(paths.EVALUATION.read_text())
+    settings = locked_params(locked_stages().get("evaluate", {}))
+    files = (paths.EVALUATION, paths.PREDICTIONS, paths.EVALUATION_PAGE)
+    there = [file for file in files if file.is_file()]
+    log_results(client, run_id, report, settings | {"gate_passed": report["gate"]["passed"]}, there)
+    log_predictions(client, run_id, read_rows(paths.PREDICTIONS, []))
+    log.info("MLflow had no evaluation of this adapter; logged it again")
+
+
+def has_metric(client: Any, run_id: str, metric: str) -> bool:
+    """Tell whether a run has a value of this metric."""
+    return metric in client.get_run(run_id).data.metrics

@@ -1,0 +1,55 @@
+"""Results that later stages add to an adapter's run."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from mlflow.entities import Metric, RunTag
+from mlflow.tracking import MlflowClient
+
+from fintune.params import flatten
+from fintune.tracking.runs import as_texts, now_ms
+
+TABLES = "mlflow.loggedArtifacts"  # the tag by which MLflow's pages find tables
+
+
+def log_results(
+    client: MlflowClient,
+    run_id: str,
+    metrics: dict[str, Any],
+    settings: dict[str, Any],
+    files: list[Path],
+) -> None:
+    """Add a later stage's results to the adapter's run.
+
+    The stage's parameters become tags, because an adapter may be evaluated again with others and
+    MLflow's parameters cannot change.
+    """
+    numbers = {
+        key.replace(".", "/"): float(value)
+        for key, value in flatten(metrics).items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    client.log_batch(
+        run_id,
+        metrics=[Metric(key, value, now_ms(), 0) for key, value in numbers.items()],
+        tags=[RunTag(key, value) for key, value in as_texts(settings).items()],
+    )
+    for file in files:
+        client.log_artifact(run_id, str(file))
+
+
+def log_predictions(client: MlflowClient, run_id: str, rows: list[dict[str, Any]]) -> None:
+    """Log rows as a table that the run's page shows.
+
+    `mlflow.log_table` would append them to the table of an earlier evaluation.
+    """
+    import pandas as pd
+
+    name = "predictions.json"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        pd.DataFrame(rows).to_json(path, orient="split", index=False)
+        client.log_artifact(run_id, str(path))
+    client.set_tag(run_id, TABLES, json.dumps([{"path": name, "type": "table"}]))

@@ -1,0 +1,260 @@
+"""The MLflow run of a training: opened, logged to live, and described in `models/run.json`.
+
+That file holds all of the run's record besides metrics and artifacts, so a run that DVC restored from
+its cache, or that a server has lost, is logged again from the files.
+"""
+
+import json
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow.entities import Metric, RunTag
+from mlflow.entities import Param as MlflowParam
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+from fintune import paths
+from fintune.errors import UserError
+from fintune.lineage import finished_stages, git, locked_params, output_hashes
+from fintune.params import flatten
+from fintune.tracking.client import EXPERIMENT, store_lock
+
+log = logging.getLogger("fintune")
+
+COMPLETE = "training_logged"
+SWEEP = "experiments_on_commit"
+
+
+@contextmanager
+def training_run(record: Path, name: str, parent: str | None) -> Iterator[str]:
+    """The active run of a training, with system metrics; a resumed training goes on in its own run.
+
+    Args:
+        record: keeps the run's id between a kill and the resumption.
+        name: of a new run; `dvc exp run` gives its experiment's name instead.
+        parent: the run under which the UI shows a new one, if any.
+
+    Yields:
+        The run's id. The run ends as FINISHED, KILLED (by the user) or FAILED.
+    """
+    run_id = None
+    if record.is_file():
+        run_id = existing_run(MlflowClient(), record.read_text().strip())
+    run = mlflow.start_run(
+        run_id=run_id,
+        parent_run_id=None if run_id else parent,
+        run_name=None if run_id else os.environ.get("DVC_EXP_NAME") or name,
+        log_system_metrics=True,
+    )
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(run.info.run_id)
+    try:
+        yield run.info.run_id
+    except KeyboardInterrupt:
+        mlflow.end_run("KILLED")
+        raise
+    except BaseException:
+        mlflow.end_run("FAILED")
+        raise
+    _or_later(mlflow.end_run)
+
+
+def sweep_run(client: MlflowClient, root: Path) -> str | None:
+    """The run under which MLflow shows the experiments of one commit, made by the first of them.
+
+    For experiments that DVC runs beside the user's workspace, queued or with --temp: those of a sweep.
+    A search names its own run in `FINTUNE_PARENT_RUN`. None for others.
+    """
+    if parent := os.environ.get("FINTUNE_PARENT_RUN"):
+        return parent
+    baseline = os.environ.get("DVC_EXP_BASELINE_REV")
+    if not baseline or Path.cwd().resolve() == root:
+        return None
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
+    experiment = client.get_experiment_by_name(name).experiment_id
+    with store_lock(root):
+        found = client.search_runs([experiment], f"tags.{SWEEP} = '{baseline}'")
+        if found:
+            return str(found[0].info.run_id)
+        tags = {
+            SWEEP: baseline,
+            "mlflow.note.content": "Queued and temporary experiments on this commit",
+        }
+        run = client.create_run(experiment, run_name=f"experiments on {baseline[:7]}", tags=tags)
+        client.set_terminated(run.info.run_id, "FINISHED")
+    return str(run.info.run_id)
+
+
+def search_run(client: MlflowClient, name: str, space: dict[str, str]) -> str:
+    """The running run that holds the trials of a search; the one of before where it is resumed."""
+    named = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
+    experiment = client.get_experiment_by_name(named).experiment_id
+    found = client.search_runs([experiment], f"tags.search = '{name}'")
+    if found:
+        run_id = str(found[0].info.run_id)
+        client.update_run(run_id, status="RUNNING")
+        return run_id
+    run_id = str(client.create_run(experiment, run_name=name, tags={"search": name}).info.run_id)
+    client.log_batch(run_id, params=[MlflowParam(key, value) for key, value in space.items()])
+    return run_id
+
+
+def live_logger(run_id: str) -> Callable[[int, dict[str, float]], None]:
+    """A function that logs a step's values; a server that goes away costs the curve, not the training."""
+    client = MlflowClient()
+    lost = False
+
+    def log_values(step: int, values: dict[str, float]) -> None:
+        nonlocal lost
+        if lost:
+            return
+        metrics = [Metric(f"curve/{k}", v, now_ms(), step) for k, v in values.items()]
+        try:
+            client.log_batch(run_id, metrics=metrics)
+        except Exception as error:  # whatever it is, minutes of training are worth more
+            lost = True
+            log.warning("MLflow stopped answering (%s); evaluate logs the run again", error)
+
+    return log_values
+
+
+def describe_run(
+    run_id: str, sections: dict[str, Any], hardware: str, root: Path
+) -> dict[str, Any]:
+    """The record of a run for `models/run.json`: id, parameters and lineage.
+
+    Args:
+        sections: the parameter sections that training itself used.
+        hardware: what it ran on.
+        root: the folder with dvc.lock, which holds the parameters and hashes of the stages before.
+    """
+    params = dict(sections)
+    tags = {"mlflow.source.git.commit": git(root, "rev-parse", "HEAD"), "hardware": hardware}
+    tags["git_commit"] = tags["mlflow.source.git.commit"]
+    written = (f":!{paths.LOCK}", f":!{paths.REPORTS}")  # by the stages before, on the way here
+    changes = git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", *written)
+    tags["git_dirty"] = str(bool(changes)).lower()
+    if experiment := os.environ.get("DVC_EXP_NAME"):
+        tags["dvc_experiment"] = experiment
+    before = finished_stages(root, ("fetch", "split", "format"))
+    for entry in before:
+        params.update(locked_params(entry))
+    tags |= output_hashes(before)
+    active = mlflow.active_run()
+    return {
+        "run_id": run_id,
+        "name": active.info.run_name if active else run_id,
+        "experiment": os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT,
+        "params": as_texts(params),
+        "tags": {key: value for key, value in tags.items() if value},
+    }
+
+
+def as_texts(tree: dict[str, Any]) -> dict[str, str]:
+    """Flatten for MLflow: values as JSON but for plain strings, so that their types survive the way back."""
+    return {
+        key: value if isinstance(value, str) and not _is_json(value) else json.dumps(value)
+        for key, value in flatten(tree).items()
+    }
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+def log_training(
+    client: MlflowClient,
+    record: dict[str, Any],
+    metrics: dict[str, float],
+    adapter: Path,
+    curve: list[dict[str, float | None]] | None = None,
+) -> None:
+    """Log parameters, lineage, final metrics and the adapter; the curve too where it was not live.
+
+    Does nothing to a run that has all of it.
+    """
+    run_id = record["run_id"]
+    params = [MlflowParam(key, value) for key, value in record["params"].items()]
+    tags = [RunTag(key, value) for key, value in record["tags"].items()]
+    tags.append(RunTag("mlflow.note.content", _description(metrics)))
+    finals = [Metric(key, value, now_ms(), 0) for key, value in metrics.items()]
+    client.log_batch(run_id, metrics=finals, params=params, tags=tags)
+    for point in curve or []:
+        step = int(point["step"] or 0)
+        values = {k: v for k, v in point.items() if k != "step" and v is not None and v == v}
+        client.log_batch(
+            run_id, metrics=[Metric(f"curve/{k}", v, now_ms(), step) for k, v in values.items()]
+        )
+    client.log_artifacts(run_id, str(adapter), "adapter")
+    client.set_tag(run_id, COMPLETE, "true")
+
+
+def _description(metrics: dict[str, float]) -> str:
+    """What the run's page says at its top."""
+    return (
+        f"Validation loss {metrics['validation_loss']:.4g} after {metrics['steps']:.0f} steps in "
+        f"{metrics['seconds']:.0f} s, {metrics['tokens_per_second']:,.0f} tokens/s. "
+        "Answers to read: Artifacts, samples.md. Curves: Model metrics, section curve."
+    )
+
+
+def log_training_or_later(*arguments: Any) -> None:
+    """`log_training`, or a warning where the server is gone: evaluation logs the run again."""
+    _or_later(log_training, *arguments)
+
+
+def _or_later(action: Callable[..., Any], *arguments: Any) -> None:
+    try:
+        action(*arguments)
+    except Exception as error:  # the adapter is on disk, and evaluate logs the run again
+        log.warning("MLflow: %s; evaluate logs the run again from the files", error)
+
+
+def log_table(
+    run_id: str, rows: list[dict[str, Any]], name: str, context: str, source: Path
+) -> None:
+    """Record a table as an input of the run: its digest, columns and where it lies, not its rows."""
+    import pandas as pd
+
+    frame = pd.DataFrame(rows)[["instruction", "input", "output"]]
+    with warnings.catch_warnings(), _active(run_id):
+        warnings.simplefilter("ignore")  # MLflow finds two readers for a local file and takes one
+        mlflow.log_input(mlflow.data.from_pandas(frame, source=str(source), name=name), context)
+
+
+@contextmanager
+def _active(run_id: str) -> Iterator[None]:
+    """Make a run the active one, unless it is already."""
+    active = mlflow.active_run()
+    if active and active.info.run_id == run_id:
+        yield
+        return
+    with mlflow.start_run(run_id=run_id, log_system_metrics=False):
+        yield
+
+
+def existing_run(client: MlflowClient, run_id: str) -> str | None:
+    """Return the id if the store has this run and nobody deleted it."""
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise UserError(f"MLflow: {error}") from error
+    return run_id if run.info.lifecycle_stage == "active" else None
+
+
+def now_ms() -> int:
+    """Return the time as MLflow counts it: milliseconds since 1970."""
+    return int(time.time() * 1000)

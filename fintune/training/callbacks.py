@@ -1,0 +1,69 @@
+"""Timing, logging and progress of a training."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import ProgressCallback, TrainerCallback
+
+
+class Watch(TrainerCallback):
+    """Times the steps, hands each logged value on, and validates and saves at the very end.
+
+    `seconds` are those of the steps, from the beginning of the first one. The device is waited for only
+    where something else begins, so that it never idles in order to be timed.
+    """
+
+    def __init__(self, on_log: Callable[[int, dict[str, float]], None]) -> None:
+        self.on_log_values = on_log
+        self.seconds = 0.0
+        self.steps = 0
+        self._begun: float | None = None
+        self._aside = 0.0
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Stop the clock for a validation or a checkpoint; every training ends with one."""
+        begun = _now()
+        self.seconds = begun - (self._begun or begun) - self._aside
+        yield
+        self._aside += _now() - begun
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._begun = self._begun or _now()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.steps += 1
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = control.should_save = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        values = {name: float(logs[key]) for key, name in CURVE.items() if key in logs}
+        if values:
+            self.on_log_values(state.global_step, values)
+
+
+def _now() -> float:
+    """Seconds, when the device has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class Bar(ProgressCallback):
+    """The Trainer's progress bar with the losses in it, instead of a printed line a step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown: dict[str, str] = {}
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        self.shown |= {name: f"{logs[key]:.3f}" for key, name in SHOWN.items() if key in logs}
+        if self.training_bar is not None:
+            self.training_bar.set_postfix(self.shown)
+
+
+SHOWN = {"loss": "loss", "eval_loss": "validation"}
+CURVE = {"loss": "loss", "eval_loss": "validation_loss", "learning_rate": "learning_rate"}

@@ -1,0 +1,68 @@
+"""Estimate the peak memory of a training."""
+
+from fintune.hardware import GIB
+from fintune.model.batch import CHUNK
+from fintune.model.sizes import Shape
+
+NF4_BYTES = (
+    0.516  # per weight: 4 bits, and a doubly quantised scale for every 64 (Dettmers et al. 2023)
+)
+ACTIVATION_BYTES = 44  # of plain kernels: a token, layer and hidden unit in 16 bits, measured
+
+
+def estimate_memory_gib(
+    shape: Shape,
+    quantization: str,
+    size: int,
+    kernels: str,
+    checkpointing: str,
+    keeps: bool,
+    tokens: int,
+) -> dict[str, float]:
+    """The peak of a training's memory, by part.
+
+    Args:
+        size: bytes of an activation and of an unquantised weight.
+        keeps: whether a 4-bit base is held dequantised as well.
+        tokens: that go through the model at once, padding included.
+    """
+    s = shape
+    per_weight = NF4_BYTES if quantization == "nf4" else size
+    table = s.vocabulary * s.hidden * size
+    norms = (2 * s.layers + 1) * s.hidden * size
+    qkv = s.wide + 2 * s.narrow
+    copies = s.layers * s.rank * (7 * s.hidden + 3 * qkv + s.wide + 5 * s.middle)
+    logits = CHUNK * s.vocabulary * (size + 8)
+    if kernels == "fused":
+        layer_full = s.hidden * size
+        attention = (qkv + s.wide + s.hidden) * size + 4 * s.heads
+        kept = {
+            "none": layer_full + attention + 2 * s.middle * size,
+            "selective": layer_full + attention,
+            "full": layer_full,
+        }[checkpointing] * s.layers
+        # the feed-forward layer's backward pass: gradients of gate and up, values and gradients between
+        working = (4 * s.middle + 4 * s.hidden) * size
+        if checkpointing == "selective":
+            working += 2 * s.middle * size
+        if checkpointing == "full":
+            working += attention + 2 * s.middle * size
+        buffer = quantization == "nf4" and not keeps
+        weights = max(2 * s.middle, qkv) * s.hidden * size if buffer else 0
+        activations = tokens * (kept + working) + weights
+        adapter = s.adapter_weights * 16 + copies * size
+    else:
+        kept = ACTIVATION_BYTES * s.hidden * (s.layers if checkpointing == "none" else 1)
+        if checkpointing == "full":
+            kept += 2 * s.layers * s.hidden
+        activations = (
+            tokens * kept * size // 2 + 3 * table
+        )  # PEFT copies both tables to change two rows
+        adapter = s.adapter_weights * 16
+    dequantized = s.linear_weights * size if keeps else 0
+    return {
+        "weights": (s.linear_weights * per_weight + dequantized + 2 * table + norms) / GIB,
+        "adapter and optimizer": adapter / GIB,  # weight, gradient and two moments in float32
+        "activations": activations / GIB,
+        "logits": logits / GIB,
+    }

@@ -1,0 +1,146 @@
+"""Plan how a training step is computed, to fit the free memory."""
+
+import functools
+import itertools
+import logging
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fintune.errors import UserError
+from fintune.model.sizes import Shape
+from fintune.params import Train
+from fintune.training.memory import estimate_memory_gib
+
+log = logging.getLogger("fintune")
+
+SAFE_SHARE = 0.92  # of the free memory; the rest is for fragments
+# measured on an H100 and an H200, in the time of one token: of a token, of dequantising all weights once, and
+# the least that a pass takes, since the host needs as long to launch it
+TIME = {"none": 1.0, "selective": 1.2, "full": 1.31}
+DEQUANTIZE_TOKENS, LEAST_TOKENS = 160, 2600
+DEQUANTIZATIONS = {"none": 2, "selective": 3, "full": 3}  # in a pass: forward, again, backward
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a training step is computed; `memory` is the predicted peak in GiB, by part."""
+
+    attention: str
+    kernels: str
+    checkpointing: str
+    dequantize: str
+    tokens_per_pass: int
+    passes: int  # for a step of the expected size
+    memory: dict[str, float]
+
+    @property
+    def peak_gib(self) -> float:
+        return sum(self.memory.values())
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {size:.1f}" for name, size in self.memory.items())
+        return (
+            f"{self.attention} attention, {self.kernels} kernels, checkpointing {self.checkpointing}, "
+            f"dequantize {self.dequantize}, "
+            f"{self.passes} pass{'es' * (self.passes > 1)} of up to {self.tokens_per_pass:,} tokens a step; "
+            f"memory about {self.peak_gib:.1f} GiB ({parts})"
+        )
+
+
+def plan_execution(
+    shape: Shape,
+    params: Train,
+    lengths: Sequence[int],
+    bytes_per_value: int,
+    free_gib: float,
+    on_gpu: bool,
+    unsupported: str | None = None,
+) -> Plan:
+    """Choose what `auto` stands for: the fastest way that the estimate fits into the free memory.
+
+    Args:
+        lengths: tokens of each training row.
+        bytes_per_value: of an activation, 2 or 4.
+        free_gib: what the training may take, the base's weights included.
+        unsupported: why the fused kernels cannot compute this base, if so.
+
+    Raises:
+        UserError: fused kernels are asked for and cannot compute this base, varlen attention without
+            a GPU, or the weights alone do not fit.
+    """
+    if params.kernels == "fused" and unsupported:
+        raise UserError(
+            f"train.kernels: fused: they cannot compute {unsupported}; set auto or plain"
+        )
+    if params.attention == "varlen" and not on_gpu:
+        raise UserError("train.attention: varlen needs a GPU; set auto or sdpa")
+    attention = params.attention
+    if attention == "auto":
+        attention = "varlen" if on_gpu else "sdpa"
+    kernels = params.kernels
+    if kernels == "auto":
+        kernels = "plain" if unsupported or attention == "padded" else "fused"
+    if kernels == "plain" and unsupported and params.kernels == "auto":
+        log.info("plain kernels: the fused ones cannot compute %s", unsupported)
+    modes = ["none", "selective", "full"] if kernels == "fused" else ["none", "full"]
+    if params.checkpointing != "auto":
+        modes = [params.checkpointing]
+    keeps = kernels == "fused" and params.quantization == "nf4"
+    dequantize = ["once", "always"] if keeps else ["always"]
+    if params.dequantize != "auto":
+        if params.dequantize not in dequantize:
+            raise UserError(
+                "train.dequantize: once: only fused kernels keep the 16-bit weights of a 4-bit base; set auto"
+            )
+        dequantize = [params.dequantize]
+    step, longest = (
+        _step_tokens(lengths, params.rows_per_step, padded=attention == "padded"),
+        max(lengths),
+    )
+    if params.tokens_per_pass != "auto":
+        limits = [params.tokens_per_pass]
+    else:
+        limits = sorted({max(math.ceil(step / 2**k), longest) for k in range(12)}, reverse=True)
+    estimate = functools.partial(
+        estimate_memory_gib, shape, params.quantization, bytes_per_value, kernels
+    )
+    plans = []
+    for mode, how, limit in itertools.product(modes, dequantize, limits):
+        tokens = max(min(limit, step), min(longest, step))
+        passes = math.ceil(step / tokens)
+        memory = estimate(mode, how == "once", tokens)
+        plans.append(Plan(attention, kernels, mode, how, limit, passes, memory))
+    smallest = min(plans, key=lambda plan: plan.peak_gib)
+    if smallest.memory["weights"] > free_gib:
+        raise UserError(
+            f"the base's weights take {smallest.memory['weights']:.1f} GiB and {free_gib:.1f} GiB are free; "
+            "use train.quantization: nf4, a smaller base, or other hardware"
+        )
+    fitting = [plan for plan in plans if plan.peak_gib <= SAFE_SHARE * free_gib]
+    if not fitting:
+        log.warning(
+            "warning: the training takes about %.1f GiB at least and %.1f GiB are free",
+            smallest.peak_gib,
+            free_gib,
+        )
+        return smallest
+    return min(fitting, key=lambda plan: _time(plan, step))
+
+
+def _time(plan: Plan, tokens: int) -> float:
+    """What a step of so many tokens takes, in the time of one token."""
+    computed = tokens / plan.passes * TIME[plan.checkpointing]
+    times = 1 if plan.dequantize == "once" else plan.passes * DEQUANTIZATIONS[plan.checkpointing]
+    return plan.passes * max(LEAST_TOKENS, computed) + times * DEQUANTIZE_TOKENS
+
+
+def _step_tokens(lengths: Sequence[int], rows: int, padded: bool) -> int:
+    """Tokens of a large step: longer than 99 in 100, when rows are drawn by chance."""
+    if padded:
+        return max(lengths) * min(rows, len(lengths))
+    if rows >= len(lengths):
+        return sum(lengths)
+    spread = statistics.pstdev(lengths) * math.sqrt(rows)
+    return min(math.ceil(statistics.fmean(lengths) * rows + 2.3 * spread), sum(lengths))

@@ -1,0 +1,196 @@
+"""Fine-tune with TRL: packed rows, checkpoints that survive a kill."""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, ProgressCallback
+from trl import SFTConfig
+
+from fintune.hardware import free_memory_gib, matmul_flops, peak_memory_gib
+from fintune.model.batch import TokenRow
+from fintune.model.fused.model import unsupported
+from fintune.model.sizes import Shape
+from fintune.params import Train
+from fintune.training.callbacks import Bar, Watch
+from fintune.training.checkpoints import last_checkpoint
+from fintune.training.curve import curve_of
+from fintune.training.plan import Plan, plan_execution
+from fintune.training.trainer import AnswerTrainer, to_float32
+
+log = logging.getLogger("fintune")
+
+POINTS = 100  # of the loss curve, at least, where there are as many steps
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """The tuned model, its loss curve and what the run cost.
+
+    `curve` holds one row a logged step: step, loss, validation_loss, learning_rate (None where not
+    measured at that step). `step_tokens` are those of each step's rows, `largest_pass` the most tokens
+    that went through the model at once. `metrics` are the keys of reports/train.json.
+    """
+
+    model: PeftModel
+    plan: Plan
+    curve: list[dict[str, float | None]]
+    step_tokens: list[int]
+    largest_pass: int
+    metrics: dict[str, float]
+
+
+def train(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[TokenRow],
+    params: Train,
+    dtype: torch.dtype,
+    validate: Callable[[PeftModel], float],
+    scratch: Path,
+    on_log: Callable[[int, dict[str, float]], None],
+) -> TrainingResult:
+    """Fine-tune an adapter; goes on from the last checkpoint in `scratch` where there is one.
+
+    Each optimizer step sees `rows_per_step` rows and its loss is the mean over their answer tokens,
+    however the rows are divided into passes and whether they are packed or padded.
+
+    Args:
+        model: the base with a new adapter.
+        rows: prompt and completion token ids of the training rows.
+        dtype: autocast type of the matrix products; float32 for none.
+        validate: gives the model's loss on the validation rows, in nats per answer token.
+        scratch: where checkpoints go; removed by the caller once the adapter is safe.
+        on_log: called with the step and the values measured there.
+    """
+    plan = make_plan(model, params, rows, dtype)
+    log.info("plan: %s", plan)
+    arguments = _arguments(params, len(rows), dtype, scratch, plan)
+    watch = Watch(on_log)
+    stopping = (
+        [EarlyStoppingCallback(params.early_stopping_patience)]
+        if params.early_stopping_patience
+        else []
+    )
+    trainer = AnswerTrainer(
+        validate=validate,
+        plan=plan,
+        dtype=dtype,
+        watch=watch,
+        model=model,
+        args=arguments,
+        rows=rows,
+        processing_class=tokenizer,
+        callbacks=[watch, *stopping],
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(Bar)
+    to_float32(trainer.model)
+    ceiling = matmul_flops(dtype)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    trainer.train(resume_from_checkpoint=last_checkpoint(scratch))
+    history = trainer.state.log_history
+    losses = [(e["step"], e["loss"]) for e in history if "loss" in e]
+    trainable, total = model.get_nb_trainable_parameters()
+    tokens = sum(trainer.step_tokens)
+    flops = _shape(model, params).flops(tokens, trainer.answer_tokens)
+    return TrainingResult(
+        model=trainer.model,
+        plan=plan,
+        curve=curve_of(history),
+        step_tokens=trainer.step_tokens,
+        largest_pass=trainer.largest_pass,
+        metrics={
+            "train_loss": _step_weighted_mean(losses),
+            "validation_loss": float(trainer.state.best_metric),
+            "best_step": trainer.state.best_global_step,
+            "steps": trainer.state.global_step,
+            "seconds": watch.seconds,
+            "tokens_per_second": tokens / watch.seconds,
+            "rows_per_second": watch.steps * params.rows_per_step / watch.seconds,
+            "mfu": flops / watch.seconds / ceiling,
+            "peak_memory_gib": peak_memory_gib(),
+            "predicted_memory_gib": plan.peak_gib,
+            "trainable_parameters": trainable,
+            "trainable_percent": 100 * trainable / total,
+        },
+    )
+
+
+def make_plan(
+    model: PeftModel, params: Train, rows: Sequence[TokenRow], dtype: torch.dtype
+) -> Plan:
+    """How to compute the steps with this model on this hardware; nothing is allocated."""
+    return plan_execution(
+        _shape(model, params),
+        params,
+        [len(prompt) + len(completion) for prompt, completion in rows],
+        dtype.itemsize,
+        free_memory_gib(),
+        torch.cuda.is_available(),
+        unsupported(model),
+    )
+
+
+def _shape(model: PeftModel, params: Train) -> Shape:
+    return Shape.of(model.get_base_model().config, params.lora)
+
+
+def total_steps(params: Train, rows: int) -> int:
+    """Optimizer steps of a run: `epochs` over the rows, or `max_steps` where that ends earlier."""
+    steps = math.ceil(params.epochs * math.ceil(rows / params.rows_per_step))
+    return min(steps, params.max_steps or steps)
+
+
+def _arguments(
+    params: Train, rows: int, dtype: torch.dtype, scratch: Path, plan: Plan
+) -> SFTConfig:
+    steps = total_steps(params, rows)
+    on_gpu = torch.cuda.is_available()
+    return SFTConfig(
+        output_dir=str(scratch),
+        per_device_train_batch_size=params.rows_per_step,  # a step's passes are made in the step
+        max_steps=steps,
+        learning_rate=params.learning_rate,
+        lr_scheduler_type=SCHEDULES[params.schedule],
+        warmup_steps=round(params.warmup_fraction * steps),
+        weight_decay=params.weight_decay,
+        max_grad_norm=params.max_grad_norm,
+        optim="adamw_torch_fused" if on_gpu else "adamw_torch",
+        max_length=None,
+        gradient_checkpointing=plan.kernels == "plain" and plan.checkpointing == "full",
+        logging_nan_inf_filter=False,  # it waits for the device at every step
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        use_cpu=not on_gpu,
+        eval_strategy="steps",
+        eval_steps=params.validate_every_steps,
+        save_strategy="steps",
+        save_steps=params.validate_every_steps,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        logging_steps=max(1, steps // POINTS),  # each waits for the device
+        report_to="none",
+        seed=params.seed,
+        data_seed=params.seed,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,  # each pass pins its own
+    )
+
+
+def _step_weighted_mean(losses: list[tuple[int, float]]) -> float:
+    """The mean loss over all steps, from means logged over runs of steps."""
+    total, previous = 0.0, 0
+    for step, loss in losses:
+        total += loss * (step - previous)
+        previous = step
+    return total / max(previous, 1)

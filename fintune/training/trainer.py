@@ -1,0 +1,200 @@
+"""TRL's trainer with a cheaper step: answer-only loss over micro-batches."""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch.utils.checkpoint import checkpoint
+from trl import SFTTrainer
+
+from fintune.errors import UserError
+from fintune.model.batch import CHUNK, Pass, TokenRow, batches_by_length, lay_out
+from fintune.model.fused.model import FusedModel
+from fintune.training.callbacks import Watch
+from fintune.training.plan import Plan
+
+log = logging.getLogger("fintune")
+
+
+def divide(lengths: Sequence[int], limit: int, padded: bool) -> list[list[int]]:
+    """Rows of a step in passes of at most `limit` tokens, padding included, as equal as they get.
+
+    A row that is longer by itself makes a pass of its own; no row is cut.
+    """
+    if padded:
+        return list(batches_by_length(lengths, limit, rows=len(lengths)))
+    count = max(1, math.ceil(sum(lengths) / limit))
+    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    while True:
+        passes: list[list[int]] = [[] for _ in range(count)]
+        sizes = [0] * count
+        for i in longest_first:
+            least = sizes.index(min(sizes))
+            passes[least].append(i)
+            sizes[least] += lengths[i]
+        if count >= len(lengths) or max(sizes) <= max(limit, max(lengths)):
+            return [sorted(rows) for rows in passes if rows]
+        count += 1
+
+
+class AnswerTrainer(SFTTrainer):
+    """SFTTrainer whose step costs less, with token-weighted validation and small checkpoints."""
+
+    def __init__(
+        self,
+        *,
+        validate: Callable[[PeftModel], float],
+        plan: Plan,
+        dtype: torch.dtype,
+        watch: "Watch",
+        rows: Sequence[TokenRow],
+        **kwargs: Any,
+    ) -> None:
+        numbers = Dataset.from_dict({"row": range(len(rows))})
+        super().__init__(
+            **kwargs,
+            train_dataset=numbers,
+            eval_dataset=numbers.take(1),  # not read, but the Trainer wants one to validate
+            data_collator=lambda chosen: {"step": Step([rows[each["row"]] for each in chosen])},
+        )
+        self._validate = validate
+        self.watch = watch
+        self.plan = plan
+        self.limit = plan.tokens_per_pass
+        self.step_tokens: list[int] = []
+        self.largest_pass = 0
+        self.answer_tokens = 0
+        self.model.train()  # here and after a validation: it takes milliseconds
+        self.fused = None
+        if plan.kernels == "fused":
+            keep = plan.dequantize == "once"
+            self.fused = FusedModel(self.model, dtype, plan.checkpointing, keep)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *_: Any) -> torch.Tensor:
+        """One optimizer step's gradients: the mean over the answer tokens of all its rows.
+
+        If memory runs out, the step begins again with passes of half the size, and so do all later ones;
+        rows and loss stay the same.
+        """
+        rows: list[TokenRow] = inputs["step"].rows
+        answers = sum(len(completion) for _, completion in rows)
+        lengths = [len(prompt) + len(completion) for prompt, completion in rows]
+        if self.fused:
+            self.fused.follow()
+        while True:
+            try:
+                loss = self._gradients(rows, lengths, answers)
+                break
+            except torch.OutOfMemoryError:
+                smaller = min(self.limit, sum(lengths)) // 2
+                if len(divide(lengths, self.limit, self._padded)) == len(rows):
+                    raise UserError(
+                        f"train: not enough memory for a single row ({max(lengths):,} tokens); set "
+                        "train.checkpointing: full, or a smaller format.max_tokens"
+                    ) from None
+                log.warning(
+                    "warning: out of memory with %s tokens a pass; going on with %s, the result is the same",
+                    f"{self.limit:,}",
+                    f"{smaller:,}",
+                )
+                self.limit = smaller
+            model.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+        self.step_tokens.append(sum(lengths))
+        self.answer_tokens += answers
+        return loss
+
+    @property
+    def _padded(self) -> bool:
+        return self.plan.attention == "padded"
+
+    def _gradients(self, rows: list[TokenRow], lengths: list[int], answers: int) -> torch.Tensor:
+        total = torch.zeros((), device=self.args.device)
+        for members in divide(lengths, self.limit, self._padded):
+            part = lay_out([rows[i] for i in members], self._padded, self.args.device)
+            self.largest_pass = max(self.largest_pass, part.ids.numel())
+            loss = (self._fused_loss if self.fused else self._plain_loss)(part) / answers
+            self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
+
+    def _fused_loss(self, part: Pass) -> torch.Tensor:
+        assert self.fused is not None and part.bounds is not None
+        states = self.fused.hidden_states(part.ids[0], part.positions[0], part.bounds, part.longest)
+        return self.fused.answer_loss(states.index_select(0, part.predicting), part.targets)
+
+    def _plain_loss(self, part: Pass) -> torch.Tensor:
+        """Summed nats through transformers' and PEFT's own layers.
+
+        The head is applied to the answer's positions in chunks that are computed again in the backward
+        pass, so that the logits never lie in memory together.
+        """
+        plain = self.model.get_base_model()
+        body, head = plain.get_decoder(), plain.get_output_embeddings()
+        packed = {}
+        if part.bounds is not None:
+            packed = {
+                "cu_seq_lens_q": part.bounds,
+                "cu_seq_lens_k": part.bounds,
+                "max_length_q": part.longest,
+                "max_length_k": part.longest,
+            }
+        with self.accelerator.autocast():
+            hidden = body(
+                input_ids=part.ids,
+                position_ids=part.positions,
+                attention_mask=part.mask,
+                use_cache=False,
+                **packed,
+            ).last_hidden_state
+            states = hidden.flatten(0, 1).index_select(0, part.predicting)
+            return torch.stack(
+                [
+                    checkpoint(_summed_loss, head, *chunk, use_reentrant=False)
+                    for chunk in zip(states.split(CHUNK), part.targets.split(CHUNK), strict=True)
+                ]
+            ).sum()
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """The validation loss per token; the Trainer's own averages batches of unequal size."""
+        with self.watch.pause():
+            metrics = {"eval_loss": self._validate(self.model)}
+        self.model.train()
+        self.log(metrics)
+        self.control: Any = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self.watch.pause():
+            super()._save_checkpoint(*args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Adapter and token rows only: no whole embedding, and no pickled arguments."""
+        self.model.save_pretrained(output_dir or self.args.output_dir, save_embedding_layers=False)
+
+
+@dataclass(frozen=True)
+class Step:
+    """The rows of one optimizer step; accelerate leaves it alone, so lengths stay known to the host."""
+
+    rows: list[TokenRow]
+
+
+def _summed_loss(head: Any, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Nats over the targets; `states` is (tokens, hidden)."""
+    logits = head(states).float()
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+
+
+def to_float32(model: torch.nn.Module) -> None:
+    """TRL casts an adapter on a 4-bit base to bfloat16, where small steps round to nothing."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()

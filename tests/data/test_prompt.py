@@ -1,0 +1,102 @@
+"""The prompt, what is learned of a row, and what happens to a row that is too long."""
+
+from typing import Any
+
+import pytest
+
+from fintune.data.formatting import describe_tokens, format_row
+from fintune.data.prompt import encode, end_token_id, render_completion, render_prompt
+
+ROW = {
+    "instruction": "Answer briefly.",
+    "input": "Should I refinance?",
+    "output": "It depends on the rate. Compare the costs first! Then decide whether it pays off.",
+}
+
+
+def test_the_prompt_is_the_recipes() -> None:
+    assert render_prompt("Do this.", "Why?") == "Instruction: Do this.\nInput: Why?\n<response>"
+    assert render_completion("Because.") == "Because.<response|end>"
+
+
+def test_each_special_token_is_one_token(tokenizer: Any) -> None:
+    prompt, completion = encode(tokenizer, render_prompt("a", "b"), render_completion("c"))
+    assert tokenizer.convert_ids_to_tokens(prompt[-1]) == "<response>"
+    assert tokenizer.convert_ids_to_tokens(completion[-1]) == "<response|end>"
+    assert completion[-1] == end_token_id(tokenizer)
+    assert tokenizer.bos_token_id not in completion
+
+
+def test_what_is_learned_decodes_to_the_answer_and_the_end_token(tokenizer: Any) -> None:
+    for text in (ROW["output"], "5 %", "  spaced  ", "línea\nnueva 🙂", "</s>?"):
+        _, completion = encode(tokenizer, "p<response>", render_completion(text))
+        assert tokenizer.decode(completion) == text + "<response|end>"
+
+
+def test_the_pad_token_ends_nothing(tokenizer: Any) -> None:
+    assert tokenizer.pad_token_id not in (end_token_id(tokenizer), tokenizer.eos_token_id)
+
+
+def test_a_row_that_fits_is_kept_whole(tokenizer: Any) -> None:
+    formatted, happened = format_row(tokenizer, ROW, 200, "truncate")
+    assert happened is None
+    assert formatted is not None
+    assert formatted["completion"] == ROW["output"] + "<response|end>"
+    prompt, completion = encode(tokenizer, formatted["prompt"], formatted["completion"])
+    assert formatted["tokens"] == len(prompt) + len(completion)
+    assert {key: formatted[key] for key in ROW} == ROW
+
+
+def full(tokenizer: Any) -> int:
+    formatted, _ = format_row(tokenizer, ROW, 200, "truncate")
+    assert formatted is not None
+    return int(formatted["tokens"])
+
+
+def test_every_length_keeps_the_end_token_and_fits(tokenizer: Any) -> None:
+    """At each limit: whole, cut (at most the limit, never without its end token), or dropped."""
+    seen = set()
+    prompt, _ = encode(tokenizer, render_prompt(ROW["instruction"], ROW["input"]), "")
+    for limit in range(2, full(tokenizer) + 1):
+        formatted, happened = format_row(tokenizer, ROW, limit, "truncate")
+        seen.add(happened)
+        if formatted is None:
+            assert happened == "prompt_too_long"
+            assert limit <= len(prompt) + 5
+            continue
+        assert formatted["tokens"] <= limit
+        _, completion = encode(tokenizer, formatted["prompt"], formatted["completion"])
+        assert completion[-1] == end_token_id(tokenizer)
+        answer = formatted["completion"].removesuffix("<response|end>")
+        assert answer
+        assert ROW["output"].startswith(answer)
+        assert not answer[-1].isspace()
+        assert ROW["output"][len(answer) :][:1] in ("", " ")  # never within a word
+    assert seen == {None, "truncated", "prompt_too_long"}
+
+
+def test_an_answer_is_cut_after_a_whole_sentence(tokenizer: Any) -> None:
+    formatted, happened = format_row(tokenizer, ROW, full(tokenizer) - 2, "truncate")
+    assert happened == "truncated"
+    assert formatted is not None
+    assert formatted["completion"] == (
+        "It depends on the rate. Compare the costs first!<response|end>"
+    )
+
+
+def test_dropping_instead_of_cutting(tokenizer: Any) -> None:
+    assert format_row(tokenizer, ROW, full(tokenizer) - 1, "drop") == (None, "too_long")
+    assert format_row(tokenizer, ROW, full(tokenizer), "drop")[1] is None
+
+
+@pytest.mark.parametrize("column", ["instruction", "input", "output"])
+def test_a_text_that_holds_a_special_token_is_dropped(tokenizer: Any, column: str) -> None:
+    row = {**ROW, column: "ignore this <response|end> and say"}
+    assert format_row(tokenizer, row, 200, "truncate") == (None, "special_token")
+
+
+def test_token_counts() -> None:
+    counts = describe_tokens([10, 20, 30, 40])
+    expected = {"rows": 4, "tokens": 100, "p50": 25, "p95": 38.5, "p99": 39.7, "max": 40}
+    assert counts == pytest.approx(expected)
+    assert describe_tokens([]) == {"rows": 0, "tokens": 0}

@@ -1,0 +1,175 @@
+"""The split's properties: disjoint by question, blind to order, still under additions."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fintune.data.records import normalize_question
+from fintune.data.splitting import describe_splits, group_questions, split_rows
+from fintune.errors import UserError
+from fintune.params import Split
+
+REAL = Path(__file__).parents[3] / "shared/data/fiqa_questions.parquet"
+PARAMS = Split(seed=13, validation_fraction=0.1, test_fraction=0.2, near_duplicate_similarity=0.7)
+THINGS = [
+    "bond",
+    "stock",
+    "fund",
+    "loan",
+    "lease",
+    "deed",
+    "index",
+    "option",
+    "pension",
+    "mortgage",
+    "budget",
+    "ledger",
+]
+Row = dict[str, Any]
+
+
+def questions(count: int) -> list[str]:
+    """Questions that are far from each other's likeness."""
+    made = random.Random(1)
+    words = [f"{a}{b}" for a in THINGS for b in ("ing", "er", "ish", "ward", "like", "ful")]
+    return [" ".join(made.sample(words, 6)) + "?" for _ in range(count)]
+
+
+def rows(count: int = 400) -> list[Row]:
+    return [
+        {"instruction": "Answer.", "input": question, "output": f"{k} {question}"}
+        for question in questions(count)
+        for k in range(1 + len(question) % 3)
+    ]
+
+
+def sides(splits: dict[str, list[Row]]) -> dict[str, str]:
+    return {normalize_question(row["input"]): name for name, part in splits.items() for row in part}
+
+
+def test_no_row_is_lost_and_no_question_is_on_two_sides() -> None:
+    source = rows()
+    splits, dropped = split_rows(source, PARAMS)
+    key = lambda row: (row["input"], row["output"])  # noqa: E731
+    assert sorted(map(key, (row for part in splits.values() for row in part))) == sorted(
+        map(key, source)
+    )
+    assert dropped == {"duplicate": 0}
+    assert describe_splits(splits)["overlapping_questions"] == 0
+    shares = {name: len(part) / len(source) for name, part in splits.items()}
+    assert shares["test"] == pytest.approx(0.2, abs=0.05)
+    assert shares["validation"] == pytest.approx(0.1, abs=0.05)
+
+
+def test_overlap_is_measured_not_assumed() -> None:
+    row = rows(1)[0]
+    spelled = {**row, "input": row["input"].upper() + " !"}
+    assert describe_splits({"train": [row], "test": [spelled]})["overlapping_questions"] == 1
+
+
+def test_the_order_of_the_rows_does_not_matter() -> None:
+    source = rows()
+    shuffled = random.Random(2).sample(source, len(source))
+    assert split_rows(shuffled, PARAMS) == split_rows(source, PARAMS)
+
+
+def test_added_questions_move_nothing() -> None:
+    source = rows(400)
+    before = sides(split_rows(source[: len(source) // 2], PARAMS)[0])
+    after = sides(split_rows(source, PARAMS)[0])
+    assert len(after) > len(before)
+    assert {question: after[question] for question in before} == before
+
+
+def test_the_seed_moves_questions() -> None:
+    other = PARAMS.model_copy(update={"seed": 14})
+    assert sides(split_rows(rows(), PARAMS)[0]) != sides(split_rows(rows(), other)[0])
+
+
+def test_exact_duplicates_are_removed_and_counted() -> None:
+    source = rows()
+    doubled = [*source, *source[:7]]
+    assert split_rows(doubled, PARAMS) == (split_rows(source, PARAMS)[0], {"duplicate": 7})
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("What is an ETF?", "  what is\tan etf "),
+        ("What is an ETF?", "ＷＨＡＴ is\u00a0an ETF?!"),
+        ("What is an ETF?", "What is an \u200bE\u00adTF"),
+        ("A loan of $10,000?", "a loan of $10000"),
+        ("Straße or Gasse?", "STRASSE or GASSE"),
+        ("I owe 5.5%.", "i owe 5.5%"),
+    ],
+)
+def test_spellings_of_one_question(one: str, other: str) -> None:
+    assert normalize_question(one) == normalize_question(other)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Is 5.5% good?", "Is 55% good?"),
+        ("Is 5% good?", "Is $5 good?"),
+        ("What is C?", "What is D?"),
+        ("\u7a0e?", "\u91d1?"),
+    ],
+)
+def test_different_questions_stay_different(one: str, other: str) -> None:
+    assert normalize_question(one) != normalize_question(other)
+
+
+ALIKE = [
+    "where do i begin with retirement saving in my twenties",
+    "where do i begin with retirement saving in my thirties",
+    "where do i begin with retirement savings in my thirties please",
+]
+
+
+def test_near_duplicates_form_one_group_through_each_other() -> None:
+    far = [normalize_question(question) for question in questions(50)]
+    groups = group_questions(sorted([*ALIKE, *far]), 0.7)
+    assert sorted(map(sorted, (g for g in groups if len(g) > 1))) == [sorted(ALIKE)]
+    assert sum(map(len, groups)) == 53
+    assert all(len(group) == 1 for group in group_questions(sorted(ALIKE), None))
+
+
+def test_near_duplicates_stay_on_one_side_whatever_the_seed() -> None:
+    source = [
+        *rows(60),
+        *({"instruction": "Answer.", "input": question, "output": "So."} for question in ALIKE),
+    ]
+    for seed in range(12):
+        side = sides(split_rows(source, PARAMS.model_copy(update={"seed": seed}))[0])
+        assert len({side[question] for question in ALIKE}) == 1
+
+
+def test_questions_with_other_numbers_are_other_questions() -> None:
+    loans = [f"what is the monthly payment on a loan of ${n}000 over five years" for n in (5, 9)]
+    assert len(group_questions(loans, 0.7)) == 2
+
+
+def test_too_few_questions_are_refused() -> None:
+    with pytest.raises(UserError, match="would be empty"):
+        split_rows(rows(2), PARAMS)
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="the real questions are not here")
+def test_the_real_set_at_full_size() -> None:
+    import pandas as pd
+
+    table = pd.read_parquet(REAL)
+    source: list[Row] = [
+        {"instruction": "Answer.", "input": question, "output": str(number)}
+        for number, question in enumerate(table.question)
+    ]
+    splits, _ = split_rows(source, PARAMS)
+    counts: Callable[[str], int] = lambda key: sum(  # noqa: E731
+        describe_splits(splits)[name][key] for name in splits
+    )
+    assert (counts("rows"), counts("questions")) == (17_110, 6_648)
+    assert describe_splits(splits)["overlapping_questions"] == 0

@@ -1,0 +1,353 @@
+"""One tuned model, used in all the ways that README names: each gives the same greedy answer.
+
+The demo's base after some steps of training, so that its answers are sentences, not noise.
+"""
+
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import packages_distributions
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import mlflow
+import pandas as pd
+import pytest
+from huggingface_hub import metadata_load
+from transformers import AutoTokenizer
+
+from fintune.data.prompt import RESPONSE_END, encode, load_tokenizer, render_prompt
+from fintune.data.tables import read_rows
+from fintune.errors import UserError
+from fintune.export.gguf.llama_cpp import llama_cpp_answers
+from fintune.export.push import adapter_card
+from fintune.export.pyfunc import PACKAGES
+from fintune.generation.tuned import prompt_tokens
+from fintune.params import Base, read_params
+from support.project import ROOT, Project
+from support.servers import answering, free_port
+
+pytestmark = pytest.mark.end_to_end
+
+QUESTION = "What is the percentage change if a price moves from $180 to $245?"
+PLAIN = """
+import json, sys
+sys.modules["peft"] = sys.modules["bitsandbytes"] = sys.modules["fintune"] = None
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+message = [{"role": "user", "content": sys.argv[2]}]
+prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt")
+new = model.generate(**prompt, do_sample=False, temperature=None, top_p=None, top_k=None)
+new = new[0, prompt["input_ids"].shape[1]:].tolist()
+print(json.dumps({
+    "answer": tokenizer.decode(new, skip_special_tokens=True),
+    "last": tokenizer.convert_ids_to_tokens(new[-1]),
+    "sampling": [model.generation_config.temperature, model.generation_config.top_p],
+}))
+"""
+PYFUNC = """
+import json, sys
+import mlflow, pandas as pd
+mlflow.set_tracking_uri("sqlite:///mlflow.db")
+model = mlflow.pyfunc.load_model("models:/financial-qa@champion")
+one = model.predict(pd.DataFrame({"question": [sys.argv[1]]}))
+two = model.predict(pd.DataFrame(
+    {"question": ["How do I save?", sys.argv[1]], "instruction": ["Be brief.", None]}, index=[7, 9]
+))
+drawn = [model.predict(pd.DataFrame({"question": [sys.argv[1]]}), params={"temperature": 1.0, "seed": s})
+         for s in (1, 1, 2)]
+print(json.dumps({
+    "one": one["answer"].tolist(), "two": two["answer"].tolist(), "index": two.index.tolist(),
+    "drawn": [frame["answer"][0] for frame in drawn],
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def served(make_project: Callable[..., Project]) -> Project:
+    """A project whose model was trained on the demo's base, and passed a lenient gate."""
+    project = make_project()
+    shutil.rmtree(project / "base")
+    shutil.copytree(ROOT / "assets/demo-base", project / "base")
+    shutil.copy(ROOT / "assets/demo-questions.jsonl", project / "assets/demo-questions.jsonl")
+    project.set_all(
+        {
+            "train.max_steps": 50,
+            "train.rows_per_step": 16,
+            "train.tokens_per_pass": "auto",
+            "train.validate_every_steps": 50,
+            "evaluate.gate.min_stop_rate": None,
+            "evaluate.gate.max_forgetting": None,
+            "merge_export.gguf": ["f16", "q8_0"],
+        }
+    )
+    for stage in ("fetch", "split", "format", "train", "evaluate", "merge_export"):
+        project.stage(stage)
+    return project
+
+
+@pytest.fixture(scope="module")
+def plain(served: Project) -> dict[str, Any]:
+    """What transformers alone makes of the merged folder."""
+    done = served.run("python", "-c", PLAIN, "models/merged", QUESTION)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert len(found["answer"].split()) > 5
+    return found
+
+
+def environment_of(project: Project) -> dict[str, str]:
+    return project.environment | {"MLFLOW_TRACKING_URI": f"sqlite:///{project / 'mlflow.db'}"}
+
+
+def program(name: str) -> str:
+    return str(Path(sys.executable).absolute().parent / name)
+
+
+def test_the_merged_model_ends_its_answers_and_samples_as_the_recipe_says(
+    plain: dict[str, Any],
+) -> None:
+    assert plain["last"] == RESPONSE_END
+    assert plain["sampling"] == [0.2, 0.95]
+
+
+def test_the_chat_template_makes_the_training_prompts(served: Project) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(served / "models/merged")
+    trained_with = load_tokenizer(Base(model=str(served / "base"), revision=None))
+    rows = read_rows(served / "data/formatted/train.parquet", ["instruction", "input", "prompt"])
+    for row in rows:
+        expected = encode(trained_with, row["prompt"], "")[0]
+        assert prompt_tokens(tokenizer, row["input"], row["instruction"]) == expected
+    usual = pd.Series([row["instruction"] for row in rows]).mode()[0]
+    as_usual = prompt_tokens(tokenizer, QUESTION, None)
+    assert as_usual == prompt_tokens(tokenizer, QUESTION, usual)
+    assert as_usual != prompt_tokens(tokenizer, QUESTION, "Be brief.")
+
+
+@pytest.mark.parametrize("question", ["", " \n", "a <response> b", "a <response|end>"])
+def test_what_is_no_question_is_refused(served: Project, question: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(served / "models/merged")
+    with pytest.raises(UserError, match=r"is empty|a token of the prompt"):
+        prompt_tokens(tokenizer, question, None)
+
+
+@pytest.mark.parametrize(
+    "model", ["models/merged", "models/adapter", "financial-qa@champion", "financial-qa/1"]
+)
+def test_ask_gives_the_same_answer(served: Project, plain: dict[str, Any], model: str) -> None:
+    done = served.run("python", "-m", "fintune", "ask", "--model", model, "--greedy", QUESTION)
+    assert done.stdout == plain["answer"] + "\n"
+
+
+def test_ask_answers_line_by_line(served: Project, plain: dict[str, Any]) -> None:
+    """And an unusable question does not end the conversation."""
+    done = subprocess.run(
+        [sys.executable, "-m", "fintune", "ask", "--greedy"],
+        cwd=served.folder,
+        env=served.environment,
+        input=f"{QUESTION}\n\nsay <response>\n{QUESTION}\n",
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == 2 * (plain["answer"] + "\n")
+    assert done.stderr.count("error: ") == 1 and "<response> stands in the text" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("financial-qa@nobody", "financial-qa@nobody: not in this registry"),
+        ("nothing", "nothing: no folder here; a registered version is NAME@ALIAS"),
+        ("data", "neither a merged model nor an adapter is there; `dvc repro` makes both"),
+        ("base", "not a model of this project: its tokenizer lacks the prompt"),
+    ],
+)
+def test_ask_names_what_is_no_model(served: Project, model: str, message: str) -> None:
+    done = served.run("python", "-m", "fintune", "ask", "--model", model, "x", check=False)
+    assert done.returncode == 1
+    assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_mlflow_loads_the_champion(served: Project, plain: dict[str, Any], tmp_path: Path) -> None:
+    done = served.run("python", "-c", PYFUNC, QUESTION)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["one"] == [plain["answer"]]
+    assert found["two"][1] == plain["answer"] and found["index"] == [7, 9]
+    assert found["drawn"][0] == found["drawn"][1] != found["drawn"][2]
+
+
+def test_the_mlflow_model_says_what_it_takes_and_needs(served: Project, tmp_path: Path) -> None:
+    mlflow.set_tracking_uri(f"sqlite:///{served / 'mlflow.db'}")
+    uri = "models:/financial-qa@champion"
+    about = mlflow.models.get_model_info(uri)
+    assert [(c.name, c.required) for c in about.signature.inputs] == [
+        ("question", True),
+        ("instruction", False),
+    ]
+    assert about.signature.outputs.input_names() == ["answer"]
+    given = {param.name: param.default for param in about.signature.params}
+    assert given == {"temperature": 0.0, "top_p": 0.95, "max_new_tokens": 96, "seed": 0}
+    folder = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(tmp_path)))
+    assert list(pd.read_json(folder / "input_example.json", orient="split")) == ["question"]
+    names = {path.name for path in folder.rglob("*")}
+    assert "adapter_model.safetensors" in names and "model.safetensors" not in names
+    assert not [name for name in names if name.endswith((".pkl", ".bin", ".pt"))]
+    pins = dict(line.split("==") for line in (folder / "requirements.txt").read_text().split())
+    assert set(pins) == set(PACKAGES)
+    locked = dict(line.split("==") for line in (ROOT / "requirements.lock").read_text().split())
+    assert {name: locked[name] for name in pins} == pins
+    said = json.loads((folder / "training.json").read_text())
+    assert said["base"] == {"model": "base", "revision": None}
+
+
+def test_the_packages_are_those_that_answering_imports() -> None:
+    """Read from the sources that the MLflow model carries: all that they import to answer."""
+    ours, imported = {"fintune.export.pyfunc"}, set()
+    waiting = [*ours]
+    while waiting:
+        tree = ast.parse((ROOT / f"{waiting.pop().replace('.', '/')}.py").read_text())
+        for node in ast.walk(tree):
+            found = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            found += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for name in found:
+                if name.startswith("fintune."):
+                    module = name if (ROOT / f"{name.replace('.', '/')}.py").is_file() else None
+                    waiting += [module] if module and module not in ours else []
+                    ours.add(name)
+                elif name != "fintune":
+                    imported.add(name.split(".")[0])
+    outside = imported - set(sys.stdlib_module_names) - {"triton"}  # torch's own on a GPU
+    owners = packages_distributions()
+    brought = {"mlflow-skinny", "mlflow-tracing", "pyarrow"}  # by mlflow itself
+    for_data = {"datasets", "fsspec"}  # which an answer does not read
+    given = {normal(owners[name][0]) for name in outside}
+    assert given - {normal(name) for name in PACKAGES} <= brought | for_data
+
+
+def normal(package: str) -> str:
+    return re.sub(r"[-_.]+", "-", package).lower()
+
+
+def test_mlflow_serves_the_champion(served: Project, plain: dict[str, Any], tmp_path: Path) -> None:
+    port = free_port()
+    command = [program("mlflow"), "models", "serve", "-m", "models:/financial-qa@champion"]
+    command += ["--env-manager", "local", "-h", "127.0.0.1", "-p", str(port)]
+    log = served / "serve.log"
+    with answering(command, port, environment_of(served), log) as address:
+
+        def invoke(question: str) -> Any:
+            body = json.dumps({"dataframe_records": [{"question": question}]}).encode()
+            headers = {"Content-Type": "application/json"}
+            request = Request(f"{address}/invocations", body, headers)
+            with urlopen(request, timeout=60) as response:
+                return json.load(response)
+
+        assert invoke(QUESTION) == {"predictions": [{"answer": plain["answer"]}]}
+        with pytest.raises(HTTPError) as error:
+            invoke(" ")
+        assert (
+            error.value.code == 400
+            and "row 0: the question is empty" in error.value.read().decode()
+        )
+
+
+def test_an_openai_client_gets_the_same_answer(served: Project, plain: dict[str, Any]) -> None:
+    """From `transformers serve`, at once and streamed."""
+    from openai import OpenAI
+
+    port = free_port()
+    command = [program("transformers"), "serve", "models/merged"]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    offline = served.environment | {"HF_HUB_OFFLINE": "1"}
+    with answering(command, port, offline, served / "openai.log") as address:
+        client = OpenAI(base_url=f"{address}/v1", api_key="none")
+        asked: Any = {
+            "model": "models/merged",
+            "messages": [{"role": "user", "content": QUESTION}],
+            "temperature": 0,
+        }
+        whole = client.chat.completions.create(**asked).choices[0]
+        assert (whole.message.content, whole.finish_reason) == (plain["answer"], "stop")
+        chunks = [
+            chunk.choices[0].delta.content or ""
+            for chunk in client.chat.completions.create(**asked, stream=True)
+            if chunk.choices
+        ]
+    pieces = [chunk for chunk in chunks if chunk]
+    assert "".join(pieces) == plain["answer"] and len(pieces) > 5
+
+
+def test_llama_cpp_gives_the_same_answer(served: Project, plain: dict[str, Any]) -> None:
+    file = served / "models/merged/financial-qa-f16.gguf"
+    rows = read_rows(served / "data/formatted/train.parquet", ["instruction"])
+    usual = pd.Series([row["instruction"] for row in rows]).mode()[0]
+    (answer,) = llama_cpp_answers(file, [render_prompt(usual, QUESTION)], 96)
+    assert answer.text.removesuffix(RESPONSE_END) == plain["answer"]
+    report = json.loads((served / "reports/export.json").read_text())["gguf"]
+    assert report["f16"]["equal_choices"] > 0.97 and report["q8_0"]["equal_choices"] > 0.93
+    assert report["f16"]["bytes"] == file.stat().st_size > 1.5 * report["q8_0"]["bytes"]
+
+
+def test_the_card_states_facts(served: Project) -> None:
+    card = served / "models/merged/README.md"
+    about = metadata_load(card)
+    assert about is not None and about["license"] == "cc0-1.0"
+    text = card.read_text()
+    evaluation = json.loads((served / "reports/evaluation.json").read_text())
+    export = json.loads((served / "reports/export.json").read_text())
+    record = json.loads((served / "models/run.json").read_text())
+    manifest = json.loads((served / "data/raw/manifest.json").read_text())
+    gain = evaluation["improvement"]["rouge_l"]
+    for fact in (
+        record["run_id"],
+        record["tags"]["hardware"],
+        manifest["sha256"],
+        f"| train.learning_rate | {record['params']['train.learning_rate']} |",
+        f"{export['merged_loss']:.4g} nats an answer token",
+        f"{evaluation['tuned']['rouge_l']:.4g} | {gain['value']:.4g} ({gain['low']:.4g} to ",
+        evaluation["gate"]["reason"],
+    ):
+        assert fact.replace("-0.", "−0.") in text or fact in text, fact
+    assert "{{" not in text and "None" not in text
+    mlflow.set_tracking_uri(f"sqlite:///{served / 'mlflow.db'}")
+    adapter_card = mlflow.artifacts.load_text(f"runs:/{record['run_id']}/adapter/README.md")
+    assert metadata_load_text(adapter_card)["library_name"] == "peft"
+
+
+def metadata_load_text(text: str) -> Any:
+    from huggingface_hub import RepoCard
+
+    return RepoCard(text, ignore_metadata_errors=False).data.to_dict()
+
+
+def test_a_pushed_adapter_gets_the_card_of_its_own_evaluation(
+    served: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(served.folder)
+    settings = read_params().merge_export
+    assert not (served / "models/adapter/README.md").exists()
+    card = adapter_card(Path("models/adapter"), settings)
+    rouge = json.loads((served / "reports/evaluation.json").read_text())["tuned"]["rouge_l"]
+    assert card is not None and f"| {rouge:.4g} |" in card.decode()
+    assert metadata_load_text(card.decode())["library_name"] == "peft"
+    record = json.loads((served / "models/run.json").read_text()) | {"run_id": "another"}
+    (served / "another.json").write_text(json.dumps(record))
+    monkeypatch.setattr("fintune.paths.RUN", served / "another.json")
+    assert adapter_card(Path("models/adapter"), settings) is None
+
+
+def test_the_sums_are_right(served: Project) -> None:
+    check = ["sha256sum", "--check", "--strict", "SHA256SUMS"]
+    folder = served / "models/merged"
+    done = subprocess.run(check, cwd=folder, capture_output=True, text=True, check=False)
+    listed = [line.split(":")[0] for line in done.stdout.splitlines()]
+    present = [p.name for p in folder.iterdir() if p.is_file() and p.name != "SHA256SUMS"]
+    assert done.returncode == 0 and sorted(listed) == sorted(present)

@@ -1,0 +1,344 @@
+"""The fused kernels against transformers' and PEFT's own layers, and against float64."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fintune.data.prompt import encode
+from fintune.model.adapter import add_adapter
+from fintune.model.base import load_base
+from fintune.model.batch import lay_out
+from fintune.model.fused.model import FusedModel, unsupported
+from fintune.model.fused.ops import (
+    rms_norm,
+    rms_norm_backward,
+    rotate,
+    rotate_backward,
+    swiglu,
+    swiglu_backward,
+)
+from fintune.params import Base, Lora
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TEXTS = [
+    (f"Input: {n}?\n<response>", f"{n} is " + "so " * n + "<response|end>") for n in range(1, 9)
+]
+
+
+def distance(ours: torch.Tensor, reference: torch.Tensor) -> float:
+    """Relative, in the Frobenius norm."""
+    return float((ours.double() - reference.double()).norm() / reference.double().norm())
+
+
+def adapted(
+    base: Base, tokenizer: Any, quantization: str = "none", tuned: list[str] = ALL, **changes: Any
+) -> Any:
+    """A model whose adapter is not zero and whose token rows are their own, in training mode."""
+    lora = Lora(r=4, alpha=8, dropout=changes.pop("dropout", 0.0), target_modules=tuned)
+    model = load_base(base, tokenizer, quantization, torch.float32)
+    for name, value in changes.items():
+        setattr(model.config, name, value)
+        for layer in model.get_decoder().layers:
+            setattr(layer.self_attn, name, value)
+    model = add_adapter(model, tokenizer, lora, 0).train()
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+    return model
+
+
+def plain_loss(model: Any, part: Any) -> torch.Tensor:
+    """Each document by itself through the unmodified model, in the type of its weights."""
+    total = torch.zeros((), dtype=torch.float64)
+    bounds = part.bounds.tolist()
+    where, targets = part.predicting.tolist(), part.targets.tolist()
+    for start, end in pairwise(bounds):
+        logits = model(part.ids[:, start:end], use_cache=False).logits[0]
+        mine = [(w - start, t) for w, t in zip(where, targets, strict=True) if start <= w < end]
+        places, wanted = (torch.tensor(column) for column in zip(*mine, strict=True))
+        loss = torch.nn.functional.cross_entropy(logits[places], wanted, reduction="sum")
+        total = total + loss
+    return total
+
+
+def fused_loss(model: Any, part: Any, checkpointing: str, keep: bool = False) -> torch.Tensor:
+    return loss_of(FusedModel(model, torch.float32, checkpointing, keep), part)
+
+
+def loss_of(fused: FusedModel, part: Any) -> torch.Tensor:
+    states = fused.hidden_states(part.ids[0], part.positions[0], part.bounds, part.longest)
+    return fused.answer_loss(states.index_select(0, part.predicting), part.targets)
+
+
+def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tuned": ["q_proj", "v_proj"]},
+        {"tuned": ["up_proj", "o_proj"]},
+        {"quantization": "nf4"},
+        {"quantization": "nf4", "keep": True},
+        {"quantization": "nf4", "keep": True, "tuned": ["k_proj", "down_proj"]},
+        {"sliding_window": 5},
+    ],
+    ids=str,
+)
+def test_loss_and_gradients_are_the_plain_model_s(
+    base: Base, tokenizer: Any, changes: dict[str, Any], checkpointing: str
+) -> None:
+    """Float64 where there are no 4-bit weights, which bitsandbytes computes in float32 at most."""
+    keep = changes.get("keep", False)
+    changes = {key: value for key, value in changes.items() if key != "keep"}
+    model = adapted(base, tokenizer, **changes)
+    part = lay_out([encode(tokenizer, *t) for t in TEXTS], False, torch.device("cpu"))
+    loss = fused_loss(model, part, checkpointing, keep)
+    ours = gradients(model, loss)
+    if "quantization" not in changes:
+        model = model.double()
+    reference = plain_loss(model, part)
+    expected = gradients(model, reference)
+    assert loss.item() == pytest.approx(reference.item(), rel=2e-6)
+    assert set(ours) == set(expected)
+    for name, gradient in expected.items():
+        assert gradient.norm() > 0, name
+        assert distance(ours[name], gradient) < 2e-5, name
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_kept_weights_follow_the_optimizer(base: Base, tokenizer: Any, dropout: float) -> None:
+    model = adapted(base, tokenizer, "nf4", dropout=dropout)
+    part = lay_out([encode(tokenizer, *t) for t in TEXTS], False, torch.device("cpu"))
+    kept = FusedModel(model, torch.float32, keep=True)
+    anew = FusedModel(model, torch.float32, keep=False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    seen = []
+    for _ in range(3):
+        losses = []
+        for fused in (kept, anew):
+            torch.manual_seed(3)
+            losses.append(loss_of(fused, part))
+        assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
+        seen.append(losses[0].item())
+        optimizer.zero_grad()
+        (losses[0] / 100).backward()
+        optimizer.step()
+        kept.follow()
+        anew.follow()
+    assert len(set(seen)) == 3
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_it_computes_with_the_adapter_that_is_switched_on(
+    base: Base, tokenizer: Any, quantization: str, tmp_path: Path
+) -> None:
+    model = adapted(base, tokenizer, quantization).eval()
+    part = lay_out([encode(tokenizer, *t) for t in TEXTS], False, torch.device("cpu"))
+
+    def losses() -> tuple[float, float]:
+        fused = FusedModel(model, torch.float32, training=False)
+        return loss_of(fused, part).item(), plain_loss(model, part).item()
+
+    tuned = losses()
+    with model.disable_adapter():
+        bare = losses()
+    model.save_pretrained(str(tmp_path), save_embedding_layers=False)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.mul_(0.5)
+    model.load_adapter(str(tmp_path), "other")
+    halved = losses()
+    model.set_adapter("other")
+    other = losses()
+    for ours, plain in (tuned, bare, halved, other):
+        assert ours == pytest.approx(plain, rel=1e-5)
+    assert other == pytest.approx(tuned, rel=1e-4)
+    assert len({round(ours, 3) for ours, _ in (tuned, bare, halved)}) == 3
+
+
+def test_documents_do_not_see_each_other(base: Base, tokenizer: Any) -> None:
+    model = adapted(base, tokenizer)
+    rows = [encode(tokenizer, *text) for text in TEXTS[:3]]
+    other = [encode(tokenizer, *text) for text in (TEXTS[0], TEXTS[5], TEXTS[2])]
+    fused = FusedModel(model, torch.float32, "none")
+    found = []
+    for group in (rows, other):
+        part = lay_out(group, False, torch.device("cpu"))
+        states = fused.hidden_states(part.ids[0], part.positions[0], part.bounds, part.longest)
+        bounds = part.bounds.tolist()
+        found.append((states[: bounds[1]], states[bounds[2] :]))
+    for a, b in zip(*found, strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_dropout_keeps_the_mean_and_its_gradient_is_of_the_same_draw(
+    base: Base, tokenizer: Any, quantization: str
+) -> None:
+    model = adapted(base, tokenizer, quantization, dropout=0.3)
+    part = lay_out([encode(tokenizer, *t) for t in TEXTS], False, torch.device("cpu"))
+    torch.manual_seed(5)
+    losses = [fused_loss(model, part, "none").item() for _ in range(60)]
+    assert len(set(losses)) == 60
+    without = fused_loss(adapted(base, tokenizer, quantization), part, "none").item()
+    error = torch.tensor(losses).std() / 60**0.5
+    assert abs(sum(losses) / 60 - without) < 4 * error + 0.01 * without
+
+    def drawn(checkpointing: str = "none") -> torch.Tensor:
+        torch.manual_seed(7)
+        return fused_loss(model, part, checkpointing)
+
+    ours = gradients(model, drawn())
+    again = gradients(model, drawn("full"))
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad or "lora_" not in name:
+            continue
+        assert torch.allclose(ours[name], again[name], rtol=1e-4, atol=1e-6), name
+        step = 1e-2 * ours[name] / ours[name].norm()
+        with torch.no_grad():
+            parameter += step
+            above = drawn().double()
+            parameter -= 2 * step
+            below = drawn().double()
+            parameter += step
+        slope = float(above - below) / 2e-2
+        assert slope == pytest.approx(float(ours[name].norm()), rel=0.05, abs=2e-3), name
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def test_each_backward_function_is_the_derivative() -> None:
+    """Against autograd on the forward functions, in float64 where they allow it."""
+    torch.manual_seed(0)
+    x, weight, dy, skip = random(5, 16), random(16), random(5, 16), random(5, 16)
+    check(lambda t: rms_norm(t, weight.float(), 1e-5), x, dy,
+          lambda t, g: rms_norm_backward(t, weight.float(), 1e-5, g, torch.zeros_like(t)))  # fmt: skip
+    shifted = rms_norm_backward(*(t.float() for t in (x, weight)), 1e-5, dy.float(), skip.float())
+    bare = rms_norm_backward(*(t.float() for t in (x, weight)), 1e-5, dy.float(), skip.float() * 0)
+    assert torch.allclose(shifted - bare, skip.float(), atol=1e-5)
+    check(swiglu, random(5, 16), random(5, 8), lambda t, g: swiglu_backward(t, g)[1])
+    gate_up = random(5, 16).float()
+    assert torch.allclose(swiglu_backward(gate_up, gate_up[:, :8])[0], swiglu(gate_up), atol=1e-6)
+    angle = random(5, 4).float()
+    cos, sin = (torch.cat((f(angle), f(angle)), dim=-1) for f in (torch.cos, torch.sin))
+    check(lambda t: rotate(t, cos, sin, 2, 1), random(5, 32), random(5, 4, 8),
+          lambda t, g: rotate_backward(g[:, :2], g[:, 2:3], g[:, 3:], cos, sin))  # fmt: skip
+
+
+def check(
+    forward: Callable[..., torch.Tensor],
+    x: torch.Tensor,
+    dy: torch.Tensor,
+    backward: Callable[..., Any],
+) -> None:
+    x = x.float().requires_grad_()
+    forward(x).backward(dy.float())
+    assert x.grad is not None
+    assert distance(backward(x.detach(), dy.float()), x.grad) < 1e-6
+
+
+def test_other_architectures_are_named(base: Base, tokenizer: Any) -> None:
+    model = adapted(base, tokenizer)
+    assert unsupported(model) is None
+    model.get_base_model().config.model_type = "gpt_neox"
+    assert unsupported(model) == "a base of type gpt_neox"
+
+
+KERNELS = """
+import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from fintune.model.fused import kernels
+from fintune.model.fused import ops as fused
+
+torch.manual_seed(0)
+if torch.cuda.is_available():
+    torch.set_default_device("cuda")
+
+def compare(name, ours, reference, limit):
+    error = float((ours.double() - reference.double()).norm() / reference.double().norm())
+    assert error < limit, (name, error)
+
+for rows, columns, rank in ((40, 320, 4), (64, 256, 0), (33, 64, 20)):
+    packed, state = quantize_4bit(
+        torch.randn(rows, columns) * 0.02, quant_type="nf4", compress_statistics=True
+    )
+    lora = (torch.randn(rank, columns) * 0.1, torch.randn(rows, rank) * 0.1) if rank else None
+    out = torch.full((rows, columns), float("nan"))
+    kernels.dequantize_and_add(packed, kernels.NestedState.of(state), lora, 0.5, out)
+    expected = dequantize_4bit(packed, state).double()
+    if lora:
+        expected = expected + 0.5 * lora[1].double() @ lora[0].double()
+    compare("dequantize_and_add", out, expected, 1e-3)
+
+for rows, columns, rank in ((40, 320, 4), (33, 100, 20)):  # in fours
+    x, left, right = torch.randn(rows, columns), torch.randn(rows, rank), torch.randn(rank, columns)
+    ones = kernels.drop(torch.ones_like(x), 0.3, 11)
+    assert set(ones.unique().tolist()) == {0.0, 1.0}
+    assert abs(float(ones.mean()) - 0.7) < 0.03
+    assert torch.equal(kernels.drop(x, 0.3, 11), x * ones)
+    assert not torch.equal(kernels.drop(x, 0.3, 12), x * ones)
+    expected = x.double() + 2.0 * ones.double() * (left.double() @ right.double())
+    kernels.add_dropped_product(x, left, right, 2.0, 0.3, 11)
+    compare("add_dropped_product", x, expected, 1e-6)
+
+for tokens, hidden, heads, groups, size in ((5, 48, 3, 1, 8), (7, 64, 4, 4, 16), (3, 96, 9, 3, 12)):
+    x, dy, skip = (torch.randn(tokens, hidden) for _ in range(3))
+    arguments = (x, torch.randn(hidden), 1e-5)
+    compare("rms_norm", kernels.rms_norm(*arguments), fused.rms_norm(*arguments), 1e-6)
+    found = kernels.rms_norm_backward(*arguments, dy, skip)
+    compare("rms_norm_backward", found, fused.rms_norm_backward(*arguments, dy, skip), 1e-6)
+    angle = torch.randn(tokens, size // 2)
+    cos, sin = (torch.cat((f(angle), f(angle)), dim=1) for f in (torch.cos, torch.sin))
+    qkv = torch.randn(tokens, (heads + 2 * groups) * size)
+    arguments = (qkv, cos, sin, heads, groups)
+    compare("rotate", kernels.rotate(*arguments), fused.rotate(*arguments), 1e-6)
+    parts = torch.randn(tokens, heads + 2 * groups, size).split([heads, groups, groups], dim=1)
+    arguments = (*parts, cos, sin)
+    found = kernels.rotate_backward(*arguments)
+    compare("rotate_backward", found, fused.rotate_backward(*arguments), 1e-6)
+    gate_up, dy = torch.randn(tokens, 2 * hidden), torch.randn(tokens, hidden)
+    compare("swiglu", kernels.swiglu(gate_up), fused.swiglu(gate_up), 1e-6)
+    found, expected = kernels.swiglu_backward(gate_up, dy), fused.swiglu_backward(gate_up, dy)
+    compare("swiglu_backward", found[0], expected[0], 1e-6)
+    compare("swiglu_backward", found[1], expected[1], 1e-6)
+for rows, heads, groups, size, window in ((5, 8, 2, 16, None), (3, 6, 6, 24, 40), (2, 4, 1, 128, 7)):
+    q = torch.randn(rows, heads + 2 * groups, size)[:, :heads]
+    keys, values = torch.randn(2, rows + 1, 150, groups, size).unbind()
+    slots = torch.randperm(rows + 1)[:rows]
+    positions = torch.randint(0, 150, (rows,))
+    positions[0] = 0
+    arguments = (q, keys, values, slots, positions, window, 0.3)
+    found, expected = kernels.attend_to_cache(*arguments), fused.attend_to_cache(*arguments)
+    compare("attend_to_cache", found, expected, 1e-5)
+print("equal")
+"""
+
+
+def test_the_gpu_kernels_compute_what_the_cpu_functions_do() -> None:
+    """On a GPU, or interpreted on the CPU where Triton is installed."""
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-c", KERNELS],
+        env=os.environ | ({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}),
+        cwd=Path(__file__).parents[3],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == "equal", done.stderr

@@ -1,0 +1,333 @@
+"""What goes wrong while stages run: no server, a kill, a lost run, wrong values, a bad merge."""
+
+import contextlib
+import csv
+import json
+import os
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow.entities import Run
+from mlflow.tracking import MlflowClient
+
+from support.project import Project
+
+pytestmark = pytest.mark.end_to_end
+
+LIMIT = 300  # seconds until something that was started counts as hung
+POLL = 0.02  # seconds between two looks
+
+
+@pytest.fixture(scope="module")
+def formatted(make_project: Callable[..., Project]) -> Project:
+    """A project whose data is ready; dropout makes training depend on the random state as well."""
+    project = make_project(train__max_steps=12, train__lora__dropout=0.1)
+    for stage in ("fetch", "split", "format"):
+        project.stage(stage)
+    return project
+
+
+@pytest.fixture(scope="module")
+def trained(formatted: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """The same project after an uninterrupted training."""
+    project = copy(formatted, tmp_path_factory.mktemp("trained"))
+    project.stage("train")
+    return project
+
+
+def copy(project: Project, folder: Path) -> Project:
+    shutil.copytree(project.folder, folder / "project")
+    return Project(folder / "project")
+
+
+def client_of(project: Project) -> MlflowClient:
+    uri = f"sqlite:///{project / 'mlflow.db'}"
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def all_runs(client: MlflowClient) -> list[Run]:
+    return list(client.search_runs([each.experiment_id for each in client.search_experiments()]))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
+
+
+def curve_of(project: Project, name: str) -> dict[int, float]:
+    with (project / "reports/train_curve.csv").open() as file:
+        return {int(row["step"]): float(row[name]) for row in csv.DictReader(file) if row[name]}
+
+
+def logged_curve(client: MlflowClient, run_id: str, name: str) -> dict[int, float]:
+    return {point.step: point.value for point in client.get_metric_history(run_id, f"curve/{name}")}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def wait_until(holds: Callable[[], bool], process: subprocess.Popen[bytes], what: str) -> None:
+    """Look again and again until something holds, the process has ended or `LIMIT` has passed."""
+    end = time.monotonic() + LIMIT
+    while not holds():
+        assert process.poll() is None, f"ended with {process.returncode} before: {what}"
+        assert time.monotonic() < end, f"still not after {LIMIT} s: {what}"
+        time.sleep(POLL)
+
+
+def test_training_without_its_server_stops_before_anything_is_loaded(formatted: Project) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    begun = time.monotonic()
+    done = formatted.stage(
+        "train", check=False, MLFLOW_TRACKING_URI=f"http://user:secret@{address}"
+    )
+    assert (
+        time.monotonic() - begun < 60
+    )  # most of it imports; the client alone would retry for minutes
+    assert done.returncode == 1
+    assert f"error: no MLflow server answers at http://{address}" in done.stderr
+    assert "user" not in done.stderr.replace("unset", "") and "secret" not in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "device:" not in done.stderr and "Loading" not in done.stderr
+    assert not (formatted / "models").exists()
+
+
+def whole_checkpoints(project: Project) -> list[int]:
+    """The steps of the checkpoints that are complete; their state is the last file of a save."""
+    steps = []
+    for state in project.folder.glob(".checkpoints/*/checkpoint-*/trainer_state.json"):
+        with contextlib.suppress(OSError, ValueError):
+            steps.append(int(read_json(state)["global_step"]))
+    return sorted(steps)
+
+
+def test_a_killed_training_goes_on_to_the_same_result(
+    formatted: Project, trained: Project, tmp_path: Path
+) -> None:
+    project = copy(formatted, tmp_path)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "stages.train"],
+        cwd=project.folder,
+        env=project.environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_until(lambda: bool(whole_checkpoints(project)), process, "the first checkpoint")
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (project / "models/adapter").exists(), "the kill came too late"
+    (record,) = project.folder.glob(".checkpoints/*/run_id")
+    run_id = record.read_text()
+    reached = whole_checkpoints(project)[-1]
+
+    again = project.stage("train")
+
+    assert f"checkpoint-{reached}" in again.stderr.split("going on from ")[1].splitlines()[0]
+    resumed, whole = (read_json(each / "reports/train.json") for each in (project, trained))
+    for key in ("train_loss", "validation_loss", "steps", "best_step", "trainable_parameters"):
+        assert resumed[key] == pytest.approx(whole[key], rel=1e-5), key
+    for name in ("loss", "validation_loss", "learning_rate"):
+        expected = curve_of(trained, name)
+        assert curve_of(project, name) == pytest.approx(expected, rel=1e-5)
+        assert logged_curve(client_of(project), run_id, name) == pytest.approx(expected, rel=1e-5)
+    assert read_json(project / "models/run.json")["run_id"] == run_id
+    (run,) = all_runs(client_of(project))
+    assert (run.info.run_id, run.info.status) == (run_id, "FINISHED")
+    assert [path for path in (project / ".checkpoints").iterdir() if path.is_dir()] == []
+
+
+def test_a_run_that_mlflow_lost_is_logged_again_once(trained: Project, tmp_path: Path) -> None:
+    project = copy(trained, tmp_path)
+    (project / "mlflow.db").unlink()
+    shutil.rmtree(project / "mlartifacts")
+    project.stage("evaluate")
+    client = client_of(project)
+    (run,) = all_runs(client)
+    record = read_json(project / "models/run.json")
+    assert run.info.run_id != record["run_id"] == run.data.tags["first_run_id"]
+    assert run.info.status == "FINISHED"
+    assert run.data.params == record["params"] != {}
+    assert set(run.data.tags) >= set(record["tags"])
+    for name in ("loss", "validation_loss", "learning_rate"):
+        expected = curve_of(project, name)
+        assert logged_curve(client, run.info.run_id, name) == pytest.approx(expected)
+    finals = read_json(project / "reports/train.json")
+    assert {k: v for k, v in run.data.metrics.items() if k in finals} == pytest.approx(finals)
+    artifact = "adapter/adapter_model.safetensors"
+    (tmp_path / "logged").mkdir()
+    logged = Path(client.download_artifacts(run.info.run_id, artifact, str(tmp_path / "logged")))
+    assert logged.read_bytes() == (project / "models" / artifact).read_bytes()
+
+    project.stage("evaluate")
+
+    (still,) = all_runs(client)
+    assert still.info.run_id == run.info.run_id
+    assert still.data.metrics["tuned/loss"] == pytest.approx(run.data.metrics["tuned/loss"])
+
+
+def test_a_strict_gate_fails_the_stage_after_all_is_written(
+    trained: Project, tmp_path: Path
+) -> None:
+    project = copy(trained, tmp_path)
+    project.set(evaluate__gate__strict=True)
+    done = project.stage("evaluate", check=False)
+    assert done.returncode == 1
+    assert "error: evaluate.gate: failed: " in done.stderr and "Traceback" not in done.stderr
+    report = read_json(project / "reports/evaluation.json")
+    assert report["gate"]["passed"] is False
+    for name in ("evaluation.html", "predictions.parquet", "row_loss.csv"):
+        assert (project / "reports" / name).stat().st_size > 0
+    (run,) = all_runs(client_of(project))
+    assert run.data.metrics["tuned/loss"] == pytest.approx(report["tuned"]["loss"])
+    logged = {file.path for file in client_of(project).list_artifacts(run.info.run_id)}
+    assert {"evaluation.html", "evaluation.json", "predictions.json"} <= logged
+
+
+def test_the_champion_stays_until_something_is_no_worse(trained: Project, tmp_path: Path) -> None:
+    """A first champion, itself again, a worse adapter, and one whose champion has been lost."""
+    project = copy(trained, tmp_path)
+    rules = {
+        "min_perplexity_reduction": None,
+        "min_stop_rate": None,
+        "max_loss_above_champion": 0.0,
+    }
+    project.set_all({f"evaluate.gate.{rule}": limit for rule, limit in rules.items()})
+
+    def evaluate() -> dict[str, Any]:
+        project.stage("evaluate")
+        return read_json(project / "reports/evaluation.json")
+
+    assert "no champion yet" in evaluate()["champion"]["reason"]
+    project.stage("merge_export")
+    first = client_of(project).get_model_version_by_alias("financial-qa", "champion")
+    assert evaluate()["champion"]["reason"] == "version 1 is this very adapter"
+    best = read_json(project / "reports/evaluation.json")["tuned"]
+
+    project.set(train__max_steps=1)
+    project.stage("train")
+    report = evaluate()
+    assert report["champion"]["compared"] and report["champion"]["run"] == first.run_id
+    assert report["champion"]["metrics"] == pytest.approx(best, rel=1e-3)
+    assert report["champion"]["improvement"]["loss"]["value"] < 0
+    broken = [rule["rule"] for rule in report["gate"]["rules"] if not rule["passed"]]
+    assert broken == ["max_loss_above_champion"]
+    project.stage("merge_export")
+    aliases = client_of(project).get_registered_model("financial-qa").aliases
+    assert {alias: str(v) for alias, v in aliases.items()} == {"champion": "1", "candidate": "2"}
+
+    with contextlib.closing(sqlite3.connect(project / "mlflow.db")) as database, database:
+        lost = ("file:///nowhere", first.run_id)
+        database.execute("update runs set artifact_uri = ? where run_uuid = ?", lost)
+    done = project.stage("evaluate")
+    assert "the champion of financial-qa could not be fetched" in done.stderr
+    report = read_json(project / "reports/evaluation.json")
+    assert report["champion"]["broken"] and not report["gate"]["passed"]
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """A tracking server that answers on loopback: its address, and the folder of its artifacts."""
+    address, artifacts = f"http://127.0.0.1:{(port := free_port())}", tmp_path / "artifacts"
+    options = {
+        "host": "127.0.0.1",
+        "port": str(port),
+        "workers": "1",
+        "backend-store-uri": f"sqlite:///{tmp_path / 'server.db'}",
+        "artifacts-destination": str(artifacts),
+    }
+    arguments = [text for key, value in options.items() for text in (f"--{key}", value)]
+    with (tmp_path / "server.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", "server", *arguments],
+            cwd=tmp_path,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,  # it starts workers, which have to end with it
+        )
+    try:
+        wait_until(lambda: answers(f"{address}/health"), process, "the server answers")
+        yield address, artifacts
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return bool(response.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def test_a_server_gets_the_run_and_the_version(
+    trained: Project, server: tuple[str, Path], tmp_path: Path
+) -> None:
+    project = copy(trained, tmp_path)
+    address, artifacts = server
+    for stage in ("evaluate", "merge_export"):
+        project.stage(stage, MLFLOW_TRACKING_URI=address)
+    client = MlflowClient(tracking_uri=address, registry_uri=address)
+    (run,) = all_runs(client)
+    record = read_json(project / "models/run.json")
+    assert run.data.tags["first_run_id"] == record["run_id"]
+    assert run.data.params == record["params"]
+    assert {"train_loss", "tuned/loss", "merged_loss"} <= set(run.data.metrics)
+    assert logged_curve(client, run.info.run_id, "loss") == pytest.approx(curve_of(project, "loss"))
+    (stored,) = artifacts.rglob("adapter_model.safetensors")
+    assert (
+        stored.read_bytes() == (project / "models/adapter/adapter_model.safetensors").read_bytes()
+    )
+    version = client.get_model_version_by_alias("financial-qa", "candidate")
+    assert (str(version.version), version.run_id) == ("1", run.info.run_id)
+    assert (project / "models/merged/model.safetensors").is_file()
+    (local,) = all_runs(client_of(project))
+    assert "tuned/loss" not in local.data.metrics
+
+
+def test_every_wrong_parameter_is_named_at_once(formatted: Project, tmp_path: Path) -> None:
+    project = copy(formatted, tmp_path)
+    project.set_all({"train.lerning_rate": 1e-3, "split.seed": "thirteen", "format.max_tokens": 3})
+    done = project.stage("fetch", check=False)
+    assert done.returncode == 1
+    first, *problems = done.stderr.strip().splitlines()
+    assert first == "error: params.yaml: 3 problems"
+    assert len(problems) == 3
+    assert "  train.lerning_rate: unknown key; did you mean learning_rate?" in problems
+    assert any(p.startswith("  split.seed: ") and "thirteen" in p for p in problems)
+    assert any(p.startswith("  format.max_tokens: ") and p.endswith("not 3") for p in problems)
+
+
+def test_a_merge_that_is_another_model_changes_nothing(trained: Project, tmp_path: Path) -> None:
+    project = copy(trained, tmp_path)
+    project.set(merge_export__max_loss_difference=1e-9, merge_export__weights="original")
+    (project / "reports/evaluation.json").write_text("{}")
+    (project / "models/merged").mkdir()
+    (project / "models/merged/config.json").write_text("former")
+    before = sorted(path.name for path in (project / "models").iterdir())
+    done = project.stage("merge_export", check=False)
+    assert done.returncode == 1
+    assert "merge_export.max_loss_difference: 1e-09" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in (project / "models/merged").iterdir()] == ["config.json"]
+    assert (project / "models/merged/config.json").read_text() == "former"
+    assert sorted(path.name for path in (project / "models").iterdir()) == before
+    assert not (project / "reports/export.json").exists()
+    assert client_of(project).search_registered_models() == []

@@ -1,0 +1,639 @@
+"""The whole pipeline through the real DVC and MLflow: what it writes, logs and runs again.
+
+One `dvc repro` and two experiments, on a random two-layer base.
+"""
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from dvc.repo import Repo
+from mlflow.entities import Run
+from mlflow.tracking import MlflowClient
+from ruamel.yaml import YAML
+from safetensors import safe_open
+from transformers import AutoTokenizer
+
+from fintune.metrics import METRICS
+from fintune.params import Params
+from support.project import ROOT, Project
+
+pytestmark = pytest.mark.end_to_end
+
+TOKENS = {"rows", "tokens", "p50", "p95", "p99", "max", "rows_truncated", "rows_dropped"}
+SPLITS = ("train", "validation", "test")
+QUALITY = {"loss", "perplexity", "token_accuracy", "rouge_l", "stop_rate", "mean_answer_tokens"}
+TRAINING = {
+    "train_loss",
+    "validation_loss",
+    "tokens_per_second",
+    "peak_memory_gib",
+    "trainable_parameters",
+    "trainable_percent",
+    "steps",
+    "seconds",
+}
+EXPORT = {
+    "max_logit_difference",
+    "merged_loss",
+    "adapter_loss",
+    "registered_model",
+    "version",
+    "aliases",
+}
+FILES = [
+    "data/raw/qa.parquet",
+    "data/raw/manifest.json",
+    *(f"data/{folder}/{split}.parquet" for folder in ("split", "formatted") for split in SPLITS),
+    "models/adapter/adapter_model.safetensors",
+    "models/adapter/adapter_config.json",
+    "models/adapter/tokenizer.json",
+    "models/run.json",
+    "models/merged/model.safetensors",
+    "models/merged/config.json",
+    "models/merged/tokenizer.json",
+    "reports/train_curve.csv",
+    "reports/predictions.parquet",
+    "reports/evaluation.html",
+]
+LOAD_MERGED = """
+import json, sys
+sys.modules["peft"] = sys.modules["bitsandbytes"] = None
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder = sys.argv[1]
+model, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+new = model.generate(**tokenizer("Input: a\\n<response>", return_tensors="pt"), max_new_tokens=2)
+print(json.dumps({
+    "class": type(model).__name__,
+    "rows": [len(model.get_input_embeddings().weight), len(model.get_output_embeddings().weight)],
+    "vocabulary": model.config.vocab_size,
+    "tokenizer": len(tokenizer),
+    "end": tokenizer.convert_tokens_to_ids("<response|end>"),
+    "stops": model.generation_config.eos_token_id,
+    "wrong": [sorted(loading[key]) for key in ("missing_keys", "unexpected_keys")],
+    "answered": new.shape[1] > 0,
+}))
+"""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A project after `dvc repro`, with what git named as HEAD before it, and DVC's output."""
+
+    project: Project
+    commit: str
+    output: str
+
+
+def git(project: Project, *arguments: str) -> str:
+    return project.run("git", *arguments).stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def finished(make_project: Callable[..., Project]) -> Finished:
+    """A git repository in which the pipeline ran once and whose results are committed."""
+    project = make_project()
+    project.commit_all()
+    commit = git(project, "rev-parse", "HEAD")
+    output = project.run("dvc", "repro").stdout
+    git(project, "add", "--all")
+    git(project, "commit", "--quiet", "--message", "results")
+    return Finished(project, commit, output)
+
+
+@pytest.fixture(scope="module")
+def copy(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Project]:
+    """Copies of the finished project, for what changes it."""
+
+    def make() -> Project:
+        folder = tmp_path_factory.mktemp("copy") / "project"
+        shutil.copytree(finished.project.folder, folder, symlinks=True)
+        return Project(folder)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def experiment(copy: Callable[[], Project]) -> Finished:
+    """A copy in which `dvc exp run` trained with another rate and for fewer steps."""
+    project = copy()
+    commit = git(project, "rev-parse", "HEAD")
+    changes = ("-S", "train.learning_rate=1e-4", "-S", "train.max_steps=3")
+    return Finished(project, commit, project.run("dvc", "exp", "run", *changes).stdout)
+
+
+def stages_run(output: str) -> list[str]:
+    lines = [line for line in output.splitlines() if line.startswith("Running stage '")]
+    return [line.split("'")[1] for line in lines]
+
+
+def report(project: Project, name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((project / f"reports/{name}.json").read_text())
+    return content
+
+
+def store(project: Project) -> MlflowClient:
+    uri = f"sqlite:///{project / 'mlflow.db'}"
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def runs(project: Project) -> list[Run]:
+    """All runs of all experiments but those that only hold others, the oldest first."""
+    client = store(project)
+    experiments = [each.experiment_id for each in client.search_experiments()]
+    found = client.search_runs(experiments, order_by=["attributes.start_time ASC"])
+    return [run for run in found if "experiments_on_commit" not in run.data.tags]
+
+
+def run_of(project: Project) -> Run:
+    return store(project).get_run(json.loads((project / "models/run.json").read_text())["run_id"])
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = YAML(typ="safe").load(path.read_text())
+    return content
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree's leaves by dotted key."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= (
+            flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return leaves
+
+
+def locked_md5(project: Project, *stages: str) -> dict[str, str]:
+    """The md5 of the data and the adapter that the stages wrote, by path, from dvc.lock."""
+    locked = load_yaml(project / "dvc.lock")["stages"]
+    written = {out["path"]: out["md5"] for stage in stages for out in locked[stage]["outs"]}
+    return {
+        path: md5 for path, md5 in written.items() if path.startswith(("data/", "models/adapter"))
+    }
+
+
+def md5_tags(tags: dict[str, str]) -> dict[str, str]:
+    return {
+        key.removeprefix("md5."): value for key, value in tags.items() if key.startswith("md5.")
+    }
+
+
+def read_back(text: str) -> Any:
+    """A logged parameter's value: JSON, or else a plain string."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def kind(value: Any) -> str:
+    """The type as YAML and JSON share it: 2 and 2.0 are both numbers, and true is not."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return "number" if is_number else type(value).__name__
+
+
+def test_the_first_run_runs_every_stage_in_order(finished: Finished) -> None:
+    order = ["fetch", "split", "format", "train", "evaluate", "merge_export"]
+    assert stages_run(finished.output) == order
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_named_file_is_there(finished: Finished, name: str) -> None:
+    assert (finished.project / name).stat().st_size > 0
+
+
+def test_metrics_have_the_named_keys(finished: Finished) -> None:
+    split, tokens, train, evaluation, export = (
+        report(finished.project, name)
+        for name in ("split", "format", "train", "evaluation", "export")
+    )
+    for name in SPLITS:
+        assert {"rows", "questions"} <= set(split[name])
+        assert set(tokens[name]) >= TOKENS
+    assert split["overlapping_questions"] == 0
+    assert split["rows_in"] == sum(split[name]["rows"] for name in SPLITS) + sum(
+        split["dropped"].values()
+    )
+    assert set(train) >= TRAINING
+    measured = set(METRICS) - {"similarity"}  # which needs a model that is not shipped
+    assert set(evaluation["base"]) == set(evaluation["tuned"]) == measured >= QUALITY
+    assert set(evaluation["improvement"]) == measured | {"perplexity_reduction"}
+    for gain in evaluation["improvement"].values():
+        assert gain["low"] <= gain["value"] <= gain["high"]
+    assert isinstance(evaluation["gate"]["passed"], bool) and evaluation["gate"]["reason"]
+    assert set(export) >= EXPORT
+
+
+def test_a_second_repro_runs_nothing_and_leaves_git_clean(finished: Finished) -> None:
+    done = finished.project.run("dvc", "repro")
+    assert stages_run(done.stdout) == []
+    assert len(runs(finished.project)) == 1
+    assert git(finished.project, "status", "--porcelain") == ""
+
+
+def test_the_adapter_holds_lora_and_two_token_rows_only(finished: Finished) -> None:
+    folder = finished.project / "models/adapter"
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    lora = {name for name in shapes if ".lora_A." in name or ".lora_B." in name}
+    rows = {name: shape for name, shape in shapes.items() if name not in lora}
+    config = json.loads((finished.project / "base/config.json").read_text())
+    assert len(lora) == config["num_hidden_layers"] * 7 * 2
+    assert len(rows) == 2 and all("token" in name for name in rows)
+    assert set(map(tuple, rows.values())) == {(2, config["hidden_size"])}
+    assert sum(1 for name in rows if "lm_head" in name) == 1
+    vocabulary = len(AutoTokenizer.from_pretrained(folder))
+    assert not any(max(shape) >= vocabulary - 2 for shape in shapes.values())
+
+
+def test_the_merged_folder_needs_transformers_only(finished: Finished, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD_MERGED, str(finished.project / "models/merged")],
+        cwd=tmp_path,
+        env=finished.project.environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    loaded = json.loads(done.stdout.splitlines()[-1])
+    base = AutoTokenizer.from_pretrained(finished.project / "base")
+    assert loaded["class"] == "MistralForCausalLM"
+    assert loaded["tokenizer"] == len(base) + 2
+    assert {loaded["vocabulary"], *loaded["rows"]} == {loaded["tokenizer"]}
+    assert loaded["end"] in loaded["stops"]
+    assert loaded["wrong"] == [[], []]
+    assert loaded["answered"]
+
+
+def test_one_run_is_logged_with_every_parameter(finished: Finished) -> None:
+    (run,) = runs(finished.project)
+    assert run.info.status == "FINISHED"
+    assert run.info.run_id == run_of(finished.project).info.run_id
+    params = load_yaml(finished.project / "params.yaml")
+    sections = ("fetch", "split", "base", "format", "train")
+    expected = flat({name: params[name] for name in sections})
+    logged = {key: read_back(value) for key, value in run.data.params.items()}
+    assert logged == expected
+    assert {key: kind(value) for key, value in logged.items()} == {
+        key: kind(value) for key, value in expected.items()
+    }
+
+
+def test_the_curve_is_logged_step_by_step(finished: Finished) -> None:
+    run = run_of(finished.project)
+    with (finished.project / "reports/train_curve.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in table] == list(range(1, 7))
+    for name in ("loss", "validation_loss", "learning_rate"):
+        expected = {int(row["step"]): float(row[name]) for row in table if row[name]}
+        history = store(finished.project).get_metric_history(run.info.run_id, f"curve/{name}")
+        assert len(history) == len(expected) > 0
+        assert {point.step: point.value for point in history} == pytest.approx(expected)
+
+
+def test_final_metrics_are_logged_as_the_files_have_them(finished: Finished) -> None:
+    logged = run_of(finished.project).data.metrics
+    for name in ("train", "evaluation", "export"):
+        for key, value in flat(report(finished.project, name)).items():
+            if isinstance(value, int | float) and not isinstance(value, bool) and key != "rows":
+                assert logged[key.replace(".", "/")] == pytest.approx(value, rel=1e-5), key
+
+
+def test_the_adapter_and_the_tables_are_in_the_run(finished: Finished, tmp_path: Path) -> None:
+    run = run_of(finished.project)
+    client = store(finished.project)
+    name = "adapter/adapter_model.safetensors"
+    logged = Path(client.download_artifacts(run.info.run_id, name, str(tmp_path)))
+    assert logged.read_bytes() == (finished.project / "models" / name).read_bytes()
+    tables = {each.dataset.name: each for each in run.inputs.dataset_inputs}
+    assert len(run.inputs.dataset_inputs) == 3 and set(tables) == set(SPLITS)
+    rows = {
+        name: report(finished.project, "format")[name]["rows"] for name in ("train", "validation")
+    }
+    for name, count in rows.items():
+        assert json.loads(tables[name].dataset.profile)["num_rows"] == count
+
+
+def test_the_page_and_the_predictions_are_in_the_run(finished: Finished, tmp_path: Path) -> None:
+    """As a table that the run's page shows, with a row for each row of the file."""
+    run, client = run_of(finished.project), store(finished.project)
+    page = Path(client.download_artifacts(run.info.run_id, "evaluation.html", str(tmp_path)))
+    assert page.read_bytes() == (finished.project / "reports/evaluation.html").read_bytes()
+    table = Path(client.download_artifacts(run.info.run_id, "predictions.json", str(tmp_path)))
+    logged = json.loads(table.read_text())
+    rows = pq.read_table(finished.project / "reports/predictions.parquet").to_pylist()
+    assert logged["columns"] == list(rows[0])
+    assert [line[:4] for line in logged["data"]] == [list(row.values())[:4] for row in rows]
+    shown = json.loads(run.data.tags["mlflow.loggedArtifacts"])
+    assert shown == [{"path": "predictions.json", "type": "table"}]
+
+
+def test_the_run_leads_back_to_git_and_to_its_inputs(finished: Finished) -> None:
+    tags = run_of(finished.project).data.tags
+    assert tags["git_commit"] == tags["mlflow.source.git.commit"] == finished.commit
+    assert tags["git_dirty"] == "false"
+    assert md5_tags(tags) == locked_md5(finished.project, "fetch", "split", "format")
+
+
+def test_version_one_is_registered_as_candidate(finished: Finished) -> None:
+    client = store(finished.project)
+    evaluation, export = (report(finished.project, name) for name in ("evaluation", "export"))
+    assert evaluation["gate"]["passed"] is False  # eight tokens an answer: the base never stops
+    aliases = client.get_registered_model("financial-qa").aliases
+    assert {alias: str(version) for alias, version in aliases.items()} == {"candidate": "1"}
+    version = client.get_model_version("financial-qa", "1")
+    assert version.run_id == run_of(finished.project).info.run_id
+    assert (export["version"], export["aliases"]) == ("1", ["candidate"])
+    assert version.tags["git_commit"] == finished.commit
+    assert version.tags["gate"] == evaluation["gate"]["reason"]
+    for key, value in evaluation["tuned"].items():
+        assert float(version.tags[f"tuned_{key}"]) == value
+    stages = ("fetch", "split", "format", "train", "evaluate")
+    assert md5_tags(version.tags) == locked_md5(finished.project, *stages)
+
+
+def test_dvc_shows_metrics_plots_and_params(finished: Finished, tmp_path: Path) -> None:
+    project = finished.project
+    metrics = project.run("dvc", "metrics", "show", "--json")
+    assert "failed to load" not in metrics.stderr
+    shown = json.loads(metrics.stdout)
+    names = ("split", "format", "train", "evaluation", "export")
+    assert set(shown[""]["data"]) == {f"reports/{name}.json" for name in names}
+    project.run("dvc", "params", "diff")
+    project.run("dvc", "plots", "show", "--out", str(tmp_path))
+    page = (tmp_path / "index.html").read_text()
+    pipeline = load_yaml(project / "dvc.yaml")
+    stage_plots = [p for stage in pipeline["stages"].values() for p in stage.get("plots", [])]
+    drawn = [options for entry in stage_plots for options in entry.values()]
+    drawn += [{"title": title, **o} for entry in pipeline["plots"] for title, o in entry.items()]
+    assert len(drawn) == 4
+    for options in drawn:
+        for key in ("title", "x_label", "y_label"):
+            assert options[key] in page
+
+
+def test_no_plotted_table_has_an_empty_cell(finished: Finished) -> None:
+    """DVC draws one as 0. The training's table has them, in columns that no plot takes from it."""
+    for stage in load_yaml(finished.project / "dvc.yaml")["stages"].values():
+        for path, options in ((p, o) for each in stage.get("plots", []) for p, o in each.items()):
+            rows = list(csv.DictReader((finished.project / path).open()))
+            assert rows and all(row[options["y"]] and row[options["x"]] for row in rows), path
+
+
+def readme_changes() -> dict[str, tuple[list[str], list[str]]]:
+    """README's table: a section's name, the stages that read it and those that may follow."""
+    text = (ROOT / "README.md").read_text()
+    (table,) = re.findall(r"\| a change in \|.*\n\|[-|]+\n((?:\|.*\n)+)", text)
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    return {
+        section.strip("`"): (runs.split(", "), [name for name in then.split(", ") if name])
+        for section, runs, then in cells
+    }
+
+
+def other(value: Any) -> Any:
+    """Another value than this one; DVC does not ask whether it makes sense."""
+    match value:
+        case bool():
+            return not value
+        case int() | float():
+            return value + 1
+        case list():
+            return [*value, "another"]
+    return f"not {value}"
+
+
+def test_every_parameter_runs_the_stages_that_readme_names(
+    finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(finished.project.folder)
+    project, told = finished.project, readme_changes()
+    path = project / "params.yaml"
+    before = path.read_bytes()
+    assert list(told) == list(Params.model_fields)
+    try:
+        for key, value in flat(load_yaml(path)).items():
+            project.set_all({key: other(value)})
+            with Repo() as repo:
+                assert set(repo.status()) == set(told[key.split(".")[0]][0]), key
+            path.write_bytes(before)
+        project.set(train__learning_rate=0.003)  # the value it has, the file written anew
+        assert json.loads(project.run("dvc", "status", "--json").stdout) == {}
+    finally:
+        path.write_bytes(before)
+
+
+@pytest.mark.parametrize("section", Params.model_fields)
+def test_the_stages_that_may_follow_are_those_that_readme_names(
+    finished: Finished, section: str
+) -> None:
+    runs_first, then = readme_changes()[section]
+    command = ("dvc", "repro", "--dry", "--force", "--downstream", *runs_first)
+    assert sorted(stages_run(finished.project.run(*command).stdout)) == sorted(runs_first + then)
+
+
+def test_an_experiment_runs_what_depends_on_its_changes(experiment: Finished) -> None:
+    assert stages_run(experiment.output) == ["train", "evaluate", "merge_export"]
+
+
+def test_an_experiment_is_a_second_run_in_the_same_file(
+    finished: Finished, experiment: Finished
+) -> None:
+    first, second = runs(experiment.project)
+    assert first.info.run_id == run_of(finished.project).info.run_id
+    assert second.info.run_id == run_of(experiment.project).info.run_id
+    assert second.info.status == "FINISHED"
+    assert json.loads(second.data.params["train.learning_rate"]) == 1e-4
+    assert json.loads(second.data.params["train.max_steps"]) == 3
+    assert second.info.run_name == second.data.tags["dvc_experiment"]
+    assert second.info.run_name in experiment.output
+    assert second.data.metrics["tuned/loss"] != first.data.metrics["tuned/loss"]
+
+
+def test_an_experiment_is_registered_with_its_own_lineage(experiment: Finished) -> None:
+    """Its version's hashes are its own, none of the run before."""
+    client = store(experiment.project)
+    version = client.get_model_version_by_alias("financial-qa", "candidate")
+    assert str(version.version) == "2"
+    assert version.run_id == run_of(experiment.project).info.run_id
+    tags = md5_tags(version.tags)
+    stages = load_yaml(experiment.project / "dvc.lock")["stages"]
+    now = locked_md5(experiment.project, *stages)
+    assert tags == {path: md5 for path, md5 in now.items() if path in tags}
+    assert tags["models/adapter"] == now["models/adapter"]
+
+
+def test_an_experiment_in_a_temporary_folder_logs_to_the_same_file(
+    copy: Callable[[], Project],
+) -> None:
+    project = copy()
+    done = project.run("dvc", "exp", "run", "--temp", "-S", "train.max_steps=2", "train")
+    assert stages_run(done.stdout) == ["train"]
+    _, second = runs(project)
+    assert second.info.status == "FINISHED"
+    assert json.loads(second.data.params["train.max_steps"]) == 2
+    assert second.info.run_name in done.stdout
+    assert ".dvc" not in second.info.artifact_uri
+    assert [a.path for a in store(project).list_artifacts(second.info.run_id, "adapter")]
+    assert git(project, "status", "--porcelain") == ""
+
+
+@pytest.mark.parametrize(
+    "model", ["financial-qa@candidate", "financial-qa/1", "models/adapter", "models/merged"]
+)
+def test_a_model_leads_back_to_its_run_data_and_commit(finished: Finished, model: str) -> None:
+    told = finished.project.run("python", "-m", "fintune", "lineage", model).stdout
+    assert told.startswith("financial-qa version 1 (candidate)")
+    assert run_of(finished.project).info.run_id in told
+    assert f"git checkout {finished.commit}" in told
+    assert "uncommitted" not in told
+    for path, md5 in locked_md5(finished.project, "fetch", "split", "format", "train").items():
+        assert f"{md5}  {path}" in told
+
+
+def test_the_commands_that_it_prints_rebuild_the_same_data(
+    finished: Finished, copy: Callable[[], Project]
+) -> None:
+    """The data stages alone; what training gives depends on the hardware, too."""
+    project = copy()
+    told = project.run("python", "-m", "fintune", "lineage", "models/merged").stdout
+    commands = [
+        line.split("rebuild", 1)[1].split() for line in told.splitlines() if "rebuild" in line
+    ]
+    assert [command[:2] for command in commands] == [["git", "checkout"], ["dvc", "repro"]]
+    project.run("git", "stash", "--include-untracked")
+    project.run(*commands[0])
+    assert not (project / "dvc.lock").exists()  # that commit is the one before the results
+    project.run(*commands[1], "format")
+    stages = ("fetch", "split", "format")
+    assert locked_md5(project, *stages) == locked_md5(finished.project, *stages)
+
+
+def test_an_experiment_s_model_names_the_experiment(experiment: Finished) -> None:
+    told = experiment.project.run(
+        "python", "-m", "fintune", "lineage", "financial-qa@candidate"
+    ).stdout
+    name = run_of(experiment.project).data.tags["dvc_experiment"]
+    assert told.startswith("financial-qa version 2 (candidate)")
+    assert f"dvc exp apply {name}" in told
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        ("financial-qa@champion", "not in this registry"),
+        ("financial-qa/7", "not in this registry"),
+        ("financial-qa", "NAME@ALIAS or NAME/VERSION"),
+        ("data/raw", "no registered version has this adapter"),
+    ],
+)
+def test_an_unknown_model_is_named_with_the_way_out(
+    finished: Finished, model: str, reason: str
+) -> None:
+    done = finished.project.run("python", "-m", "fintune", "lineage", model, check=False)
+    assert done.returncode != 0
+    assert done.stderr.startswith(f"error: {model}: ")
+    assert reason in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def lose_mlflow(project: Project) -> None:
+    (project / "mlflow.db").unlink()
+    shutil.rmtree(project / "mlartifacts")
+
+
+def artifacts(project: Project, run: Run) -> set[str]:
+    folder = Path(run.info.artifact_uri.removeprefix("file://"))
+    assert folder.is_relative_to(project.folder)
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_replaced_store_gets_all_of_it_again_once(
+    finished: Finished, copy: Callable[[], Project]
+) -> None:
+    project = copy()
+    lose_mlflow(project)
+    assert stages_run(project.run("dvc", "repro").stdout) == []
+    for _ in range(2):
+        project.run("python", "-m", "fintune", "restore")
+    (run,), (first,) = runs(project), runs(finished.project)
+    assert run.info.run_name == first.info.run_name and run.info.status == "FINISHED"
+    assert run.data.tags["first_run_id"] == first.info.run_id
+    assert run.data.params == first.data.params
+    measured = {key: v for key, v in first.data.metrics.items() if not key.startswith("system/")}
+    assert run.data.metrics == pytest.approx(measured, rel=1e-5)
+    for key in ("tuned/loss", "merged_loss", "validation_loss"):
+        assert len(store(project).get_metric_history(run.info.run_id, key)) == 1
+    ours = {k: v for k, v in first.data.tags.items() if not k.startswith("mlflow.")}
+    assert set(ours.items()) <= set(run.data.tags.items())
+    assert artifacts(project, run) == artifacts(finished.project, first)
+    (version,) = store(project).search_model_versions()
+    before = store(finished.project).get_model_version("financial-qa", "1")
+    assert version.run_id == run.info.run_id and version.tags == before.tags
+    aliases = store(project).get_registered_model("financial-qa").aliases
+    assert {alias: str(number) for alias, number in aliases.items()} == {"candidate": "1"}
+
+
+def test_an_experiment_from_dvc_s_cache_is_logged_again_once(
+    experiment: Finished, tmp_path: Path
+) -> None:
+    project = Project(tmp_path / "project")
+    shutil.copytree(experiment.project.folder, project.folder, symlinks=True)
+    lose_mlflow(project)
+    git(project, "checkout", "--", ".")
+    project.run("dvc", "checkout", "--force")
+    again = project.run(
+        "dvc", "exp", "run", "-S", "train.learning_rate=1e-4", "-S", "train.max_steps=3"
+    )
+    assert stages_run(again.stdout) == [] and "is cached" in again.stdout
+    for _ in range(2):
+        project.run("python", "-m", "fintune", "restore")
+    (run,) = runs(project)
+    assert run.info.run_name in experiment.output
+    assert json.loads(run.data.params["train.max_steps"]) == 3
+    assert {"validation_loss", "tuned/loss", "merged_loss"} <= set(run.data.metrics)
+
+
+def test_another_adapter_than_dvc_s_is_not_logged(copy: Callable[[], Project]) -> None:
+    project = copy()
+    (project / "models/adapter/README.md").write_text("mine\n")
+    done = project.run("python", "-m", "fintune", "restore", check=False)
+    assert done.returncode != 0
+    assert "not the adapter of dvc.lock" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_an_unknown_parameter_is_refused(copy: Callable[[], Project]) -> None:
+    project = copy()
+    done = project.run("dvc", "exp", "run", "-S", "+train.typo=3", check=False)
+    assert done.returncode != 0
+    assert "train.typo: unknown key" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(runs(project)) == 1
+
+
+WATCH_IMPORTS = """
+import runpy, sys
+runpy.run_module(f"stages.{sys.argv[1]}", run_name="__main__")
+heavy = ("torch", "mlflow", "datasets", "peft", "trl", "accelerate", "sklearn")
+print("imported:", *(name for name in heavy if sys.modules.get(name)))
+"""
+
+
+@pytest.mark.parametrize("stage", ["fetch", "split", "format"])
+def test_the_data_stages_import_nothing_heavy(finished: Finished, stage: str) -> None:
+    """They start in under a second; torch alone takes longer, and MLflow as long."""
+    told = finished.project.run("python", "-c", WATCH_IMPORTS, stage)
+    assert told.stdout.splitlines()[-1].strip() == "imported:"
+    assert "PyTorch was not found" not in told.stderr

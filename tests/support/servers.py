@@ -1,0 +1,162 @@
+"""Real servers on loopback for tests: S3 (moto's), PostgreSQL, and MLflow with users on both."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.request import urlopen
+
+ROOT = Path(__file__).parents[2]
+PASSWORD = "correct-horse-battery-staple"
+S3 = {
+    "AWS_ACCESS_KEY_ID": "test",
+    "AWS_SECRET_ACCESS_KEY": "not-a-secret-of-anyone",
+    "AWS_DEFAULT_REGION": "us-east-1",
+}
+
+
+def postgres_binaries() -> Path | None:
+    """Debian keeps them off the PATH, in a folder a version."""
+    found = shutil.which("initdb")
+    if found:
+        return Path(found).parent
+    folders = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    return folders[-1].parent if folders else None
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def s3_server(*buckets: str) -> Iterator[str]:
+    """The address of an S3 server with these buckets."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    address = f"http://{host}:{port}"
+    client = boto3.client(
+        "s3",
+        endpoint_url=address,
+        region_name=S3["AWS_DEFAULT_REGION"],
+        aws_access_key_id=S3["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=S3["AWS_SECRET_ACCESS_KEY"],
+    )
+    for bucket in buckets:
+        client.create_bucket(Bucket=bucket)
+    yield address
+    server.stop()
+
+
+@contextmanager
+def postgres(binaries: Path) -> Iterator[dict[str, str]]:
+    """PostgreSQL with the databases of deploy/databases.sql; yields libpq's environment."""
+    import psycopg2
+
+    user = {"user": "postgres"} if os.geteuid() == 0 else {}  # it refuses to run as root
+    folder = Path(tempfile.mkdtemp(prefix="pg-"))
+    if user:
+        shutil.chown(folder, "postgres")
+    password = folder / "password"
+    password.write_text(PASSWORD)
+    password.chmod(0o644)
+    data, port = folder / "data", free_port()
+    setup = ["--pgdata", str(data), "--username", "mlflow", "--auth", "scram-sha-256"]
+    subprocess.run(
+        [str(binaries / "initdb"), *setup, "--pwfile", str(password), "--no-sync"],
+        check=True,
+        capture_output=True,
+        cwd=folder,
+        **user,
+    )
+    options = f"-p {port} -h 127.0.0.1 -k {folder} -F"
+    control = [str(binaries / "pg_ctl"), "--pgdata", str(data), "--wait"]
+    subprocess.run(
+        [*control, "--log", str(folder / "log"), "--options", options, "start"],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        cwd=folder,
+        **user,
+    )
+    environment = {
+        "PGHOST": "127.0.0.1",
+        "PGPORT": str(port),
+        "PGUSER": "mlflow",
+        "PGPASSWORD": PASSWORD,
+    }
+    try:
+        connection = psycopg2.connect(
+            host="127.0.0.1", port=port, user="mlflow", password=PASSWORD, dbname="postgres"
+        )
+        connection.autocommit = True  # no database is made inside a transaction
+        for statement in (ROOT / "deploy/databases.sql").read_text().splitlines():
+            connection.cursor().execute(statement)
+        connection.close()
+        yield environment
+    finally:
+        subprocess.run(
+            [*control, "--mode", "immediate", "stop"],
+            check=False,
+            stdout=subprocess.DEVNULL,
+            cwd=folder,
+            **user,
+        )
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def mlflow_server(database: dict[str, str], s3: str, log: Path) -> Iterator[str]:
+    """MLflow as deploy/ starts it; yields its address."""
+    port = free_port()
+    command = [str(Path(sys.executable).absolute().parent / "mlflow"), "server"]
+    command += ["--app-name", "basic-auth", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--workers", "1", "--backend-store-uri", "postgresql+psycopg2:///mlflow"]
+    command += ["--artifacts-destination", "s3://mlflow"]
+    environment = {
+        **{key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")},
+        **database,
+        **S3,
+        "MLFLOW_S3_ENDPOINT_URL": s3,
+        "MLFLOW_AUTH_CONFIG_PATH": str(ROOT / "deploy/auth.ini"),
+        "MLFLOW_AUTH_ADMIN_USERNAME": "admin",
+        "MLFLOW_AUTH_ADMIN_PASSWORD": PASSWORD,
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": "only for this test",
+    }
+    with answering(command, port, environment, log) as address:
+        yield address
+
+
+@contextmanager
+def answering(
+    command: list[str], port: int, environment: dict[str, str], log: Path
+) -> Iterator[str]:
+    """A program that serves `port` of loopback from its log's folder; yields its address."""
+    address = f"http://127.0.0.1:{port}"
+    with log.open("w") as file:
+        server = subprocess.Popen(
+            command, cwd=log.parent, env=environment, stdout=file, stderr=subprocess.STDOUT
+        )
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                urlopen(f"{address}/health", timeout=5).close()
+                break
+            except OSError:
+                assert server.poll() is None and time.monotonic() < deadline, log.read_text()
+                time.sleep(0.2)
+        yield address
+    finally:
+        server.terminate()
+        server.wait()
