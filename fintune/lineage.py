@@ -68,7 +68,7 @@ def output_hashes(entries: Sequence[dict[str, Any]]) -> dict[str, str]:
         f"md5.{out['path']}": out["md5"]
         for entry in entries
         for out in entry.get("outs", [])
-        if Path(out["path"]).parts[0] == paths.RAW.parts[0] or Path(out["path"]) == paths.ADAPTER
+        if Path(out["path"]).is_relative_to(paths.DATA) or Path(out["path"]) == paths.ADAPTER
     }
 
 

@@ -7,14 +7,15 @@ LOCK = Path("dvc.lock")
 DVC_CONFIG = (Path(".dvc/config"), Path(".dvc/config.local"))
 
 DEMO_ASSETS = Path("assets")
-OWN_DATA = Path("data/source")
 GENERAL_TEXT = Path("assets/general-text.jsonl")
 
-RAW = Path("data/raw")
+DATA = Path("data")
+OWN_DATA = DATA / "source"
+RAW = DATA / "raw"
 RAW_ROWS = RAW / "qa.parquet"
 MANIFEST = RAW / "manifest.json"
-SPLIT = Path("data/split")
-FORMATTED = Path("data/formatted")
+SPLIT = DATA / "split"
+FORMATTED = DATA / "formatted"
 
 ADAPTER = Path("models/adapter")
 RUN = Path("models/run.json")

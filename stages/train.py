@@ -16,19 +16,13 @@ from fintune.model.base import load_base
 from fintune.model.likelihood import likelihood
 from fintune.params import Params, read_params
 from fintune.stage import log, run, whole_folder, write_json, write_text
+from fintune.tracking import runs
 from fintune.tracking.client import connect
-from fintune.tracking.runs import (
-    describe_run,
-    live_logger,
-    log_table,
-    log_training_or_later,
-    sweep_run,
-    training_run,
-)
 from fintune.training.checkpoints import fingerprint
 from fintune.training.curve import as_csv, validations
 from fintune.training.train import TrainingResult, total_steps, train
 
+SHOWN = ("train_loss", "validation_loss", "tokens_per_second", "peak_memory_gib")
 INPUTS = {split: paths.rows(paths.FORMATTED, split) for split in ("train", "validation")}
 
 
@@ -41,10 +35,12 @@ def main() -> None:
     scratch = root / paths.SCRATCH / fingerprint(list(INPUTS.values()), sections)
     scratch.mkdir(parents=True, exist_ok=True)
     name = f"{Path(params.base.model).name} r{params.train.lora.r} lr{params.train.learning_rate:g}"
-    with training_run(scratch / "run_id", name, sweep_run(client, root)) as run_id:
-        record = describe_run(run_id, sections, hardware(), Path.cwd())
+    with runs.training_run(scratch / "run_id", name, runs.sweep_run(client, root)) as run_id:
+        record = runs.describe_run(run_id, sections, hardware(), Path.cwd())
         for split, path in INPUTS.items():
-            log_table(run_id, rows[split], split, "training" if split == "train" else split, path)
+            runs.log_table(
+                run_id, rows[split], split, "training" if split == "train" else split, path
+            )
         result = fine_tune(params, rows, scratch, run_id)
         with whole_folder(paths.ADAPTER) as folder:
             usual = usual_instruction(rows["train"])
@@ -53,10 +49,9 @@ def main() -> None:
         write_text(paths.TRAIN_CURVE, as_csv(result.curve))
         write_text(paths.VALIDATION_CURVE, as_csv(validations(result.curve)))
         write_json(paths.RUN, record)
-        log_training_or_later(client, record, result.metrics, paths.ADAPTER)
+        runs.log_training_or_later(client, record, result.metrics, paths.ADAPTER)
     shutil.rmtree(scratch)
-    shown = ("train_loss", "validation_loss", "tokens_per_second", "peak_memory_gib")
-    log.info("  ".join(f"{key} {result.metrics[key]:.4g}" for key in shown))
+    log.info("  ".join(f"{key} {result.metrics[key]:.4g}" for key in SHOWN))
 
 
 def fine_tune(
@@ -74,10 +69,9 @@ def fine_tune(
     base = load_base(params.base, tokenizer, params.train.quantization, dtype)
     tuned = add_adapter(base, tokenizer, params.train.lora, params.train.seed)
     log.info("trainable: %s", describe_adapter(tuned))
-    steps = total_steps(params.train, len(tokens["train"]))
-    log.info(
-        "%d rows, %d steps of %d rows", len(tokens["train"]), steps, params.train.rows_per_step
-    )
+    count = len(tokens["train"])
+    steps = (total_steps(params.train, count), params.train.rows_per_step)
+    log.info("%d rows, %d steps of %d rows", count, *steps)
     return train(
         tuned,
         tokenizer,
@@ -86,7 +80,7 @@ def fine_tune(
         dtype,
         validate=lambda model: likelihood(model, tokens["validation"], "validate").loss,
         scratch=scratch,
-        on_log=live_logger(run_id),
+        on_log=runs.live_logger(run_id),
     )
 
 

@@ -4,13 +4,16 @@ import ast
 import configparser
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
 
+from fintune import paths
 from fintune.params import Params, read_params
+from fintune.training.checkpoints import CODE
 
 ROOT = Path(__file__).parents[1]
 PIPELINE = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())
@@ -21,24 +24,66 @@ README = ROOT / "README.md"
 LOCK = ROOT / "requirements.lock"
 
 
+ORDER = (
+    *("errors", "params", "paths", "metrics", "lineage", "hardware", "stage"),
+    *("hub", "data", "model", "tracking", "registry", "merging", "training"),
+    *("generation", "evaluation", "export", "commands", "__main__"),
+)
+SHOWN_ELSEWHERE = {
+    "fintune/errors.py",
+    "fintune/params.py",
+    "fintune/paths.py",
+}  # of a change in them
+LONG = {"fintune/params.py", "fintune/model/fused/kernels.py"}
+MODULES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for folder in ("fintune", "stages")
+    for path in (ROOT / folder).rglob("*.py")
+)
+
+
+@cache
 def parse(path: str) -> ast.Module:
     return ast.parse((ROOT / path).read_text(), path)
 
 
-def imports(path: str) -> set[str]:
-    """The files of ours that a file imports anywhere in it, functions included."""
-    found = set()
+def file_of(name: str) -> str | None:
+    """The file of a dotted name, if it is a module of ours."""
+    file = f"{name.replace('.', '/')}.py"
+    return file if file in MODULES else None
+
+
+@cache
+def imported_names(path: str) -> dict[str, tuple[str, str]]:
+    """What a file imports of ours anywhere in it: the file, and the name in it or nothing."""
+    found = {}
     for node in ast.walk(parse(path)):
-        names: list[str] = []
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            package = ".".join([Path(path).parts[0], *filter(None, [node.module])])
-            module = package if node.level else node.module or ""
-            names = [module, *(f"{module}.{alias.name}" for alias in node.names)]
-        files = (f"{name.replace('.', '/')}.py" for name in names)
-        found |= {file for file in files if (ROOT / file).is_file()}
-    return {file for file in found if file.startswith(("fintune/", "stages/"))}
+            for alias in node.names:
+                if file := file_of(alias.name):
+                    found[alias.asname or alias.name] = (file, "")
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert not node.level, f"{path}: a relative import"
+            for alias in node.names:
+                if file := file_of(f"{node.module}.{alias.name}"):
+                    found[alias.asname or alias.name] = (file, "")
+                elif file := file_of(node.module):
+                    found[alias.asname or alias.name] = (file, alias.name)
+    return found
+
+
+def imports(path: str) -> set[str]:
+    return {file for file, _ in imported_names(path).values()}
+
+
+def unit(path: str) -> str:
+    """The package or root file that a file belongs to, as dvc.yaml names it."""
+    parts = Path(path).parts
+    return "/".join(parts[:2]) if parts[0] == "fintune" else path
+
+
+def rank(path: str) -> int:
+    return ORDER.index(Path(unit(path)).stem)
 
 
 def closure(path: str) -> set[str]:
@@ -53,11 +98,35 @@ def closure(path: str) -> set[str]:
     return seen
 
 
-def templates(modules: set[str]) -> set[str]:
-    """The files beside our modules that they name, and read when they are called."""
-    beside = [p.relative_to(ROOT).as_posix() for p in (ROOT / "fintune").glob("*.jinja")]
-    sources = [(ROOT / module).read_text() for module in modules]
-    return {path for path in beside if any(Path(path).name in source for source in sources)}
+@cache
+def definitions(path: str) -> dict[str, ast.stmt]:
+    """A file's functions, classes and constants by name."""
+    found: dict[str, ast.stmt] = {}
+    for node in parse(path).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found[node.name] = node
+        elif isinstance(node, ast.Assign):
+            found |= {
+                n.id: node for t in node.targets for n in ast.walk(t) if isinstance(n, ast.Name)
+            }
+    return found
+
+
+def paths_used(script: str) -> set[str]:
+    """The paths that a stage's main comes to, through all that it calls."""
+    seen: set[tuple[str, str]] = set()
+    waiting, used = [(script, "main")], set()
+    while waiting:
+        file, name = waiting.pop()
+        if (file, name) in seen or name not in definitions(file):
+            continue
+        seen.add((file, name))
+        for node in ast.walk(definitions(file)[name]):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "paths":
+                used.add(str(getattr(paths, node.attr)))
+            elif isinstance(node, ast.Name):
+                waiting.append(imported_names(file).get(node.id, (file, node.id)))
+    return used
 
 
 def names_of(entries: list[Any]) -> set[str]:
@@ -120,12 +189,93 @@ def test_stages_and_scripts_match() -> None:
         assert stage["cmd"] == f"python -m stages.{name}"
 
 
+def test_imports_go_one_way() -> None:
+    for path in MODULES:
+        if path.startswith("fintune/") and Path(path).name != "__init__.py":
+            upward = {f for f in imports(path) if unit(f) != unit(path) and rank(f) >= rank(path)}
+            assert not upward, f"{path} imports {', '.join(sorted(upward))}"
+
+
+def test_no_import_comes_back_to_where_it_started() -> None:
+    for path in MODULES:
+        later = {file for each in imports(path) for file in closure(each)}
+        assert path not in later, path
+
+
+def test_everything_has_a_place_in_the_order() -> None:
+    there = {Path(unit(path)).stem for path in MODULES if path.startswith("fintune/")}
+    assert there - {"__init__"} == set(ORDER)
+
+
+def test_package_faces_are_empty() -> None:
+    """Importing one module of a package must not import the others: format does without torch."""
+    for path in (ROOT / "fintune").rglob("__init__.py"):
+        assert path.read_bytes() == b"", path
+    folders = {path.parent for path in (ROOT / "fintune").rglob("*.py")}
+    assert all((folder / "__init__.py").is_file() for folder in folders)
+
+
+@pytest.mark.parametrize("path", MODULES)
+def test_no_module_is_long(path: str) -> None:
+    limit = 90 if path.startswith("stages/") else 300
+    assert path in LONG or len((ROOT / path).read_text().splitlines()) <= limit
+
+
+@pytest.mark.parametrize("path", MODULES)
+def test_files_are_named_in_one_place(path: str) -> None:
+    """Other modules import the paths of what passes between stages; messages may show them."""
+    if path == "fintune/paths.py":
+        return
+    file = re.compile(
+        r"((data|models|reports|assets|\.checkpoints|\.dvc|mlartifacts)(/[\w./-]*)?"
+        r"|dvc\.(yaml|lock)|(mlflow|search)\.db)"
+    )
+    words = {"data", "models", "reports", "assets", ".dvc"}  # also of packages, kinds and columns
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            named = file.fullmatch(node.value) and node.value not in words
+            assert not named, f"line {node.lineno}: {node.value}"
+        if isinstance(node, ast.JoinedStr) and isinstance(node.values[0], ast.Constant):
+            begins = str(node.values[0].value)
+            assert not file.fullmatch(begins) or begins in words, f"line {node.lineno}: {begins}"
+
+
+def reached(stage: str) -> set[str]:
+    units = {unit(file) for file in closure(f"stages/{stage}.py")}
+    return units - SHOWN_ELSEWHERE
+
+
 @pytest.mark.parametrize("stage", STAGES)
-def test_code_deps_are_the_imports(stage: str) -> None:
-    script = f"stages/{stage}.py"
+def test_code_deps_are_the_packages_reached(stage: str) -> None:
     declared = [d for d in STAGES[stage]["deps"] if d.startswith(("fintune/", "stages/"))]
-    modules = closure(script)
-    assert sorted(declared) == sorted((modules - {"fintune/params.py"}) | templates(modules))
+    assert sorted(declared) == sorted(reached(stage))
+
+
+def reruns(file: str) -> set[str]:
+    """The stages that run again when this file changes."""
+    return {s for s in STAGES if any(Path(file).is_relative_to(d) for d in STAGES[s]["deps"])}
+
+
+def test_a_change_reruns_what_it_can_change() -> None:
+    assert reruns("fintune/commands/push.py") == set()
+    assert reruns("fintune/export/push.py") == {"merge_export"}
+    assert reruns("fintune/training/memory.py") == {"train"}
+    assert reruns("fintune/evaluation/page.html.jinja") == {"evaluate"}
+    assert reruns("fintune/data/formatting.py") == set(STAGES)
+
+
+def test_a_checkpoint_knows_the_code_that_trains() -> None:
+    """What decides what is learned is in the fingerprint; each is a dependency of the stage, too."""
+    code = {f"fintune/{name}" for name in CODE}
+    assert code <= {d for d in STAGES["train"]["deps"] if d.startswith("fintune/")}
+    beside = {
+        "hub",
+        "tracking",
+        "hardware.py",
+        "lineage.py",
+        "stage.py",
+    }  # they fetch, log and check
+    assert reached("train") - code == {f"fintune/{name}" for name in beside} | {"stages/train.py"}
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -157,11 +307,11 @@ def test_whole_parameter_file_stays_in_the_stage(stage: str) -> None:
 
 
 def test_no_shared_module_reads_the_parameter_file_but_as_a_program() -> None:
-    for path in sorted((ROOT / "fintune").glob("*.py")):
-        if path.name == "params.py":
+    for path in MODULES:
+        if path.startswith("stages/") or path == "fintune/params.py":
             continue
-        for function in functions(parse(f"fintune/{path.name}")):
-            if function.name != "main":
+        for function in functions(parse(path)):
+            if not (path.startswith("fintune/commands/") and function.name == "main"):
                 reads = any(is_read_params(node) for node in ast.walk(function))
                 assert not reads and not whole_file_names(function), f"{path}: {function.name}"
 
@@ -170,20 +320,16 @@ def test_every_section_is_read_by_a_stage() -> None:
     assert {s for stage in STAGES.values() for s in stage["params"]} == set(Params.model_fields)
 
 
+LOGGED_AGAIN = {"reports/evaluation.html", "reports/predictions.parquet"}  # where MLflow lost them
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_data_paths_are_declared(stage: str) -> None:
-    """Each path that the script names is a dependency or an output, and the other way round."""
-    calls = (node for node in ast.walk(parse(f"stages/{stage}.py")) if isinstance(node, ast.Call))
-    used = {
-        call.args[0].value
-        for call in calls
-        if ast.unparse(call.func) == "Path"
-        and call.args
-        and isinstance(call.args[0], ast.Constant)
-        and isinstance(call.args[0].value, str)
-    }
+    """Each path that the stage comes to is a dependency or an output, and the other way round."""
     shipped_base = {"assets/demo-base"}  # read through base.model, where that names it
     declared = (data_deps(stage) | outs(stage)) - shipped_base
+    used = {p for p in paths_used(f"stages/{stage}.py") if Path(p).parts[0] in (*OUTPUTS, "assets")}
+    used -= LOGGED_AGAIN if stage == "merge_export" else set()
     assert [path for path in used if not any(is_related(path, d) for d in declared)] == []
     assert [path for path in declared if not any(is_related(path, u) for u in used)] == []
 
@@ -211,14 +357,8 @@ def test_every_plain_output_is_cached(stage: str) -> None:
 
 
 def test_no_stage_imports_another() -> None:
-    for path in [*(ROOT / "stages").glob("*.py"), *(ROOT / "fintune").glob("*.py")]:
-        name = path.relative_to(ROOT).as_posix()
-        assert not any(file.startswith("stages/") for file in imports(name)), name
-
-
-@pytest.mark.parametrize("name", ["fintune/params.py", "fintune/records.py"])
-def test_the_lowest_modules_import_nothing_of_ours(name: str) -> None:
-    assert imports(name) == set()
+    for path in MODULES:
+        assert not any(file.startswith("stages/") for file in imports(path)), path
 
 
 def test_shipped_params_are_the_demo_recipe() -> None:

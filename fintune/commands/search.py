@@ -83,11 +83,7 @@ def read_dimension(text: str, known: Sequence[str]) -> tuple[str, Any]:
     Raises:
         UserError: no such parameter, or neither a range nor choices.
     """
-    from optuna.distributions import (
-        CategoricalDistribution,
-        FloatDistribution,
-        IntDistribution,
-    )
+    from optuna import distributions
 
     key, _, values = text.partition("=")
     if key not in known:
@@ -100,14 +96,14 @@ def read_dimension(text: str, known: Sequence[str]) -> tuple[str, Any]:
         choices = [YAML(typ="safe").load(each) for each in values.split(",") if each.strip()]
         if len(choices) < 2:
             raise UserError(f"{text}: give at least two choices, as {key}=A,B, or LOW..HIGH")
-        return key, CategoricalDistribution(choices)
+        return key, distributions.CategoricalDistribution(choices)
     try:
         if scale not in ("", "log"):
             raise ValueError(f"{scale!r} is no scale; leave it out or give log")
         whole = all(bound.strip().lstrip("+-").isdigit() for bound in (low, high))
         if whole:
-            return key, IntDistribution(int(low), int(high), log=scale == "log")
-        return key, FloatDistribution(float(low), float(high), log=scale == "log")
+            return key, distributions.IntDistribution(int(low), int(high), log=scale == "log")
+        return key, distributions.FloatDistribution(float(low), float(high), log=scale == "log")
     except ValueError as error:
         raise UserError(f"{text}: {error}") from None
 
@@ -267,11 +263,9 @@ def _value(name: str, objective: Objective) -> float | None:
     found = [ref for ref in refs if ref.endswith(f"/{name}")]
     if not found:
         return None
-    content: Any = json.loads(git(Path(), "show", f"{found[0]}:{objective.file}") or "{}")
-    for part in objective.key.split("."):
-        content = content.get(part) if isinstance(content, dict) else None
-    is_number = isinstance(content, int | float) and math.isfinite(content)
-    return float(content) if is_number else None
+    content = json.loads(git(Path(), "show", f"{found[0]}:{objective.file}") or "{}")
+    value = flatten(content).get(objective.key)
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def _yaml(value: Any) -> str:

@@ -1,6 +1,7 @@
 """The only definition of the prompt: its text, its two special tokens, its tokens and what is learned."""
 
 import json
+import os
 from typing import Any
 
 from fintune.errors import UserError
@@ -9,6 +10,9 @@ from fintune.params import Base
 RESPONSE = "<response>"
 RESPONSE_END = "<response|end>"
 SPECIAL_TOKENS = (RESPONSE, RESPONSE_END)
+
+# a loader process that is forked after the tokenizer was used would only warn about it
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 Tokenizer = Any  # a transformers fast tokenizer; naming its class here would import transformers
 

@@ -392,9 +392,9 @@ def test_no_plotted_table_has_an_empty_cell(finished: Finished) -> None:
             assert rows and all(row[options["y"]] and row[options["x"]] for row in rows), path
 
 
-def readme_changes() -> dict[str, tuple[list[str], list[str]]]:
-    """README's table: a section's name, the stages that read it and those that may follow."""
-    text = (ROOT / "README.md").read_text()
+def documented_changes() -> dict[str, tuple[list[str], list[str]]]:
+    """Read the table in docs/experiments.md: section, stages that read it, stages that may follow."""
+    text = (ROOT / "docs/experiments.md").read_text()
     (table,) = re.findall(r"\| a change in \|.*\n\|[-|]+\n((?:\|.*\n)+)", text)
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
     return {
@@ -415,11 +415,11 @@ def other(value: Any) -> Any:
     return f"not {value}"
 
 
-def test_every_parameter_runs_the_stages_that_readme_names(
+def test_every_parameter_runs_the_stages_that_the_docs_name(
     finished: Finished, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(finished.project.folder)
-    project, told = finished.project, readme_changes()
+    project, told = finished.project, documented_changes()
     path = project / "params.yaml"
     before = path.read_bytes()
     assert list(told) == list(Params.model_fields)
@@ -436,10 +436,10 @@ def test_every_parameter_runs_the_stages_that_readme_names(
 
 
 @pytest.mark.parametrize("section", Params.model_fields)
-def test_the_stages_that_may_follow_are_those_that_readme_names(
+def test_the_stages_that_may_follow_are_those_that_the_docs_name(
     finished: Finished, section: str
 ) -> None:
-    runs_first, then = readme_changes()[section]
+    runs_first, then = documented_changes()[section]
     command = ("dvc", "repro", "--dry", "--force", "--downstream", *runs_first)
     assert sorted(stages_run(finished.project.run(*command).stdout)) == sorted(runs_first + then)
 

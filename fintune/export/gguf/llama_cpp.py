@@ -128,3 +128,7 @@ def main() -> None:
     request = json.loads(sys.stdin.read())
     answers = _answer_all(sys.argv[1], request["prompts"], request["max_new_tokens"])
     print(json.dumps([asdict(answer) for answer in answers]))
+
+
+if __name__ == "__main__":
+    main()
