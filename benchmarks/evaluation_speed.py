@@ -33,6 +33,7 @@ from benchmarks.training_speed import version
 from fintune.data.formatting import format_row
 from fintune.data.prompt import encode, end_token_id, load_tokenizer
 from fintune.data.tables import read_source
+from fintune.generation.decoding import Decoding
 from fintune.generation.generate import generate
 from fintune.hardware import GIB, compute_dtype, free_memory
 from fintune.model.adapter import save_adapter, write_training
@@ -96,7 +97,7 @@ def answers(model: Any, tokenizer: Any, prompts: list[list[int]], limit: int) ->
         reset_peak()
         begun = time.perf_counter()
         found[name] = generate(
-            model, tokenizer, prompts[:count], end, limit, at_once, name, kernels=kernels
+            model, tokenizer, prompts[:count], Decoding(end, limit), name, at_once, kernels
         )
         seconds = time.perf_counter() - begun
         tokens = sum(answer.tokens for answer in found[name])
@@ -122,24 +123,24 @@ def stage(adapter: Path, rows: list[dict[str, Any]], params: Any) -> dict[str, A
 
         return wrapped
 
-    originals = measuring.likelihood, measuring.generate
+    originals = measuring.likelihood, measuring.generate_answers
     measuring.likelihood = timed("likelihood", measuring.likelihood)
-    measuring.generate = timed("answers", measuring.generate)
+    measuring.generate_answers = timed("answers", measuring.generate_answers)
     references = [[row["output"]] for row in rows]
     reset_peak()
     begun = time.perf_counter()
     try:
         measured = measuring.measure(adapter, None, rows, references, [], params.evaluate)
     finally:
-        measuring.likelihood, measuring.generate = originals
+        measuring.likelihood, measuring.generate_answers = originals
     middle = time.perf_counter()
-    for side in measured.sides.values():
-        measuring.sums_of(side, rows, references, None)
+    for result in measured.results.values():
+        measuring.metric_sums(result, rows, references, None)
     tokens = 2 * sum(row["tokens"] for row in rows)
     return {
         "questions": len(rows),
         "max_new_tokens": params.evaluate.max_new_tokens,
-        "answer_tokens": sum(a.tokens for s in measured.sides.values() for a in s.answers),
+        "answer_tokens": sum(a.tokens for s in measured.results.values() for a in s.answers),
         "seconds": time.perf_counter() - begun,
         "text_metrics_seconds": time.perf_counter() - middle,
         **{f"{name}_seconds": seconds for name, seconds in took.items()},

@@ -39,11 +39,18 @@ from fintune.data.formatting import format_row
 from fintune.data.prompt import encode, end_token_id, load_tokenizer
 from fintune.data.tables import read_rows, read_source
 from fintune.export.gguf.check import compare
-from fintune.export.gguf.llama_cpp import Greedy
+from fintune.export.gguf.llama_cpp import Completion
+from fintune.generation.decoding import Decoding
 from fintune.generation.generate import Answer, generate
 from fintune.hardware import DTYPES, GIB, compute_dtype, device, free_memory, hardware
 from fintune.merging.merge import merge_into_folder
-from fintune.model.adapter import Trained, load_adapter, read_training, save_adapter, write_training
+from fintune.model.adapter import (
+    AdapterInfo,
+    load_adapter,
+    read_training,
+    save_adapter,
+    write_training,
+)
 from fintune.model.base import load_base, load_plain
 from fintune.model.likelihood import answer_logits, likelihood
 from fintune.params import Base
@@ -137,13 +144,13 @@ def look_at(
         "loss": likelihood(model, rows, "loss").loss,
         "logits": answer_logits(model, rows[:LOGIT_ROWS]),
         "answers": generate(
-            model, tokenizer, prompts, end_token_id(tokenizer), limit, "auto", "answers"
+            model, tokenizer, prompts, Decoding(end_token_id(tokenizer), limit), "answers"
         ),
     }
 
 
 def merged(
-    trained: Trained,
+    trained: AdapterInfo,
     adapter: Path,
     weights: str,
     dtype: str,
@@ -152,12 +159,12 @@ def merged(
 ) -> dict[str, Any]:
     """Merge once and compare."""
     with tempfile.TemporaryDirectory(dir=".") as folder:
-        four_bits = trained.four_bits if weights == "trained_on" else None
+        nf4_compute_dtype = trained.nf4_compute_dtype if weights == "trained_on" else None
         context = multiprocessing.get_context("spawn")
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(
             target=merge_and_measure,
-            args=(sender, trained, adapter, Path(folder), dtype, four_bits),
+            args=(sender, trained, adapter, Path(folder), dtype, nf4_compute_dtype),
         )
         process.start()
         sender.close()  # so that a process that fails is not waited for
@@ -181,11 +188,11 @@ def merged(
 
 def merge_and_measure(
     sender: Any,
-    trained: Trained,
+    trained: AdapterInfo,
     adapter: Path,
     folder: Path,
     dtype: str,
-    four_bits: torch.dtype | None,
+    nf4_compute_dtype: torch.dtype | None,
 ) -> None:
     """In its own process: seconds from an imported program to a whole folder, and memory."""
     tokenizer = load_tokenizer(trained.base)
@@ -199,7 +206,7 @@ def merge_and_measure(
     watcher = threading.Thread(target=watch)
     watcher.start()
     before, begun = status("RssAnon"), time.perf_counter()
-    merge_into_folder(trained.base, tokenizer, adapter, folder, DTYPES[dtype], four_bits)
+    merge_into_folder(trained.base, tokenizer, adapter, folder, DTYPES[dtype], nf4_compute_dtype)
     seconds = time.perf_counter() - begun
     done.set()
     watcher.join()
@@ -219,11 +226,11 @@ def status(name: str) -> float:
     return int(found[1]) * 1024 / GIB if found else 0.0
 
 
-def greedy(tokenizer: Any, answers: list[Answer]) -> list[Greedy]:
+def greedy(tokenizer: Any, answers: list[Answer]) -> list[Completion]:
     """Answers as tokens, with -1 for the end of one that has stopped."""
     ids = [tokenizer(each.text, add_special_tokens=False)["input_ids"] for each in answers]
     return [
-        Greedy([], tokens + [-1] * each.stopped, each.text)
+        Completion([], tokens + [-1] * each.stopped, each.text)
         for tokens, each in zip(ids, answers, strict=True)
     ]
 

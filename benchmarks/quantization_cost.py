@@ -31,8 +31,9 @@ from fintune.data.records import select_records
 from fintune.data.splitting import split_rows
 from fintune.data.tables import read_source
 from fintune.errors import UserError
-from fintune.evaluation.measure import Side, sums_of
+from fintune.evaluation.measure import ModelResult, metric_sums
 from fintune.evaluation.statistics import summarize
+from fintune.generation.decoding import Decoding
 from fintune.generation.generate import generate
 from fintune.hardware import compute_dtype, free_memory
 from fintune.hub.models import check_base
@@ -204,13 +205,13 @@ def measure(
         model = load_adapter(model, adapter)
     scores = likelihood(model, rows, "likelihood")
     prompts, end = [prompt for prompt, _ in rows], end_token_id(tokenizer)
-    bounds = (params.evaluate.max_new_tokens, params.evaluate.rows_per_batch)
+    limit, rows_per_batch = params.evaluate.max_new_tokens, params.evaluate.rows_per_batch
     described = []
-    for title, sampling in (("greedy answers", None), ("sampled answers", SAMPLING)):
-        options = (*bounds, title, sampling, params.train.seed)
-        answers = generate(model, tokenizer, prompts, end, *options)
+    for title, sampling in (("greedy answers", {}), ("sampled answers", SAMPLING)):
+        decoding = Decoding(end, limit, seed=params.train.seed, **sampling)
+        answers = generate(model, tokenizer, prompts, decoding, title, rows_per_batch)
         references = [[row["output"]] for row in test]
-        sums = sums_of(Side(scores, answers, None), test, references, None)
+        sums = metric_sums(ModelResult(scores, answers, None), test, references, None)
         described.append(
             {key: value for key, value in summarize(sums).items() if value is not None}
         )

@@ -49,7 +49,7 @@ from fintune.hardware import GIB, free_memory, matmul_flops
 from fintune.model.adapter import add_adapter
 from fintune.model.base import load_base
 from fintune.model.batch import TokenRow
-from fintune.model.sizes import Shape
+from fintune.model.sizes import ModelSize
 from fintune.params import Base, Lora, Train
 from fintune.stage import log, run, write_json
 from fintune.training import train as training
@@ -163,14 +163,14 @@ def draw_rows(count: int) -> list[TokenRow]:
     return rows
 
 
-def shape_of(base: Base) -> Shape:
+def shape_of(base: Base) -> ModelSize:
     from transformers import AutoConfig
 
     lora = Lora(r=16, alpha=32, dropout=0.0, target_modules=LAYERS)
-    return Shape.of(AutoConfig.from_pretrained(base.model), lora)
+    return ModelSize.of(AutoConfig.from_pretrained(base.model), lora)
 
 
-def floor(shape: Shape, tokens: int) -> float:
+def floor(shape: ModelSize, tokens: int) -> float:
     """Tokens a second if there were nothing but the base's products, each in its own shape."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     make = lambda *size: torch.randn(*size, device=device, dtype=torch.bfloat16)  # noqa: E731
@@ -276,11 +276,11 @@ def our_steps(
         torch.cuda.set_per_process_memory_fraction(1.0)
     predicted = estimate_memory_gib(
         shape_of(base), quantization, 2, kernels, result.plan.checkpointing,
-        result.plan.dequantize == "once", result.largest_pass,
+        result.plan.dequantize == "once", result.largest_micro_batch,
     )  # fmt: skip
     more = {
         "plan": str(result.plan),
-        "largest_pass_tokens": result.largest_pass,
+        "largest_pass_tokens": result.largest_micro_batch,
         "predicted_memory_gib": sum(predicted.values()),  # of that pass
     }
     return {0: begun} | ends, result.step_tokens, losses, more

@@ -10,7 +10,7 @@ from fintune.data.records import normalize_question, read_passages
 from fintune.data.tables import read_rows, write_rows
 from fintune.errors import UserError
 from fintune.evaluation.harness import task_manager
-from fintune.evaluation.measure import measure, sums_of
+from fintune.evaluation.measure import measure, metric_sums
 from fintune.evaluation.page import render
 from fintune.evaluation.report import SCHEMA, conclude, predictions, row_losses, summary
 from fintune.evaluation.rows import select_rows
@@ -54,8 +54,8 @@ def main() -> None:
         log.warning("the champion is not compared: %s", measured.champion_fault)
         champion = replace(champion, reason=measured.champion_fault, broken=True)
     sums = {
-        name: sums_of(result, rows, references, measured.similarity.get(name))
-        for name, result in measured.sides.items()
+        name: metric_sums(result, rows, references, measured.similarity.get(name))
+        for name, result in measured.results.items()
     }
     test = {"test_rows": len(stored), "test_md5": hashlib.md5(TEST.read_bytes()).hexdigest()}
     about = measured.about | {"adapter_run": run_id} | test

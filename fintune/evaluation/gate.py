@@ -5,7 +5,7 @@ from typing import Any
 from fintune.params import Gate
 
 
-def judge(report: dict[str, Any], gate: Gate) -> dict[str, Any]:
+def apply_gate(report: dict[str, Any], gate: Gate) -> dict[str, Any]:
     """Whether the tuned model may become champion: a verdict and a reason for every rule.
 
     Each rule looks at the end of the interval that speaks against the model. A rule without a

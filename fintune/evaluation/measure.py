@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,21 +14,24 @@ from fintune.errors import UserError
 from fintune.evaluation.harness import run_harness
 from fintune.evaluation.statistics import Sums
 from fintune.evaluation.texts import similarities, text_scores
-from fintune.generation.generate import Answer, generate
+from fintune.generation.decoding import Decoding
+from fintune.generation.generate import Answer
+from fintune.generation.generate import generate as generate_answers
 from fintune.generation.slots import FEWEST_ROWS
 from fintune.generation.vllm import serving
 from fintune.merging.merge import merge_into_folder
-from fintune.model.adapter import Trained, load_adapter, load_another_adapter, read_training
+from fintune.model.adapter import AdapterInfo, load_adapter, load_another_adapter, read_training
 from fintune.model.base import base_of, load_base
 from fintune.model.likelihood import Likelihood, likelihood
 from fintune.params import Evaluate
 
 PASSAGE_TOKENS = 512
+Generate = Callable[..., list[Answer]]  # of prompts and their decoding
 
 
 @dataclass(frozen=True)
-class Side:
-    """What was measured of one model; `general` is the loss on the general text, if there is one."""
+class ModelResult:
+    """The measurements of one model; `general` is the likelihood of the general text, if there is one."""
 
     scores: Likelihood
     answers: list[Answer]
@@ -37,9 +40,9 @@ class Side:
 
 @dataclass(frozen=True)
 class Measured:
-    """All models' measurements by name (base, tuned, and champion where there is one), and the rest."""
+    """All models' results by name (base, tuned, and champion where there is one), and the rest."""
 
-    sides: dict[str, Side]
+    results: dict[str, ModelResult]
     similarity: dict[str, np.ndarray]
     sampled: list[str]
     harness: dict[str, Any]
@@ -82,8 +85,14 @@ def measure(
     tokens = [encode(tokenizer, row["prompt"], row["completion"]) for row in rows]
     general = [encode_passage(tokenizer, passage) for passage in passages]
     prompts = [prompt for prompt, _ in tokens]
-    sampling = params.sampling.model_dump(exclude={"rows"})
-    sides: dict[str, Side] = {}
+    greedy = Decoding(end_token_id(tokenizer), params.max_new_tokens)
+    sampling = replace(
+        greedy,
+        temperature=params.sampling.temperature,
+        top_p=params.sampling.top_p,
+        seed=params.seed,
+    )
+    results: dict[str, ModelResult] = {}
     sampled: list[Answer] = []
     for name, state in states.items():
         model.set_adapter("champion" if name == "champion" else "default")
@@ -95,17 +104,16 @@ def measure(
                 else None
             )
             written = partial(plain_folder, trained, tokenizer, folders[name])
-            with answering(model, tokenizer, prompts, params, name, written) as (ask, engine):
-                answers = _once_each(ask, prompts, f"{name} answers")
-                # nothing can be drawn from what are no probabilities
+            with engine(model, tokenizer, prompts, params, name, written) as (generate, version):
+                answers = _once_each(generate, prompts, greedy, f"{name} answers")
+                # cannot sample from non-finite logits
                 if name == "tuned" and np.isfinite(scores.nll).all():
-                    shown = prompts[: params.sampling.rows]
-                    sampled = ask(shown, title="samples", sampling=sampling, seed=params.seed)
-        sides[name] = Side(scores, answers, passage)
+                    sampled = generate(prompts[: params.sampling.rows], sampling, title="samples")
+        results[name] = ModelResult(scores, answers, passage)
     model.set_adapter("default")
     similarity = {}
     if params.embedding:
-        texts = {name: [a.text for a in side.answers] for name, side in sides.items()}
+        texts = {name: [a.text for a in result.answers] for name, result in results.items()}
         similarity = similarities(texts, references, params.embedding, model.device)
     compared = {name: states[name] for name in ("base", "tuned")}
     about = {
@@ -114,13 +122,13 @@ def measure(
         "quantization": train["quantization"],
         "dtype": str(dtype).removeprefix("torch."),
         "device": model.device.type,
-        "engine": engine,
+        "engine": version,
         "learning_rate": train["learning_rate"],
         "epochs": train["epochs"],
         "lora_r": train["lora"]["r"],
     }
     return Measured(
-        sides,
+        results,
         similarity,
         [each.text for each in sampled],
         run_harness(model, tokenizer, params.harness, compared, FEWEST_ROWS, params.seed),
@@ -129,49 +137,48 @@ def measure(
     )
 
 
-def plain_folder(trained: Trained, tokenizer: Any, adapter: Path | None, folder: Path) -> None:
+def plain_folder(trained: AdapterInfo, tokenizer: Any, adapter: Path | None, folder: Path) -> None:
     """Write the model that an adapter makes of its base, or the base alone, for another program."""
-    merge_into_folder(trained.base, tokenizer, adapter, folder, trained.dtype, trained.four_bits)
+    merge_into_folder(
+        trained.base, tokenizer, adapter, folder, trained.dtype, trained.nf4_compute_dtype
+    )
 
 
 @contextmanager
-def answering(
+def engine(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[list[int]],
     params: Evaluate,
     name: str,
     write: Callable[[Path], None],
-) -> Iterator[tuple[Callable[..., list[Answer]], str]]:
-    """What answers prompts as the model stands, and what it is called with its version.
+) -> Iterator[tuple[Generate, str]]:
+    """Yield a generate function for the configured engine, and its version string.
 
     Args:
-        prompts: the longest of those that it will be asked is among them.
-        name: whose answers these are.
+        model: generates with its active adapter.
+        prompts: the longest of those that it will be given is among them.
+        name: of the model, for messages.
         write: puts the same model into a folder.
     """
-    end, limit, rows = end_token_id(tokenizer), params.max_new_tokens, params.rows_per_batch
+    rows = params.rows_per_batch
     if params.engine == "built_in":
         how: dict[str, Any] = {"rows_at_once": rows, "kernels": params.kernels}
-        yield (
-            partial(generate, model, tokenizer, end_id=end, max_new_tokens=limit, **how),
-            "built_in",
-        )
+        yield partial(generate_answers, model, tokenizer, **how), "built_in"
         return
-    most = max(map(len, prompts)) + limit
+    most = max(map(len, prompts)) + params.max_new_tokens
     dtype = base_of(model).get_output_embeddings().weight.dtype
     with serving(write, dtype, most, rows, f"{name} answers") as (server, version):
-        ask = partial(server.answer, tokenizer, end_id=end, max_new_tokens=limit)
-        yield ask, f"vllm {version}"
+        yield partial(server.generate, tokenizer), f"vllm {version}"
 
 
 def _once_each(
-    ask: Callable[..., list[Answer]], prompts: Sequence[list[int]], title: str
+    generate: Generate, prompts: Sequence[list[int]], decoding: Decoding, title: str
 ) -> list[Answer]:
-    """Rows with the same prompt get the same answer, so each prompt is answered once."""
-    asked = list(dict.fromkeys(tuple(prompt) for prompt in prompts))
-    given = ask([list(prompt) for prompt in asked], title=title)
-    by_prompt = dict(zip(asked, given, strict=True))
+    """Generate one answer for rows with the same prompt."""
+    different = list(dict.fromkeys(tuple(prompt) for prompt in prompts))
+    answers = generate([list(prompt) for prompt in different], decoding, title=title)
+    by_prompt = dict(zip(different, answers, strict=True))
     return [by_prompt[tuple(prompt)] for prompt in prompts]
 
 
@@ -184,14 +191,14 @@ def encode_passage(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
     return ids[:1], ids[1:]
 
 
-def sums_of(
-    side: Side,
+def metric_sums(
+    result: ModelResult,
     rows: Sequence[dict[str, Any]],
     references: Sequence[Sequence[str]],
     similarity: np.ndarray | None,
 ) -> Sums:
-    """Each metric's numerator and denominator on every row."""
-    scores, answers = side.scores, side.answers
+    """Compute each metric's numerator and denominator on every row."""
+    scores, answers = result.scores, result.answers
     texts = text_scores([each.text for each in answers], references)
     one = np.ones(len(rows))
     answer_bytes = [len(row["completion"].removesuffix(RESPONSE_END).encode()) for row in rows]

@@ -5,7 +5,7 @@ from typing import Any
 import pyarrow as pa
 
 from fintune.evaluation.breakdown import break_down, calibration_curve, extremes
-from fintune.evaluation.gate import judge
+from fintune.evaluation.gate import apply_gate
 from fintune.evaluation.measure import Measured
 from fintune.evaluation.statistics import Sums, compare, summarize
 from fintune.metrics import number
@@ -30,7 +30,7 @@ def conclude(
 ) -> dict[str, Any]:
     """Compute the content of evaluation.json: metrics, differences with intervals, breakdowns, the gate."""
     draws = (params.bootstrap_samples, params.seed)
-    sides = measured.sides
+    results = measured.results
     report: dict[str, Any] = {name: summarize(sums[name]) for name in ("base", "tuned")}
     report["improvement"] = compare(sums["base"], sums["tuned"], questions, *draws)
     report["champion"] = {
@@ -44,9 +44,9 @@ def conclude(
     if "champion" in sums:
         better = compare(sums["champion"], sums["tuned"], questions, *draws)
         report["champion"] |= {"metrics": summarize(sums["champion"]), "improvement": better}
-    if sides["base"].general and sides["tuned"].general:
+    if results["base"].general and results["tuned"].general:
         losses = {
-            n: {"loss": (s.general.nll, s.general.tokens)} for n, s in sides.items() if s.general
+            n: {"loss": (r.general.nll, r.general.tokens)} for n, r in results.items() if r.general
         }
         ids = [str(i) for i in range(len(losses["base"]["loss"][0]))]
         # the improvement of the base on the tuned model is what the tuned model has lost
@@ -57,8 +57,8 @@ def conclude(
         report["harness"] = measured.harness
     report["rows"] = len(rows)
     report["questions"] = len(set(questions))
-    report["gate"] = judge(report, params.gate)
-    report["calibration"] = {n: calibration_curve(s.scores.calibration) for n, s in sides.items()}
+    report["gate"] = apply_gate(report, params.gate)
+    report["calibration"] = {n: calibration_curve(r.scores.calibration) for n, r in results.items()}
     report["breakdown"] = break_down(rows, sums["base"], sums["tuned"])
     report["worst_rows"], report["best_rows"] = extremes(sums["base"], sums["tuned"])
     return report
@@ -76,7 +76,7 @@ def predictions(
         }
         line["sampled"] = measured.sampled[i] if i < len(measured.sampled) else None
         for name in ("base", "tuned"):
-            answer, (nll, tokens) = measured.sides[name].answers[i], sums[name]["loss"]
+            answer, (nll, tokens) = measured.results[name].answers[i], sums[name]["loss"]
             line |= {name: answer.text, f"{name}_stopped": answer.stopped}
             line[f"{name}_loss"] = float(nll[i] / tokens[i])
             line[f"{name}_rouge_l"] = float(sums[name]["rouge_l"][0][i])

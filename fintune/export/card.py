@@ -11,7 +11,7 @@ from fintune import paths
 from fintune.hub.client import stated_license
 from fintune.hub.models import local_folder
 from fintune.metrics import METRICS, number
-from fintune.model.adapter import Trained
+from fintune.model.adapter import AdapterInfo
 from fintune.params import MergeExport
 
 
@@ -23,7 +23,7 @@ def read_records() -> dict[str, dict[str, Any]]:
 
 def write_card(
     folder: Path,
-    trained: Trained,
+    trained: AdapterInfo,
     records: dict[str, dict[str, Any]],
     measured: dict[str, Any] | None,
     params: MergeExport,
@@ -45,9 +45,9 @@ def write_card(
         license=license,
         library_name="transformers" if measured else "peft",
         pipeline_tag="text-generation",
-        tags=["qlora" if trained.four_bits else "lora"],
+        tags=["qlora" if trained.nf4_compute_dtype else "lora"],
     )
-    kept = trained.four_bits and params.weights == "trained_on"
+    kept = trained.nf4_compute_dtype and params.weights == "trained_on"
     page = _template().render(
         metadata=f"---\n{metadata.to_yaml()}\n---",
         name=params.registered_model,
@@ -56,7 +56,7 @@ def write_card(
         else f"`{base.model}`",
         revision=f" at `{base.revision}`" if base.revision else "",
         base_license=license or "not stated",
-        method="with QLoRA (4-bit NF4 base)" if trained.four_bits else "with LoRA",
+        method="with QLoRA (4-bit NF4 base)" if trained.nf4_compute_dtype else "with LoRA",
         data=manifest,
         hashes=sorted(
             (key.removeprefix("md5."), tags[key]) for key in tags if key.startswith("md5.")

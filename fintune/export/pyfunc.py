@@ -17,8 +17,11 @@ from mlflow.models import ModelSignature
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
+from fintune.data.prompt import end_token_id
 from fintune.errors import UserError
-from fintune.generation.tuned import answer_all, load_tuned, prompt_tokens
+from fintune.generation.decoding import Decoding
+from fintune.generation.generate import generate
+from fintune.generation.tuned import load_tuned, prompt_tokens
 from fintune.params import Generation
 
 PACKAGES = (
@@ -39,8 +42,8 @@ PACKAGES = (
 EXAMPLE = {"question": "What is the difference between a stock and a bond?"}
 
 
-class Answers:
-    """What `mlflow.pyfunc.load_model` gives; loaded once, asked often."""
+class TunedModel:
+    """The object that `mlflow.pyfunc.load_model` returns: a loaded model that answers questions."""
 
     def __init__(self, folder: Path) -> None:
         self.model, self.tokenizer = load_tuned(folder)
@@ -70,22 +73,20 @@ class Answers:
                 raise MlflowException(
                     f"row {row}: {error}", error_code=INVALID_PARAMETER_VALUE
                 ) from None
-        temperature = float(wanted.get("temperature", 0))
-        sampling = {"temperature": temperature, "top_p": float(wanted.get("top_p", 1))}
-        answers = answer_all(
-            self.model,
-            self.tokenizer,
-            prompts,
+        decoding = Decoding(
+            end_token_id(self.tokenizer),
             int(wanted["max_new_tokens"]),
-            sampling if temperature else None,
+            float(wanted.get("temperature", 0)),
+            float(wanted.get("top_p", 1)),
             int(wanted.get("seed", 0)),
         )
+        answers = generate(self.model, self.tokenizer, prompts, decoding, "answers")
         return pd.DataFrame({"answer": [each.text for each in answers]}, index=model_input.index)
 
 
-def _load_pyfunc(path: str) -> Answers:
+def _load_pyfunc(path: str) -> TunedModel:
     """MLflow's entry: `path` is the folder of the model, which is the adapter's own."""
-    return Answers(Path(path))
+    return TunedModel(Path(path))
 
 
 def write_model_files(folder: Path, generation: Generation, run_id: str) -> None:

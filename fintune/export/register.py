@@ -12,7 +12,7 @@ from fintune.export.card import read_records, write_card
 from fintune.export.pyfunc import write_model_files
 from fintune.generation.tuned import generation_config
 from fintune.lineage import locked_params, locked_stages
-from fintune.model.adapter import Trained, read_training
+from fintune.model.adapter import AdapterInfo, read_training
 from fintune.params import MergeExport
 from fintune.registry.recovery import has_metric
 from fintune.registry.results import log_results
@@ -25,7 +25,7 @@ REGISTERED = ("registered_model", "version", "run_id", "aliases")  # of export.j
 def register_adapter(
     client: Any,
     run_id: str,
-    trained: Trained,
+    trained: AdapterInfo,
     records: dict[str, dict[str, Any]],
     hashes: dict[str, str],
     params: MergeExport,

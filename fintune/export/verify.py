@@ -16,7 +16,7 @@ from fintune.export.gguf.write import export_gguf
 from fintune.generation.tuned import generation_config
 from fintune.hardware import DTYPES, free_memory
 from fintune.merging.merge import merge_into_folder
-from fintune.model.adapter import Trained, load_adapter
+from fintune.model.adapter import AdapterInfo, load_adapter
 from fintune.model.base import load_base, load_plain
 from fintune.model.batch import TokenRow
 from fintune.model.likelihood import answer_logits, likelihood
@@ -28,7 +28,7 @@ GGUF_MIN_EQUAL = {"f16": 0.97, "q8_0": 0.93}  # of its choices after equal token
 LOGIT_ROWS = 8  # their answers' logits are held in memory: rows x tokens x vocabulary
 
 
-def export(folder: Path, trained: Trained, params: MergeExport) -> dict[str, Any]:
+def export(folder: Path, trained: AdapterInfo, params: MergeExport) -> dict[str, Any]:
     """Write the merged model to `folder` and compare it with the adapter on test rows.
 
     Returns:
@@ -45,8 +45,8 @@ def export(folder: Path, trained: Trained, params: MergeExport) -> dict[str, Any
     tokens = [encode(tokenizer, row["prompt"], row["completion"]) for row in rows]
     measured, before = measure_adapter(trained, tokenizer, tokens)
     dtype = DTYPES[params.dtype]
-    four_bits = trained.four_bits if params.weights == "trained_on" else None
-    merge_into_folder(trained.base, tokenizer, paths.ADAPTER, folder, dtype, four_bits)
+    nf4_compute_dtype = trained.nf4_compute_dtype if params.weights == "trained_on" else None
+    merge_into_folder(trained.base, tokenizer, paths.ADAPTER, folder, dtype, nf4_compute_dtype)
     generation_config(tokenizer, params.generation).save_pretrained(folder)
     plain = load_plain(folder)
     merged_loss = likelihood(plain, tokens, "merged").loss
@@ -90,7 +90,7 @@ def check_files(
 
 
 def measure_adapter(
-    trained: Trained, tokenizer: Tokenizer, tokens: list[TokenRow]
+    trained: AdapterInfo, tokenizer: Tokenizer, tokens: list[TokenRow]
 ) -> tuple[dict[str, float], list[torch.Tensor]]:
     """Measure the losses of the adapter and of its base alone, and the adapter's logits."""
     base = load_base(trained.base, tokenizer, trained.train["quantization"], trained.dtype)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from fintune.generation.decoding import Decoding
 from fintune.generation.slots import FEWEST_ROWS, MOST_ROWS, generate_with_slots
 from fintune.model.batch import batches_by_length
 from fintune.model.fused.model import unsupported
@@ -28,33 +29,30 @@ def generate(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[list[int]],
-    end_id: int,
-    max_new_tokens: int,
-    rows_at_once: int | str,
+    decoding: Decoding,
     title: str,
-    sampling: dict[str, float] | None = None,
-    seed: int = 0,
+    rows_at_once: int | str = "auto",
     kernels: str = "auto",
 ) -> list[Answer]:
-    """Answer the prompts, greedily or with `sampling` (temperature, top_p), stopping at the end token.
+    """Generate an answer to each prompt, up to the end token.
 
     The base's own end-of-text token ends an answer too, but such an answer did not stop by itself in
     the way that was taught. Greedy answers do not depend on each other; sampled ones are drawn
     together, and are the same again for the same prompts, settings and hardware.
 
     Args:
-        rows_at_once: at most; `auto` takes as many as the memory holds, up to some hundreds.
         title: of the progress bar.
+        rows_at_once: at most; `auto` takes as many as the memory holds, up to some hundreds.
         kernels: `fused`, `plain` (transformers' own loop) or `auto`, as for training.
 
     Returns:
         One answer a prompt, in the order of the prompts.
     """
     model.eval()
-    ends = ends_of(tokenizer, end_id)
-    torch.manual_seed(seed)
+    ends = end_tokens(tokenizer, decoding.end_id)
+    torch.manual_seed(decoding.seed)
     plain = kernels == "plain" or (kernels == "auto" and unsupported(model) is not None)
-    answer = _with_transformers if plain else generate_with_slots
+    loop = _generate_with_transformers if plain else generate_with_slots
     tokens: dict[int, list[int]] = {}
     with tqdm(total=len(prompts), desc=title, unit="answer", leave=False) as bar:
 
@@ -64,17 +62,9 @@ def generate(
 
         rows = rows_at_once
         while len(tokens) < len(prompts):
-            left = [i for i in range(len(prompts)) if i not in tokens]
+            left = [(i, prompt) for i, prompt in enumerate(prompts) if i not in tokens]
             try:
-                answer(
-                    model,
-                    [(i, prompts[i]) for i in left],
-                    ends,
-                    max_new_tokens,
-                    rows,
-                    sampling,
-                    finish,
-                )
+                loop(model, left, ends, decoding, rows, finish)
             except torch.OutOfMemoryError:
                 tried = MOST_ROWS["cuda"] if rows == "auto" else int(rows)
                 rows = min(tried, len(left)) // 2
@@ -82,41 +72,41 @@ def generate(
                     raise
                 log.warning("warning: out of memory; going on with %d answers at once", rows)
                 torch.cuda.empty_cache()
-    return [answer_of(tokenizer, tokens[i], end_id) for i in range(len(prompts))]
+    return [to_answer(tokenizer, tokens[i], decoding.end_id) for i in range(len(prompts))]
 
 
-def ends_of(tokenizer: Any, end_id: int) -> list[int]:
-    """The tokens that end an answer: the one that was taught, and the base's own."""
+def end_tokens(tokenizer: Any, end_id: int) -> list[int]:
+    """Return the tokens that end an answer: the one that was taught, then the base's own."""
     return [end_id] + [tokenizer.eos_token_id] * (tokenizer.eos_token_id not in (None, end_id))
 
 
-def answer_of(tokenizer: Any, new: Sequence[int], end_id: int) -> Answer:
-    """The answer that these tokens are; what comes after the first end is none of it."""
-    ends = ends_of(tokenizer, end_id)
+def to_answer(tokenizer: Any, new: Sequence[int], end_id: int) -> Answer:
+    """Decode generated tokens up to the first end token."""
+    ends = end_tokens(tokenizer, end_id)
     length = next((k for k, token in enumerate(new) if token in ends), len(new))
     text = tokenizer.decode(new[:length], skip_special_tokens=True).strip()
     return Answer(text, length, stopped=length < len(new) and new[length] == end_id)
 
 
 @torch.no_grad()
-def _with_transformers(
+def _generate_with_transformers(
     model: Any,
     prompts: Sequence[tuple[int, list[int]]],
     ends: list[int],
-    limit: int,
+    decoding: Decoding,
     rows: int | str,
-    sampling: dict[str, float] | None,
     finish: Callable[[int, list[int]], None],
 ) -> None:
-    """Prompts padded on the left, longest first; a batch goes on until its last answer ends."""
+    """Pad prompts on the left, longest first; a batch goes on until its last answer ends."""
     options: dict[str, Any] = {
         "do_sample": False,
         "temperature": None,
         "top_p": None,
         "top_k": None,
     }
-    if sampling:
-        options = {"do_sample": True, "top_k": 0, **sampling}
+    if not decoding.is_greedy:
+        options = {"do_sample": True, "top_k": 0}
+        options |= {"temperature": decoding.temperature, "top_p": decoding.top_p}
     at_once = FEWEST_ROWS if rows == "auto" else int(rows)
     for batch in batches_by_length([len(p) for _, p in prompts], 2**31, at_once):
         width = len(prompts[batch[0]][1])
@@ -126,7 +116,7 @@ def _with_transformers(
         output = model.generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
-            max_new_tokens=limit,
+            max_new_tokens=decoding.max_new_tokens,
             eos_token_id=ends,
             pad_token_id=ends[0],
             use_cache=True,

@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
+from fintune.generation.decoding import Decoding
 from fintune.hardware import GIB, room_gib
-from fintune.model.attention import attend
+from fintune.model.attention import PackedSequences, attend
 from fintune.model.base import base_of
-from fintune.model.fused.model import FusedModel, kept_gib
+from fintune.model.fused.model import FusedModel, cached_weights_gib
 
 MOST_ROWS = {"cuda": 512, "cpu": 64}  # at once, where memory allows; more hardly add to the speed
-FEWEST_ROWS = 32  # fewer are computed as so many
-STEPS_BETWEEN_LOOKS = 8  # looking which answers have ended waits for the device
+FEWEST_ROWS = 32  # smaller batches are padded to this size
+STEPS_BETWEEN_CHECKS = 8  # checking which answers have ended is a device sync
 PREFILL_TOKENS = 16_384  # of prompts that are read together
 
 
@@ -23,19 +24,19 @@ def generate_with_slots(
     model: Any,
     prompts: Sequence[tuple[int, list[int]]],
     ends: list[int],
-    limit: int,
+    decoding: Decoding,
     rows: int | str,
-    sampling: dict[str, float] | None,
     finish: Callable[[int, list[int]], None],
 ) -> None:
-    """Longest prompts first; a slot that is free takes the next one."""
+    """Decode longest prompts first; a slot that is free takes the next one."""
     waiting = sorted(prompts, key=lambda prompt: len(prompt[1]))
-    length = len(waiting[-1][1]) + limit
-    count, keep = _room(model, length, min(len(prompts), _most(model, rows)))
+    length = len(waiting[-1][1]) + decoding.max_new_tokens
+    count, cache = _room(model, length, min(len(prompts), _most(model, rows)))
     dtype = base_of(model).get_output_embeddings().weight.dtype
-    slots = Slots(FusedModel(model, dtype, keep=keep, training=False), count, length, ends, limit)
-    if sampling:
-        slots.pick = _sampler(sampling)
+    fused = FusedModel(model, dtype, cache_weights=cache, training=False)
+    slots = DecodingSlots(fused, count, length, ends, decoding.max_new_tokens)
+    if not decoding.is_greedy:
+        slots.sample = _sampler(decoding)
     owner: dict[int, int] = {}
     while waiting or owner:
         free = [slot for slot in range(count) if slot not in owner]
@@ -44,7 +45,7 @@ def generate_with_slots(
             taken = [(slot, *waiting.pop()) for slot in free[: len(waiting)]]
             owner.update({slot: i for slot, i, _ in taken})
             slots.read([(slot, prompt) for slot, _, prompt in taken])
-        slots.advance(sorted(owner), STEPS_BETWEEN_LOOKS)
+        slots.advance(sorted(owner), STEPS_BETWEEN_CHECKS)
         for slot, new in slots.ended(owner):
             finish(owner.pop(slot), new)
 
@@ -54,41 +55,41 @@ def _most(model: Any, rows: int | str) -> int:
 
 
 def _room(model: Any, length: int, wanted: int) -> tuple[int, bool]:
-    """How many slots of `length` tokens fit, and whether the weights are kept in 16 bits beside them."""
+    """How many slots of `length` tokens fit, and whether the weights are cached in 16 bits beside them."""
     config = base_of(model).config
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     values = 2 * config.num_hidden_layers * config.num_key_value_heads * size
     width = base_of(model).get_output_embeddings().weight.dtype.itemsize
     a_slot = (length * values * width + 12 * config.vocab_size) / GIB
-    kept = kept_gib(model)
+    cached = cached_weights_gib(model)
     free = 0.9 * room_gib() - 1
-    keep = free - kept >= min(wanted, FEWEST_ROWS) * a_slot
-    fitting = int((free - kept * keep) / a_slot)
-    return max(1, min(wanted, fitting)), keep
+    cache = free - cached >= min(wanted, FEWEST_ROWS) * a_slot
+    fitting = int((free - cached * cache) / a_slot)
+    return max(1, min(wanted, fitting)), cache
 
 
-def _most_likely(logits: Tensor) -> Tensor:
+def _argmax(logits: Tensor) -> Tensor:
     return logits.argmax(dim=-1)
 
 
-def _sampler(sampling: dict[str, float]) -> Callable[[Tensor], Tensor]:
-    """Draws from the likeliest tokens that make up `top_p` at this temperature."""
-    warm = TemperatureLogitsWarper(float(sampling["temperature"]))
-    cut = TopPLogitsWarper(float(sampling["top_p"]))
+def _sampler(decoding: Decoding) -> Callable[[Tensor], Tensor]:
+    """Build a function that draws tokens, (rows,), from logits, (rows, vocabulary)."""
+    warm = TemperatureLogitsWarper(decoding.temperature)
+    cut = TopPLogitsWarper(decoding.top_p)
 
     def draw(logits: Tensor) -> Tensor:
         nothing: Any = None
-        shares = cut(nothing, warm(nothing, logits.float())).softmax(dim=-1)
-        # the first of exponential clocks with these rates; multinomial would look at the shares first
-        return (shares / torch.empty_like(shares).exponential_()).argmax(dim=-1)
+        probabilities = cut(nothing, warm(nothing, logits.float())).softmax(dim=-1)
+        # the first of exponential clocks with these rates: unlike multinomial, without a device sync
+        return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(dim=-1)
 
     return draw
 
 
-class Slots:
+class DecodingSlots:
     """Rows that are being answered: the keys and values of their tokens, and where each one is.
 
-    The newest token of a row is not among its keys yet: the next step reads it, and finds the one
+    The last_token token of a row is not among its keys yet: the next step reads it, and finds the one
     after it. One slot more than asked for takes what is computed to fill up a batch.
     """
 
@@ -98,32 +99,32 @@ class Slots:
         self.fused, self.limit = fused, limit
         self.spare = count
         table = fused.embedding
-        groups, size = (
-            fused.layers[0].groups,
-            fused.layers[0].qkv.outputs[1] // fused.layers[0].groups,
+        kv_heads, size = (
+            fused.layers[0].kv_heads,
+            fused.layers[0].qkv.outputs[1] // fused.layers[0].kv_heads,
         )
-        shape = (count + 1, length, groups, size)
+        shape = (count + 1, length, kv_heads, size)
         self.keys = [table.new_zeros(shape) for _ in fused.layers]
         self.values = [table.new_zeros(shape) for _ in fused.layers]
 
         def numbers(*sizes: int) -> Tensor:
             return torch.zeros(*sizes, dtype=torch.long, device=table.device)
 
-        self.newest, self.positions, self.written = (numbers(count + 1) for _ in range(3))
+        self.last_token, self.positions, self.num_generated = (numbers(count + 1) for _ in range(3))
         self.answers = numbers(count + 1, limit + 1)  # the last column is no answer's
         self.active = numbers(count + 1).bool()
         self.ends = torch.tensor(ends, device=table.device)
         self.chosen = numbers(count) + self.spare
-        self.pick: Callable[[Tensor], Tensor] = _most_likely
+        self.sample: Callable[[Tensor], Tensor] = _argmax
         self._graphs: dict[int, Any] = {}
 
     def read(self, prompts: Sequence[tuple[int, list[int]]]) -> None:
         """Start rows in the slots named: all tokens of their prompts but the last become keys and values."""
-        device = self.newest.device
+        device = self.last_token.device
         where = torch.tensor([slot for slot, _ in prompts], device=device)
-        self.newest[where] = torch.tensor([prompt[-1] for _, prompt in prompts], device=device)
+        self.last_token[where] = torch.tensor([prompt[-1] for _, prompt in prompts], device=device)
         self.positions[where] = torch.tensor([len(p) - 1 for _, p in prompts], device=device)
-        self.written[where] = 0
+        self.num_generated[where] = 0
         self.active[where] = True
         part: list[tuple[int, list[int]]] = []
         for slot, prompt in prompts:
@@ -136,23 +137,26 @@ class Slots:
             self._read_together(part)
 
     def _read_together(self, prompts: Sequence[tuple[int, list[int]]]) -> None:
-        device, length = self.newest.device, self.keys[0].shape[1]
+        device, length = self.last_token.device, self.keys[0].shape[1]
         lengths = [len(prompt) for _, prompt in prompts]
         ids = torch.tensor([token for _, prompt in prompts for token in prompt], device=device)
         positions = torch.cat([torch.arange(n) for n in lengths]).to(device)
         starts = torch.tensor([slot * length for slot, _ in prompts])
         where = starts.repeat_interleave(torch.tensor(lengths)).to(device) + positions
-        bounds = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+        packed = PackedSequences(cu_seqlens, max(lengths))
         x = self.fused.embed(ids)
         cos, sin = self.fused.angles(x, positions)
         for layer, keys, values in zip(self.fused.layers, self.keys, self.values, strict=True):
 
-            def look(q: Tensor, k: Tensor, v: Tensor, to: Any = (keys, values, layer)) -> Tensor:
+            def cached_attention(
+                q: Tensor, k: Tensor, v: Tensor, to: Any = (keys, values, layer)
+            ) -> Tensor:
                 to[0].flatten(0, 1).index_copy_(0, where, k)
                 to[1].flatten(0, 1).index_copy_(0, where, v)
-                return attend(q, k, v, bounds, max(lengths), to[2].window, q.shape[-1] ** -0.5)
+                return attend(q, k, v, packed, to[2].window, q.shape[-1] ** -0.5)
 
-            x = layer.infer(x, cos, sin, look)
+            x = layer.infer(x, cos, sin, cached_attention)
 
     def advance(self, slots: Sequence[int], steps: int) -> None:
         """Give the rows in these slots up to `steps` more tokens; those that have ended stay as they are."""
@@ -186,12 +190,18 @@ class Slots:
 
     def _step(self, slots: Tensor) -> None:
         """One token for each of `slots`, (rows,)."""
-        positions, written, active = self.positions[slots], self.written[slots], self.active[slots]
-        x = self.fused.embed(self.newest[slots])
+        positions, num_generated, active = (
+            self.positions[slots],
+            self.num_generated[slots],
+            self.active[slots],
+        )
+        x = self.fused.embed(self.last_token[slots])
         cos, sin = self.fused.angles(x, positions)
         for layer, keys, values in zip(self.fused.layers, self.keys, self.values, strict=True):
 
-            def look(q: Tensor, k: Tensor, v: Tensor, to: Any = (keys, values, layer)) -> Tensor:
+            def cached_attention(
+                q: Tensor, k: Tensor, v: Tensor, to: Any = (keys, values, layer)
+            ) -> Tensor:
                 to[0].index_put_((slots, positions), k)
                 to[1].index_put_((slots, positions), v)
                 layer, scale = to[2], q.shape[-1] ** -0.5
@@ -199,18 +209,18 @@ class Slots:
                     q, to[0], to[1], slots, positions, layer.window, scale
                 )
 
-            x = layer.infer(x, cos, sin, look)
-        new = self.pick(self.fused.logits(self.fused.body.norm(x)))
-        self.answers[slots, written] = new
-        ended = (new[:, None] == self.ends).any(dim=1) | (written + 1 >= self.limit)
-        self.newest[slots] = new
+            x = layer.infer(x, cos, sin, cached_attention)
+        new = self.sample(self.fused.logits(self.fused.body.norm(x)))
+        self.answers[slots, num_generated] = new
+        ended = (new[:, None] == self.ends).any(dim=1) | (num_generated + 1 >= self.limit)
+        self.last_token[slots] = new
         self.positions[slots] = positions + active
-        self.written[slots] = written + active
+        self.num_generated[slots] = num_generated + active
         self.active[slots] = active & ~ended
 
     def ended(self, slots: Sequence[int] | dict[int, int]) -> list[tuple[int, list[int]]]:
         """Which of these slots have ended, and their answers' tokens, the end token included."""
-        active, written = self.active.tolist(), self.written.tolist()
+        active, num_generated = self.active.tolist(), self.num_generated.tolist()
         done = [slot for slot in slots if not active[slot]]
         answers = self.answers[torch.tensor(done, dtype=torch.long)].tolist() if done else []
-        return [(slot, new[: written[slot]]) for slot, new in zip(done, answers, strict=True)]
+        return [(slot, new[: num_generated[slot]]) for slot, new in zip(done, answers, strict=True)]

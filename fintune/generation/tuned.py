@@ -1,6 +1,5 @@
 """A tuned model for use: an adapter on its base or a merged folder, and the prompt that it was trained on."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,6 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from fintune.data.prompt import SPECIAL_TOKENS, Tokenizer, end_token_id
 from fintune.errors import UserError
-from fintune.generation.generate import Answer, generate
 from fintune.hardware import device
 from fintune.model.adapter import load_adapter, read_training
 from fintune.model.base import load_base, load_plain
@@ -77,25 +75,3 @@ def prompt_tokens(tokenizer: Tokenizer, question: str, instruction: str | None) 
     encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     ids: list[int] = encoded["input_ids"]
     return ids
-
-
-def answer_all(
-    model: Any,
-    tokenizer: Tokenizer,
-    prompts: Sequence[list[int]],
-    max_new_tokens: int,
-    sampling: dict[str, float] | None,
-    seed: int,
-) -> list[Answer]:
-    """Answer many prompts, greedily or with `sampling` (temperature, top_p)."""
-    return generate(
-        model,
-        tokenizer,
-        prompts,
-        end_token_id(tokenizer),
-        max_new_tokens,
-        "auto",
-        "answers",
-        sampling=sampling,
-        seed=seed,
-    )

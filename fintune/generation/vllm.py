@@ -24,7 +24,8 @@ from tqdm.auto import tqdm
 
 from fintune.errors import UserError
 from fintune.generation import process
-from fintune.generation.generate import Answer, answer_of, ends_of
+from fintune.generation.decoding import Decoding
+from fintune.generation.generate import Answer, end_tokens, to_answer
 from fintune.generation.process import running
 from fintune.hardware import device, free_memory
 
@@ -51,30 +52,26 @@ class Server:
     log: Path
     at_once: int
 
-    def answer(
-        self,
-        tokenizer: Any,
-        prompts: Sequence[list[int]],
-        end_id: int,
-        max_new_tokens: int,
-        title: str,
-        sampling: dict[str, float] | None = None,
-        seed: int = 0,
+    def generate(
+        self, tokenizer: Any, prompts: Sequence[list[int]], decoding: Decoding, title: str
     ) -> list[Answer]:
-        """Answers as `generation.generate` gives them; each sampled one is drawn from its own seed.
+        """Generate answers as `generate.generate` does; each sampled one is drawn from its own seed.
 
         Raises:
             UserError: the server has died or has refused a request.
         """
         body = {
             "model": str(self.folder),
-            "max_tokens": max_new_tokens,
-            "stop_token_ids": ends_of(tokenizer, end_id),
+            "max_tokens": decoding.max_new_tokens,
+            "stop_token_ids": end_tokens(tokenizer, decoding.end_id),
             "ignore_eos": True,  # vLLM's own idea of what ends a text; those above do
             "return_token_ids": True,
-            **(sampling or {"temperature": 0}),
+            "temperature": decoding.temperature,
+            **({} if decoding.is_greedy else {"top_p": decoding.top_p}),
         }
-        bodies = [body | {"prompt": prompt, "seed": seed + i} for i, prompt in enumerate(prompts)]
+        bodies = [
+            body | {"prompt": prompt, "seed": decoding.seed + i} for i, prompt in enumerate(prompts)
+        ]
         with tqdm(total=len(prompts), desc=title, unit="answer", leave=False) as bar:
             try:
                 tokens = asyncio.run(self._ask(bodies, bar.update))
@@ -84,7 +81,7 @@ class Server:
                 with suppress(subprocess.TimeoutExpired):  # it is about to write why
                     self.process.wait(process.PATIENCE)
                 raise self.failure(f"died while it answered ({error})") from error
-        return [answer_of(tokenizer, new, end_id) for new in tokens]
+        return [to_answer(tokenizer, new, decoding.end_id) for new in tokens]
 
     async def _ask(
         self, bodies: Sequence[dict[str, Any]], done: Callable[[], Any]
@@ -222,5 +219,5 @@ def _environment(program: Path) -> dict[str, str]:
         "PATH": f"{program.resolve().parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
         "HF_HUB_OFFLINE": "1",  # all that it needs is in the folder
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # no row is too long that is not so without vLLM
+        "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # accept the same prompt lengths as the built-in engine
     }

@@ -62,7 +62,7 @@ def read_updates(adapter: Path) -> dict[str, Update]:
     return updates
 
 
-def through_nf4(weight: torch.Tensor) -> torch.Tensor:
+def nf4_round_trip(weight: torch.Tensor) -> torch.Tensor:
     """What a weight is after NF4 with double quantisation, by the way that loading in 4 bits takes."""
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn.modules import Params4bit

@@ -19,7 +19,7 @@ from fintune.data.prompt import Tokenizer, end_token_id
 from fintune.errors import UserError
 from fintune.hardware import check_disk, device
 from fintune.hub.models import local_folder
-from fintune.merging.lora_update import apply_update, read_updates, through_nf4
+from fintune.merging.lora_update import apply_update, nf4_round_trip, read_updates
 from fintune.params import Base
 
 SHARD_SIZE = "5GB"
@@ -31,7 +31,7 @@ def merge_into_folder(
     adapter: Path | None,
     folder: Path,
     dtype: torch.dtype,
-    four_bits: torch.dtype | None,
+    nf4_compute_dtype: torch.dtype | None,
 ) -> None:
     """Write the base, with the two tokens' rows and an adapter folded in, as a plain folder.
 
@@ -40,7 +40,7 @@ def merge_into_folder(
     Args:
         adapter: a folder as training writes it; None for the base alone.
         dtype: what the weights are written in.
-        four_bits: None adds the adapter to the base's own weights. The type that a 4-bit base was
+        nf4_compute_dtype: None adds the adapter to the base's own weights. The type that a 4-bit base was
             computed in adds it to those weights that it was trained against: what NF4 with double
             quantisation made of the base's, dequantised.
 
@@ -56,7 +56,7 @@ def merge_into_folder(
     table, head = _tables(skeleton)
     if config.tie_word_embeddings:
         del shapes[head]  # the embedding's own
-    quantized = _linear_weights(skeleton) - {head} if four_bits else set()
+    quantized = _linear_weights(skeleton) - {head} if nf4_compute_dtype else set()
     updates = read_updates(adapter) if adapter else {}
     rows = max(len(tokenizer), shapes[table].shape[0])
     for name in {table, head} & set(shapes):
@@ -77,10 +77,10 @@ def merge_into_folder(
                 for name in inside:
                     weight = weights.read(name).to(device())
                     if name in quantized:
-                        assert four_bits
-                        weight = through_nf4(weight.to(four_bits))
+                        assert nf4_compute_dtype
+                        weight = nf4_round_trip(weight.to(nf4_compute_dtype))
                     elif weight.shape != shapes[name].shape:
-                        weight = _with_rows(weight, rows, four_bits or dtype)
+                        weight = _with_rows(weight, rows, nf4_compute_dtype or dtype)
                     shard[name] = apply_update(weight, updates.get(name), name).to(dtype).cpu()
                     bar.update()
                 _save(shard, folder / file)

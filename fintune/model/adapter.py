@@ -18,7 +18,7 @@ from fintune.params import Base, Lora
 
 
 @dataclass(frozen=True)
-class Trained:
+class AdapterInfo:
     """What an adapter's folder says of its training: `base` and `train` parameters, and more.
 
     `instruction` is the one that most of its training rows had.
@@ -34,7 +34,7 @@ class Trained:
         return compute_dtype(self.train["precision"])
 
     @property
-    def four_bits(self) -> torch.dtype | None:
+    def nf4_compute_dtype(self) -> torch.dtype | None:
         """What the products of its 4-bit base are computed in; None where the base is in 16 bits."""
         return self.dtype if self.train["quantization"] == "nf4" else None
 
@@ -51,7 +51,7 @@ def write_training(adapter: Path, base: Base, train: dict[str, Any], instruction
     (adapter / "training.json").write_text(text, encoding="utf-8")
 
 
-def read_training(adapter: Path) -> Trained:
+def read_training(adapter: Path) -> AdapterInfo:
     """Read an adapter's `training.json` and make sure that its base is still the one it was trained on.
 
     Raises:
@@ -82,7 +82,7 @@ def read_training(adapter: Path) -> Trained:
             f"{f' at {base.revision}' if base.revision else ''} holds now; bring that base back, or "
             "`dvc repro train` to train on this one"
         )
-    return Trained(base, said["train"], said["instruction"])
+    return AdapterInfo(base, said["train"], said["instruction"])
 
 
 def add_adapter(

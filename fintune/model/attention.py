@@ -1,6 +1,7 @@
 """Causal attention on packed rows, registered with transformers."""
 
 import inspect
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -8,6 +9,18 @@ import torch
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+
+@dataclass(frozen=True)
+class PackedSequences:
+    """The boundaries of documents laid end to end.
+
+    `cu_seqlens`: int32, (documents + 1,), where each document starts, then the end. `max_seqlen`: tokens
+    of the longest document.
+    """
+
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
 
 
 def packed_attention(
@@ -22,15 +35,14 @@ def packed_attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each document of a packed row; other inputs go to sdpa.
+    """Compute causal attention within each document of a packed row; other inputs go to sdpa.
 
     A packed row through sdpa takes a dense mask and time in the square of its length. Here a GPU runs
     torch's variable-length flash kernels, and a CPU runs sdpa on the documents side by side.
 
     Args:
         query: (1, heads, tokens, head size); `key` and `value` may have fewer heads.
-        cu_seq_lens_q: int32, (documents + 1,): where each document starts, then the end; TRL's
-            collator makes it when rows are packed.
+        cu_seq_lens_q: as `PackedSequences.cu_seqlens`; callers pass it where rows are packed.
 
     Returns:
         (1, tokens, heads, head size), and no attention weights.
@@ -40,59 +52,57 @@ def packed_attention(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
-    return attend(q, k, v, cu_seq_lens_q, max_length_q, sliding_window, scaling)[None], None
+    packed = PackedSequences(cu_seq_lens_q, max_length_q)
+    return attend(q, k, v, packed, sliding_window, scaling)[None], None
 
 
 def attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    bounds: torch.Tensor,
-    longest: int,
+    packed: PackedSequences,
     window: int | None,
     scale: float | None,
 ) -> torch.Tensor:
-    """Causal attention within each document.
+    """Compute causal attention within each document.
 
     Args:
         query: (tokens, heads, head size); `key` and `value` may have fewer heads.
-        bounds: int32, (documents + 1,): where each document starts, then the end.
-        longest: tokens of the longest document.
         window: how many tokens each one sees, itself included; None for all before it.
 
     Returns:
         (tokens, heads, head size).
     """
     if query.is_cuda and query.dtype != torch.float32:  # flash kernels take 16 bits alone
-        return _varlen(query, key, value, bounds, longest, window, scale)
-    return _side_by_side(query, key, value, bounds, longest, window, scale)
+        return _varlen(query, key, value, packed, window, scale)
+    return _padded(query, key, value, packed, window, scale)
 
 
-def _side_by_side(
+def _padded(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    bounds: torch.Tensor,
-    longest: int,
+    packed: PackedSequences,
     window: int | None,
     scale: float | None,
 ) -> torch.Tensor:
-    """One sdpa call on documents padded at their ends, where no earlier token looks.
+    """Run one sdpa call on documents padded at their ends, which causal attention never reads.
 
-    A CPU has no variable-length kernel, nor has a GPU one for float32, and a call for each document costs
+    Neither a CPU nor float32 on a GPU has a variable-length kernel, and a call for each document costs
     more than the padding.
     """
     repeats = query.shape[1] // key.shape[1]  # enable_gqa would take the slow path of a CPU
     key, value = (states.repeat_interleave(repeats, dim=1) for states in (key, value))
-    place = torch.arange(longest, device=bounds.device)
-    starts, lengths = bounds[:-1, None].long(), bounds.diff()[:, None]
+    cu_seqlens, max_seqlen = packed.cu_seqlens, packed.max_seqlen
+    place = torch.arange(max_seqlen, device=cu_seqlens.device)
+    starts, lengths = cu_seqlens[:-1, None].long(), cu_seqlens.diff()[:, None]
     inside = place < lengths
     where = (starts + place).clamp(max=len(query) - 1).flatten()
-    shape = (len(starts), longest, *query.shape[1:])
+    shape = (len(starts), max_seqlen, *query.shape[1:])
     q, k, v = (s.index_select(0, where).view(shape).transpose(1, 2) for s in (query, key, value))
     mask = None
-    if window is not None and longest > window:
-        mask = q.new_ones(longest, longest, dtype=torch.bool).tril().triu(1 - window)
+    if window is not None and max_seqlen > window:
+        mask = q.new_ones(max_seqlen, max_seqlen, dtype=torch.bool).tril().triu(1 - window)
     output = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale
     )
@@ -104,24 +114,24 @@ def _varlen(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    bounds: torch.Tensor,
-    longest: int,
+    packed: PackedSequences,
     window: int | None,
     scale: float | None,
 ) -> torch.Tensor:
-    """torch's flash kernels; before torch 2.12 they take fewer key heads without being told."""
+    """Run torch's flash kernels; before torch 2.12 they take fewer key heads without an option."""
     from torch.nn.attention.varlen import varlen_attn
 
-    options: Any = {"enable_gqa": True} if _must_be_told_of_groups() else {}
-    seen = (window - 1 if window and window < longest else -1, 0)
+    options: Any = {"enable_gqa": True} if _needs_enable_gqa() else {}
+    cu_seqlens, max_seqlen = packed.cu_seqlens, packed.max_seqlen
+    seen = (window - 1 if window and window < max_seqlen else -1, 0)
     output: Any = varlen_attn(
         query,
         key,
         value,
-        bounds,
-        bounds,
-        longest,
-        longest,
+        cu_seqlens,
+        cu_seqlens,
+        max_seqlen,
+        max_seqlen,
         scale=scale,
         window_size=seen,
         **options,
@@ -130,16 +140,16 @@ def _varlen(
 
 
 @cache
-def _must_be_told_of_groups() -> bool:
+def _needs_enable_gqa() -> bool:
     from torch.nn.attention.varlen import varlen_attn
 
     return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def _mask_unless_packed(*args: Any, **kwargs: Any) -> torch.Tensor | None:
-    """No mask for packed rows, which `packed_attention` keeps apart by their bounds.
+    """Return no mask for packed rows, which `packed_attention` keeps apart by their cu_seqlens.
 
-    transformers finds them by their positions, and forbids then to leave the mask to sdpa.
+    transformers recognises them by their positions and then does not allow skipping the mask.
     """
     if kwargs.get("attention_mask") is None and not kwargs.get("allow_is_causal_skip", True):
         return None

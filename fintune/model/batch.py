@@ -6,13 +6,14 @@ from itertools import accumulate
 
 import torch
 
-CHUNK = 1024  # answer tokens whose logits are held at once
+from fintune.model.attention import PackedSequences
 
 TokenRow = tuple[list[int], list[int]]  # prompt ids, completion ids
+CHUNK = 1024  # answer tokens whose logits are held at once
 
 
 def batches_by_length(lengths: Sequence[int], tokens: int, rows: int) -> Iterator[list[int]]:
-    """Indices in batches of at most `rows` rows and `tokens` padded tokens, longest rows first."""
+    """Yield indices in batches of at most `rows` rows and `tokens` padded tokens, longest rows first."""
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if batch and (len(batch) == rows or (len(batch) + 1) * lengths[batch[0]] > tokens):
@@ -24,60 +25,71 @@ def batches_by_length(lengths: Sequence[int], tokens: int, rows: int) -> Iterato
 
 
 @dataclass(frozen=True)
-class Pass:
-    """Rows that go through the model at once, on the device.
+class MicroBatch:
+    """Rows that go through the model together, on the device.
 
-    Packed: ids and positions are (1, tokens), `bounds` say where each row starts, then the end, and
-    there is no mask. Padded: (rows, longest) with a mask. `predicting` are the places, in the flattened
-    ids, of the tokens whose next one is an answer's, and `targets` those next ones.
+    Packed: `ids` and `positions` are (1, tokens), and there is no mask. Padded: (rows, longest row) with a
+    mask. `predicting` are the places, in the flattened ids, of the tokens whose next one is an answer's,
+    and `targets` those next ones.
     """
 
     ids: torch.Tensor
     positions: torch.Tensor
     mask: torch.Tensor | None
-    bounds: torch.Tensor | None
-    longest: int
+    packed: PackedSequences | None
     predicting: torch.Tensor
     targets: torch.Tensor
 
 
-def lay_out(rows: Sequence[TokenRow], padded: bool, device: torch.device) -> Pass:
-    """Put rows end to end, or side by side with padding; nothing waits for the device."""
-    lengths = [len(prompt) + len(completion) for prompt, completion in rows]
+def pack(rows: Sequence[TokenRow], device: torch.device) -> MicroBatch:
+    """Lay rows end to end; nothing waits for the device."""
+    lengths = _lengths(rows)
+    starts = [0, *accumulate(lengths)]
+    ids = torch.tensor([token for prompt, completion in rows for token in prompt + completion])
+    predicting = _predicting(rows, starts[:-1])
+    cu_seqlens = torch.tensor(starts, dtype=torch.int32)
+    return MicroBatch(
+        ids=_send(ids.view(1, -1), device),
+        positions=_send(torch.cat([torch.arange(n) for n in lengths]).view(1, -1), device),
+        mask=None,
+        packed=PackedSequences(_send(cu_seqlens, device), max(lengths)),
+        predicting=_send(predicting, device),
+        targets=_send(ids[predicting + 1], device),
+    )
+
+
+def pad(rows: Sequence[TokenRow], device: torch.device) -> MicroBatch:
+    """Lay rows side by side, padded at their ends; nothing waits for the device."""
+    lengths = _lengths(rows)
     width = max(lengths)
-    starts = [i * width for i in range(len(rows))] if padded else [0, *accumulate(lengths)][:-1]
-    flat: list[int] = []
-    for prompt, completion in rows:
-        flat += prompt
-        flat += completion
-        flat += [0] * (width - len(prompt) - len(completion)) if padded else []
-    ids = torch.tensor(flat)
-    sizes = [width] * len(rows) if padded else lengths
-    positions = torch.cat([torch.arange(size) for size in sizes])
-    places = torch.cat(
-        [
-            torch.arange(start + len(prompt) - 1, start + length - 1)
-            for (prompt, _), start, length in zip(rows, starts, lengths, strict=True)
-        ]
+    padded = [p + c + [0] * (width - n) for (p, c), n in zip(rows, lengths, strict=True)]
+    ids = torch.tensor(padded)
+    predicting = _predicting(rows, [i * width for i in range(len(rows))])
+    mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
+    return MicroBatch(
+        ids=_send(ids, device),
+        positions=_send(torch.arange(width).repeat(len(rows), 1), device),
+        mask=_send(mask, device),
+        packed=None,
+        predicting=_send(predicting, device),
+        targets=_send(ids.flatten()[predicting + 1], device),
     )
-    shape = (len(rows), width) if padded else (1, -1)
-    mask, bounds = None, None
-    if padded:
-        mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
-    else:
-        bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
 
-    def send(values: torch.Tensor) -> torch.Tensor:
-        return (
-            values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
-        )
 
-    return Pass(
-        ids=send(ids.view(shape)),
-        positions=send(positions.view(shape)),
-        mask=None if mask is None else send(mask),
-        bounds=None if bounds is None else send(bounds),
-        longest=width,
-        predicting=send(places),
-        targets=send(ids[places + 1]),
-    )
+def _lengths(rows: Sequence[TokenRow]) -> list[int]:
+    return [len(prompt) + len(completion) for prompt, completion in rows]
+
+
+def _predicting(rows: Sequence[TokenRow], starts: Sequence[int]) -> torch.Tensor:
+    """Places of the tokens whose next one is an answer's, given where each row starts."""
+    places = [
+        torch.arange(start + len(prompt) - 1, start + len(prompt) + len(completion) - 1)
+        for (prompt, completion), start in zip(rows, starts, strict=True)
+    ]
+    return torch.cat(places)
+
+
+def _send(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    if device.type != "cuda":
+        return values
+    return values.pin_memory().to(device, non_blocking=True)

@@ -10,8 +10,8 @@ from tqdm.auto import tqdm
 
 from fintune.hardware import room_gib
 from fintune.model.base import base_of
-from fintune.model.batch import CHUNK, Pass, TokenRow, batches_by_length, lay_out
-from fintune.model.fused.model import FusedModel, kept_gib, unsupported
+from fintune.model.batch import CHUNK, MicroBatch, TokenRow, batches_by_length, pack, pad
+from fintune.model.fused.model import FusedModel, cached_weights_gib, unsupported
 
 TOKENS_PER_BATCH = (
     8192  # padded; bounds the memory of a batch, and changes no result beyond rounding
@@ -64,10 +64,10 @@ def likelihood(
     nll, correct = np.zeros(len(rows)), np.zeros(len(rows))
     calibration = np.zeros((BINS, 3))
     lengths = [len(prompt) + len(completion) for prompt, completion in rows]
-    most = TOKENS_PER_BATCH * (1 if forward.padded else 2)
+    most = TOKENS_PER_BATCH * (2 if forward.fused else 1)
     with tqdm(total=len(rows), desc=title, unit="row", leave=False) as bar:
         for batch in batches_by_length(lengths, most, rows=256):
-            part = lay_out([rows[i] for i in batch], forward.padded, model.device)
+            part = forward.lay_out([rows[i] for i in batch], model.device)
             states = forward.answer_states(part)
             figures = [
                 token_figures(forward.logits(chunk).float(), labels)
@@ -116,7 +116,7 @@ def calibration_sums(confidence: np.ndarray, hits: np.ndarray) -> np.ndarray:
 def answer_logits(model: Any, rows: Sequence[TokenRow]) -> list[torch.Tensor]:
     """The logits that predict each row's answer tokens; float32 on the CPU, (answer tokens, vocabulary)."""
     forward = _Forward(model, "auto")
-    parts = [lay_out([row], forward.padded, model.device) for row in rows]
+    parts = [forward.lay_out([row], model.device) for row in rows]
     return [forward.logits(forward.answer_states(part)).float().cpu() for part in parts]
 
 
@@ -129,17 +129,18 @@ class _Forward:
         self.body, self.head = plain.get_decoder(), plain.get_output_embeddings()
         self.fused = None
         if kernels == "fused" or (kernels == "auto" and unsupported(model) is None):
-            keep = kept_gib(model) + ROOM_GIB < room_gib()
-            self.fused = FusedModel(model, self.head.weight.dtype, keep=keep, training=False)
-        self.padded = self.fused is None
+            cache = cached_weights_gib(model) + ROOM_GIB < room_gib()
+            self.fused = FusedModel(
+                model, self.head.weight.dtype, cache_weights=cache, training=False
+            )
+        self.lay_out = pack if self.fused else pad
         self.logits = self.fused.logits if self.fused else self.head
 
-    def answer_states(self, part: Pass) -> torch.Tensor:
+    def answer_states(self, part: MicroBatch) -> torch.Tensor:
         """(answer tokens, hidden), normalised."""
         if self.fused:
-            assert part.bounds is not None
-            at = (part.ids[0], part.positions[0], part.bounds, part.longest)
-            hidden = self.fused.hidden_states(*at)
+            assert part.packed is not None
+            hidden = self.fused.hidden_states(part.ids[0], part.positions[0], part.packed)
         else:
             seen = {"attention_mask": part.mask, "use_cache": False}
             hidden = self.body(input_ids=part.ids, **seen).last_hidden_state.flatten(0, 1)

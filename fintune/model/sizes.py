@@ -7,30 +7,30 @@ from fintune.params import Lora
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelSize:
     """The sizes of a base and its adapter that time and memory depend on."""
 
     hidden: int
-    middle: int
+    intermediate_size: int
     layers: int
-    wide: int  # outputs of q
-    narrow: int  # outputs of k, and of v
+    q_dim: int  # outputs of q
+    kv_dim: int  # outputs of k, and of v
     heads: int
     vocabulary: int
     rank: int
     tuned: tuple[str, ...]
 
     @classmethod
-    def of(cls, config: Any, lora: Lora) -> "Shape":
+    def of(cls, config: Any, lora: Lora) -> "ModelSize":
         """Read from a transformers config and the parameters."""
         heads = config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // heads
         return cls(
             hidden=config.hidden_size,
-            middle=config.intermediate_size,
+            intermediate_size=config.intermediate_size,
             layers=config.num_hidden_layers,
-            wide=heads * size,
-            narrow=config.num_key_value_heads * size,
+            q_dim=heads * size,
+            kv_dim=config.num_key_value_heads * size,
             heads=heads,
             vocabulary=config.vocab_size,
             rank=lora.r,
@@ -41,13 +41,13 @@ class Shape:
     def linears(self) -> dict[str, tuple[int, int]]:
         """Inputs and outputs of a layer's linear layers."""
         return {
-            "q_proj": (self.hidden, self.wide),
-            "k_proj": (self.hidden, self.narrow),
-            "v_proj": (self.hidden, self.narrow),
-            "o_proj": (self.wide, self.hidden),
-            "gate_proj": (self.hidden, self.middle),
-            "up_proj": (self.hidden, self.middle),
-            "down_proj": (self.middle, self.hidden),
+            "q_proj": (self.hidden, self.q_dim),
+            "k_proj": (self.hidden, self.kv_dim),
+            "v_proj": (self.hidden, self.kv_dim),
+            "o_proj": (self.q_dim, self.hidden),
+            "gate_proj": (self.hidden, self.intermediate_size),
+            "up_proj": (self.hidden, self.intermediate_size),
+            "down_proj": (self.intermediate_size, self.hidden),
         }
 
     @property

@@ -9,7 +9,7 @@ import torch
 from transformers import ProgressCallback, TrainerCallback
 
 
-class Watch(TrainerCallback):
+class StepTimer(TrainerCallback):
     """Times the steps, hands each logged value on, and validates and saves at the very end.
 
     `seconds` are those of the steps, from the beginning of the first one. The device is waited for only
@@ -26,13 +26,13 @@ class Watch(TrainerCallback):
     @contextmanager
     def pause(self) -> Iterator[None]:
         """Stop the clock for a validation or a checkpoint; every training ends with one."""
-        begun = _now()
+        begun = _synced_time()
         self.seconds = begun - (self._begun or begun) - self._aside
         yield
-        self._aside += _now() - begun
+        self._aside += _synced_time() - begun
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self._begun = self._begun or _now()
+        self._begun = self._begun or _synced_time()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.steps += 1
@@ -45,7 +45,7 @@ class Watch(TrainerCallback):
             self.on_log_values(state.global_step, values)
 
 
-def _now() -> float:
+def _synced_time() -> float:
     """Seconds, when the device has done what it was given."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -2,64 +2,62 @@
 
 from fintune.hardware import GIB
 from fintune.model.batch import CHUNK
-from fintune.model.sizes import Shape
+from fintune.model.sizes import ModelSize
 
-NF4_BYTES = (
-    0.516  # per weight: 4 bits, and a doubly quantised scale for every 64 (Dettmers et al. 2023)
-)
+# per weight: 4 bits, and a doubly quantised scale for every 64 (Dettmers et al. 2023)
+NF4_BYTES = 0.516
 ACTIVATION_BYTES = 44  # of plain kernels: a token, layer and hidden unit in 16 bits, measured
 
 
 def estimate_memory_gib(
-    shape: Shape,
+    model: ModelSize,
     quantization: str,
-    size: int,
+    bytes_per_value: int,
     kernels: str,
     checkpointing: str,
-    keeps: bool,
+    cache_weights: bool,
     tokens: int,
 ) -> dict[str, float]:
-    """The peak of a training's memory, by part.
+    """Estimate the peak of a training's memory in GiB, by part.
 
     Args:
-        size: bytes of an activation and of an unquantised weight.
-        keeps: whether a 4-bit base is held dequantised as well.
+        bytes_per_value: of an activation and of an unquantised weight.
+        cache_weights: a 4-bit base is held dequantised as well.
         tokens: that go through the model at once, padding included.
     """
-    s = shape
+    s, size = model, bytes_per_value
     per_weight = NF4_BYTES if quantization == "nf4" else size
     table = s.vocabulary * s.hidden * size
     norms = (2 * s.layers + 1) * s.hidden * size
-    qkv = s.wide + 2 * s.narrow
-    copies = s.layers * s.rank * (7 * s.hidden + 3 * qkv + s.wide + 5 * s.middle)
+    qkv = s.q_dim + 2 * s.kv_dim
+    copies = s.layers * s.rank * (7 * s.hidden + 3 * qkv + s.q_dim + 5 * s.intermediate_size)
     logits = CHUNK * s.vocabulary * (size + 8)
     if kernels == "fused":
         layer_full = s.hidden * size
-        attention = (qkv + s.wide + s.hidden) * size + 4 * s.heads
+        attention = (qkv + s.q_dim + s.hidden) * size + 4 * s.heads
         kept = {
-            "none": layer_full + attention + 2 * s.middle * size,
+            "none": layer_full + attention + 2 * s.intermediate_size * size,
             "selective": layer_full + attention,
             "full": layer_full,
         }[checkpointing] * s.layers
         # the feed-forward layer's backward pass: gradients of gate and up, values and gradients between
-        working = (4 * s.middle + 4 * s.hidden) * size
+        working = (4 * s.intermediate_size + 4 * s.hidden) * size
         if checkpointing == "selective":
-            working += 2 * s.middle * size
+            working += 2 * s.intermediate_size * size
         if checkpointing == "full":
-            working += attention + 2 * s.middle * size
-        buffer = quantization == "nf4" and not keeps
-        weights = max(2 * s.middle, qkv) * s.hidden * size if buffer else 0
+            working += attention + 2 * s.intermediate_size * size
+        buffer = quantization == "nf4" and not cache_weights
+        weights = max(2 * s.intermediate_size, qkv) * s.hidden * size if buffer else 0
         activations = tokens * (kept + working) + weights
         adapter = s.adapter_weights * 16 + copies * size
     else:
         kept = ACTIVATION_BYTES * s.hidden * (s.layers if checkpointing == "none" else 1)
         if checkpointing == "full":
             kept += 2 * s.layers * s.hidden
-        activations = (
-            tokens * kept * size // 2 + 3 * table
-        )  # PEFT copies both tables to change two rows
+        # PEFT copies both tables to change two rows
+        activations = tokens * kept * size // 2 + 3 * table
         adapter = s.adapter_weights * 16
-    dequantized = s.linear_weights * size if keeps else 0
+    dequantized = s.linear_weights * size if cache_weights else 0
     return {
         "weights": (s.linear_weights * per_weight + dequantized + 2 * table + norms) / GIB,
         "adapter and optimizer": adapter / GIB,  # weight, gradient and two moments in float32

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fintune.errors import UserError
-from fintune.model.sizes import Shape
+from fintune.model.sizes import ModelSize
 from fintune.params import Train
 from fintune.training.memory import estimate_memory_gib
 
@@ -25,7 +25,7 @@ DEQUANTIZATIONS = {"none": 2, "selective": 3, "full": 3}  # in a pass: forward, 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a training step is computed; `memory` is the predicted peak in GiB, by part."""
+    """The execution of a training step; `memory` is the predicted peak in GiB, by part."""
 
     attention: str
     kernels: str
@@ -50,7 +50,7 @@ class Plan:
 
 
 def plan_execution(
-    shape: Shape,
+    model: ModelSize,
     params: Train,
     lengths: Sequence[int],
     bytes_per_value: int,
@@ -58,7 +58,7 @@ def plan_execution(
     on_gpu: bool,
     unsupported: str | None = None,
 ) -> Plan:
-    """Choose what `auto` stands for: the fastest way that the estimate fits into the free memory.
+    """Resolve each `auto` to the fastest execution whose estimate fits into the free memory.
 
     Args:
         lengths: tokens of each training row.
@@ -87,24 +87,22 @@ def plan_execution(
     modes = ["none", "selective", "full"] if kernels == "fused" else ["none", "full"]
     if params.checkpointing != "auto":
         modes = [params.checkpointing]
-    keeps = kernels == "fused" and params.quantization == "nf4"
-    dequantize = ["once", "always"] if keeps else ["always"]
+    can_cache = kernels == "fused" and params.quantization == "nf4"
+    dequantize = ["once", "always"] if can_cache else ["always"]
     if params.dequantize != "auto":
         if params.dequantize not in dequantize:
             raise UserError(
                 "train.dequantize: once: only fused kernels keep the 16-bit weights of a 4-bit base; set auto"
             )
         dequantize = [params.dequantize]
-    step, longest = (
-        _step_tokens(lengths, params.rows_per_step, padded=attention == "padded"),
-        max(lengths),
-    )
+    step = _step_tokens(lengths, params.rows_per_step, padded=attention == "padded")
+    longest = max(lengths)
     if params.tokens_per_pass != "auto":
         limits = [params.tokens_per_pass]
     else:
         limits = sorted({max(math.ceil(step / 2**k), longest) for k in range(12)}, reverse=True)
     estimate = functools.partial(
-        estimate_memory_gib, shape, params.quantization, bytes_per_value, kernels
+        estimate_memory_gib, model, params.quantization, bytes_per_value, kernels
     )
     plans = []
     for mode, how, limit in itertools.product(modes, dequantize, limits):
@@ -130,14 +128,14 @@ def plan_execution(
 
 
 def _time(plan: Plan, tokens: int) -> float:
-    """What a step of so many tokens takes, in the time of one token."""
+    """Estimate the time of a step of `tokens` tokens, in units of one token's time."""
     computed = tokens / plan.passes * TIME[plan.checkpointing]
     times = 1 if plan.dequantize == "once" else plan.passes * DEQUANTIZATIONS[plan.checkpointing]
     return plan.passes * max(LEAST_TOKENS, computed) + times * DEQUANTIZE_TOKENS
 
 
 def _step_tokens(lengths: Sequence[int], rows: int, padded: bool) -> int:
-    """Tokens of a large step: longer than 99 in 100, when rows are drawn by chance."""
+    """Estimate the tokens of a large step: longer than 99 in 100, when rows are drawn by chance."""
     if padded:
         return max(lengths) * min(rows, len(lengths))
     if rows >= len(lengths):

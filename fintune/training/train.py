@@ -14,9 +14,9 @@ from trl import SFTConfig
 from fintune.hardware import free_memory_gib, matmul_flops, peak_memory_gib
 from fintune.model.batch import TokenRow
 from fintune.model.fused.model import unsupported
-from fintune.model.sizes import Shape
+from fintune.model.sizes import ModelSize
 from fintune.params import Train
-from fintune.training.callbacks import Bar, Watch
+from fintune.training.callbacks import Bar, StepTimer
 from fintune.training.checkpoints import last_checkpoint
 from fintune.training.curve import curve_of
 from fintune.training.plan import Plan, plan_execution
@@ -33,7 +33,7 @@ class TrainingResult:
     """The tuned model, its loss curve and what the run cost.
 
     `curve` holds one row a logged step: step, loss, validation_loss, learning_rate (None where not
-    measured at that step). `step_tokens` are those of each step's rows, `largest_pass` the most tokens
+    measured at that step). `step_tokens` are those of each step's rows, `largest_micro_batch` the most tokens
     that went through the model at once. `metrics` are the keys of reports/train.json.
     """
 
@@ -41,7 +41,7 @@ class TrainingResult:
     plan: Plan
     curve: list[dict[str, float | None]]
     step_tokens: list[int]
-    largest_pass: int
+    largest_micro_batch: int
     metrics: dict[str, float]
 
 
@@ -71,7 +71,7 @@ def train(
     plan = make_plan(model, params, rows, dtype)
     log.info("plan: %s", plan)
     arguments = _arguments(params, len(rows), dtype, scratch, plan)
-    watch = Watch(on_log)
+    timer = StepTimer(on_log)
     stopping = (
         [EarlyStoppingCallback(params.early_stopping_patience)]
         if params.early_stopping_patience
@@ -81,12 +81,12 @@ def train(
         validate=validate,
         plan=plan,
         dtype=dtype,
-        watch=watch,
+        timer=timer,
         model=model,
         args=arguments,
         rows=rows,
         processing_class=tokenizer,
-        callbacks=[watch, *stopping],
+        callbacks=[timer, *stopping],
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(Bar)
@@ -99,22 +99,22 @@ def train(
     losses = [(e["step"], e["loss"]) for e in history if "loss" in e]
     trainable, total = model.get_nb_trainable_parameters()
     tokens = sum(trainer.step_tokens)
-    flops = _shape(model, params).flops(tokens, trainer.answer_tokens)
+    flops = _size(model, params).flops(tokens, trainer.answer_tokens)
     return TrainingResult(
         model=trainer.model,
         plan=plan,
         curve=curve_of(history),
         step_tokens=trainer.step_tokens,
-        largest_pass=trainer.largest_pass,
+        largest_micro_batch=trainer.largest_micro_batch,
         metrics={
             "train_loss": _step_weighted_mean(losses),
             "validation_loss": float(trainer.state.best_metric),
             "best_step": trainer.state.best_global_step,
             "steps": trainer.state.global_step,
-            "seconds": watch.seconds,
-            "tokens_per_second": tokens / watch.seconds,
-            "rows_per_second": watch.steps * params.rows_per_step / watch.seconds,
-            "mfu": flops / watch.seconds / ceiling,
+            "seconds": timer.seconds,
+            "tokens_per_second": tokens / timer.seconds,
+            "rows_per_second": timer.steps * params.rows_per_step / timer.seconds,
+            "mfu": flops / timer.seconds / ceiling,
             "peak_memory_gib": peak_memory_gib(),
             "predicted_memory_gib": plan.peak_gib,
             "trainable_parameters": trainable,
@@ -128,7 +128,7 @@ def make_plan(
 ) -> Plan:
     """How to compute the steps with this model on this hardware; nothing is allocated."""
     return plan_execution(
-        _shape(model, params),
+        _size(model, params),
         params,
         [len(prompt) + len(completion) for prompt, completion in rows],
         dtype.itemsize,
@@ -138,8 +138,8 @@ def make_plan(
     )
 
 
-def _shape(model: PeftModel, params: Train) -> Shape:
-    return Shape.of(model.get_base_model().config, params.lora)
+def _size(model: PeftModel, params: Train) -> ModelSize:
+    return ModelSize.of(model.get_base_model().config, params.lora)
 
 
 def total_steps(params: Train, rows: int) -> int:

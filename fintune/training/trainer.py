@@ -13,32 +13,35 @@ from torch.utils.checkpoint import checkpoint
 from trl import SFTTrainer
 
 from fintune.errors import UserError
-from fintune.model.batch import CHUNK, Pass, TokenRow, batches_by_length, lay_out
+from fintune.model.batch import CHUNK, MicroBatch, TokenRow, batches_by_length, pack, pad
 from fintune.model.fused.model import FusedModel
-from fintune.training.callbacks import Watch
+from fintune.training.callbacks import StepTimer
 from fintune.training.plan import Plan
 
 log = logging.getLogger("fintune")
 
 
-def divide(lengths: Sequence[int], limit: int, padded: bool) -> list[list[int]]:
-    """Rows of a step in passes of at most `limit` tokens, padding included, as equal as they get.
+def split_into_micro_batches(lengths: Sequence[int], limit: int, padded: bool) -> list[list[int]]:
+    """Split a step's rows into micro-batches of at most `limit` tokens, padding included, of equal size.
 
-    A row that is longer by itself makes a pass of its own; no row is cut.
+    A longer row is a micro-batch of its own; no row is cut.
+
+    Returns:
+        Indices of the rows of each micro-batch.
     """
     if padded:
         return list(batches_by_length(lengths, limit, rows=len(lengths)))
     count = max(1, math.ceil(sum(lengths) / limit))
     longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while True:
-        passes: list[list[int]] = [[] for _ in range(count)]
+        batches: list[list[int]] = [[] for _ in range(count)]
         sizes = [0] * count
         for i in longest_first:
             least = sizes.index(min(sizes))
-            passes[least].append(i)
+            batches[least].append(i)
             sizes[least] += lengths[i]
         if count >= len(lengths) or max(sizes) <= max(limit, max(lengths)):
-            return [sorted(rows) for rows in passes if rows]
+            return [sorted(rows) for rows in batches if rows]
         count += 1
 
 
@@ -51,7 +54,7 @@ class AnswerTrainer(SFTTrainer):
         validate: Callable[[PeftModel], float],
         plan: Plan,
         dtype: torch.dtype,
-        watch: "Watch",
+        timer: StepTimer,
         rows: Sequence[TokenRow],
         **kwargs: Any,
     ) -> None:
@@ -63,17 +66,17 @@ class AnswerTrainer(SFTTrainer):
             data_collator=lambda chosen: {"step": Step([rows[each["row"]] for each in chosen])},
         )
         self._validate = validate
-        self.watch = watch
+        self.timer = timer
         self.plan = plan
         self.limit = plan.tokens_per_pass
         self.step_tokens: list[int] = []
-        self.largest_pass = 0
+        self.largest_micro_batch = 0
         self.answer_tokens = 0
         self.model.train()  # here and after a validation: it takes milliseconds
         self.fused = None
         if plan.kernels == "fused":
-            keep = plan.dequantize == "once"
-            self.fused = FusedModel(self.model, dtype, plan.checkpointing, keep)
+            cache = plan.dequantize == "once"
+            self.fused = FusedModel(self.model, dtype, plan.checkpointing, cache)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *_: Any) -> torch.Tensor:
         """One optimizer step's gradients: the mean over the answer tokens of all its rows.
@@ -85,14 +88,14 @@ class AnswerTrainer(SFTTrainer):
         answers = sum(len(completion) for _, completion in rows)
         lengths = [len(prompt) + len(completion) for prompt, completion in rows]
         if self.fused:
-            self.fused.follow()
+            self.fused.sync_parameters()
         while True:
             try:
                 loss = self._gradients(rows, lengths, answers)
                 break
             except torch.OutOfMemoryError:
                 smaller = min(self.limit, sum(lengths)) // 2
-                if len(divide(lengths, self.limit, self._padded)) == len(rows):
+                if len(split_into_micro_batches(lengths, self.limit, self._padded)) == len(rows):
                     raise UserError(
                         f"train: not enough memory for a single row ({max(lengths):,} tokens); set "
                         "train.checkpointing: full, or a smaller format.max_tokens"
@@ -115,20 +118,21 @@ class AnswerTrainer(SFTTrainer):
 
     def _gradients(self, rows: list[TokenRow], lengths: list[int], answers: int) -> torch.Tensor:
         total = torch.zeros((), device=self.args.device)
-        for members in divide(lengths, self.limit, self._padded):
-            part = lay_out([rows[i] for i in members], self._padded, self.args.device)
-            self.largest_pass = max(self.largest_pass, part.ids.numel())
+        lay_out = pad if self._padded else pack
+        for members in split_into_micro_batches(lengths, self.limit, self._padded):
+            part = lay_out([rows[i] for i in members], self.args.device)
+            self.largest_micro_batch = max(self.largest_micro_batch, part.ids.numel())
             loss = (self._fused_loss if self.fused else self._plain_loss)(part) / answers
             self.accelerator.backward(loss)
             total += loss.detach()
         return total
 
-    def _fused_loss(self, part: Pass) -> torch.Tensor:
-        assert self.fused is not None and part.bounds is not None
-        states = self.fused.hidden_states(part.ids[0], part.positions[0], part.bounds, part.longest)
+    def _fused_loss(self, part: MicroBatch) -> torch.Tensor:
+        assert self.fused is not None and part.packed is not None
+        states = self.fused.hidden_states(part.ids[0], part.positions[0], part.packed)
         return self.fused.answer_loss(states.index_select(0, part.predicting), part.targets)
 
-    def _plain_loss(self, part: Pass) -> torch.Tensor:
+    def _plain_loss(self, part: MicroBatch) -> torch.Tensor:
         """Summed nats through transformers' and PEFT's own layers.
 
         The head is applied to the answer's positions in chunks that are computed again in the backward
@@ -137,12 +141,12 @@ class AnswerTrainer(SFTTrainer):
         plain = self.model.get_base_model()
         body, head = plain.get_decoder(), plain.get_output_embeddings()
         packed = {}
-        if part.bounds is not None:
+        if part.packed is not None:
             packed = {
-                "cu_seq_lens_q": part.bounds,
-                "cu_seq_lens_k": part.bounds,
-                "max_length_q": part.longest,
-                "max_length_k": part.longest,
+                "cu_seq_lens_q": part.packed.cu_seqlens,
+                "cu_seq_lens_k": part.packed.cu_seqlens,
+                "max_length_q": part.packed.max_seqlen,
+                "max_length_k": part.packed.max_seqlen,
             }
         with self.accelerator.autocast():
             hidden = body(
@@ -162,7 +166,7 @@ class AnswerTrainer(SFTTrainer):
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """The validation loss per token; the Trainer's own averages batches of unequal size."""
-        with self.watch.pause():
+        with self.timer.pause():
             metrics = {"eval_loss": self._validate(self.model)}
         self.model.train()
         self.log(metrics)
@@ -172,7 +176,7 @@ class AnswerTrainer(SFTTrainer):
         return metrics
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with self.watch.pause():
+        with self.timer.pause():
             super()._save_checkpoint(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from fintune.data.formatting import format_row
 from fintune.data.prompt import encode
 from fintune.data.records import normalize_question, read_passages
-from fintune.evaluation.measure import measure, sums_of
+from fintune.evaluation.measure import measure, metric_sums
 from fintune.evaluation.report import conclude, predictions
 from fintune.evaluation.rows import select_rows
 from fintune.model.adapter import add_adapter, save_adapter, write_training
@@ -149,7 +149,7 @@ def evaluate(
     asked = [normalize_question(row["input"]) for row in rows]
     chosen, questions, references = select_rows(rows, asked, params.max_rows)
     measured = measure(adapter, champion, chosen, references, passages, params)
-    sums = {name: sums_of(s, chosen, references, None) for name, s in measured.sides.items()}
+    sums = {name: metric_sums(s, chosen, references, None) for name, s in measured.results.items()}
     state = Champion(folder=champion, version="1", run_id="r")
     report = conclude(measured, sums, chosen, questions, state, params)
     return report, predictions(chosen, measured, sums)
@@ -298,7 +298,7 @@ def test_a_champion_that_does_not_fit_is_said_and_breaks_its_rule(
     )
     measured = measure(good, wide, rows, [[row["output"]] for row in rows], passages, params)
     assert "does not fit" in measured.champion_fault
-    assert set(measured.sides) == {"base", "tuned"}
+    assert set(measured.results) == {"base", "tuned"}
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fintune.evaluation.breakdown import break_down, calibration_curve, extremes
-from fintune.evaluation.gate import judge
+from fintune.evaluation.gate import apply_gate
 from fintune.evaluation.rows import select_rows
 from fintune.evaluation.statistics import Sums, compare, resampled_sums, summarize
 from fintune.metrics import METRICS
@@ -231,7 +231,7 @@ def a_report(**changes: Any) -> dict[str, Any]:
 
 
 def broken_rules(report: dict[str, Any], **changes: Any) -> list[str]:
-    verdict = judge(report, Gate(**({**RULES, "strict": False} | changes)))
+    verdict = apply_gate(report, Gate(**({**RULES, "strict": False} | changes)))
     broken = [rule["rule"] for rule in verdict["rules"] if not rule["passed"]]
     assert verdict["passed"] is (not broken)
     assert verdict["reason"].startswith("failed: " if broken else "passed: ")

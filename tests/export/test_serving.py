@@ -31,7 +31,7 @@ from fintune.export.pyfunc import PACKAGES
 from fintune.generation.tuned import prompt_tokens
 from fintune.params import Base, read_params
 from support.project import ROOT, Project
-from support.servers import answering, free_port
+from support.servers import free_port, running_server
 
 pytestmark = pytest.mark.end_to_end
 
@@ -241,7 +241,7 @@ def test_mlflow_serves_the_champion(served: Project, plain: dict[str, Any], tmp_
     command = [program("mlflow"), "models", "serve", "-m", "models:/financial-qa@champion"]
     command += ["--env-manager", "local", "-h", "127.0.0.1", "-p", str(port)]
     log = served / "serve.log"
-    with answering(command, port, environment_of(served), log) as address:
+    with running_server(command, port, environment_of(served), log) as address:
 
         def invoke(question: str) -> Any:
             body = json.dumps({"dataframe_records": [{"question": question}]}).encode()
@@ -267,7 +267,7 @@ def test_an_openai_client_gets_the_same_answer(served: Project, plain: dict[str,
     command = [program("transformers"), "serve", "models/merged"]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     offline = served.environment | {"HF_HUB_OFFLINE": "1"}
-    with answering(command, port, offline, served / "openai.log") as address:
+    with running_server(command, port, offline, served / "openai.log") as address:
         client = OpenAI(base_url=f"{address}/v1", api_key="none")
         asked: Any = {
             "model": "models/merged",

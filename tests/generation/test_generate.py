@@ -11,6 +11,7 @@ import torch
 from fintune.data.prompt import encode, end_token_id
 from fintune.generation import generate as loop
 from fintune.generation import slots
+from fintune.generation.decoding import Decoding
 from fintune.generation.generate import Answer, generate
 from fintune.model.adapter import add_adapter
 from fintune.model.base import load_base
@@ -55,8 +56,9 @@ def tuned(base: Base, tokenizer: Any, quantization: str = "none") -> Any:
 def answers(
     model: Any, tokenizer: Any, prompts: list[list[int]], rows: int | str = "auto", **changes: Any
 ) -> list[Answer]:
-    end = end_token_id(tokenizer)
-    return generate(model, tokenizer, prompts, end, LIMIT, rows, "answers", **changes)
+    kernels = changes.pop("kernels", "auto")
+    decoding = Decoding(end_token_id(tokenizer), LIMIT, **changes)
+    return generate(model, tokenizer, prompts, decoding, "answers", rows, kernels)
 
 
 @pytest.mark.parametrize("state", ["tuned", "bare", "windowed"])
@@ -112,8 +114,7 @@ def test_samples_follow_the_seed_and_the_temperature(
     model = tuned(base, tokenizer)
 
     def drawn(seed: int, temperature: float, top_p: float = 1.0) -> list[Answer]:
-        sampling = {"temperature": temperature, "top_p": top_p}
-        return answers(model, tokenizer, prompts, sampling=sampling, seed=seed)
+        return answers(model, tokenizer, prompts, temperature=temperature, top_p=top_p, seed=seed)
 
     assert drawn(1, 1.0) == drawn(1, 1.0) != drawn(2, 1.0)
     greedy = answers(model, tokenizer, prompts)
@@ -127,9 +128,9 @@ def test_sampled_tokens_have_the_models_probabilities(base: Base, tokenizer: Any
     with torch.no_grad():
         shares = model.eval()(torch.tensor([prompt])).logits[0, -1].softmax(-1)
     likeliest = int(shares.argmax())
-    end, text = end_token_id(tokenizer), tokenizer.decode([likeliest]).strip()
-    sampling = {"temperature": 1.0, "top_p": 1.0}
-    found = generate(model, tokenizer, [prompt] * 2000, end, 1, 2000, "draws", sampling)
+    text = tokenizer.decode([likeliest]).strip()
+    decoding = Decoding(end_token_id(tokenizer), max_new_tokens=1, temperature=1.0)
+    found = generate(model, tokenizer, [prompt] * 2000, decoding, "draws", 2000)
     share = sum(answer.text == text for answer in found) / 2000
     expected = float(shares[[i for i in range(len(shares)) if decoded(tokenizer, i) == text]].sum())
     assert share == pytest.approx(expected, abs=4 * (expected * (1 - expected) / 2000) ** 0.5)
@@ -148,14 +149,14 @@ def test_out_of_memory_means_fewer_at_once_and_the_same_answers(
 ) -> None:
     model = tuned(base, tokenizer)
     expected = answers(model, tokenizer, prompts)
-    step = slots.Slots._step
+    step = slots.DecodingSlots._step
 
     def scarce(self: Any, slots: torch.Tensor) -> None:
         if self.spare > 6:
             raise torch.OutOfMemoryError
         step(self, slots)
 
-    monkeypatch.setattr(slots.Slots, "_step", scarce)
+    monkeypatch.setattr(slots.DecodingSlots, "_step", scarce)
     assert answers(model, tokenizer, prompts) == expected
     assert "going on with 5 answers at once" in caplog.text
 
@@ -166,7 +167,7 @@ def test_other_architectures_go_through_transformers(
     model = tuned(base, tokenizer)
     expected = answers(model, tokenizer, prompts)
     monkeypatch.setattr(loop, "unsupported", lambda _: "a base of another type")
-    monkeypatch.delattr(slots, "Slots")
+    monkeypatch.delattr(slots, "DecodingSlots")
     assert answers(model, tokenizer, prompts) == expected
 
 

@@ -21,6 +21,7 @@ from fintune.data.prompt import encode, end_token_id
 from fintune.errors import UserError
 from fintune.evaluation.measure import measure
 from fintune.generation import process, vllm
+from fintune.generation.decoding import Decoding
 from fintune.generation.generate import Answer, generate
 from fintune.generation.vllm import VARIABLE, serving
 from fintune.merging.merge import merge_into_folder
@@ -52,10 +53,10 @@ def folder_of(
     base: Base, tokenizer: Any, adapter: Path | None, quantization: str = "none"
 ) -> Callable[[Path], None]:
     """What writes the model that the adapter makes of its base."""
-    four_bits = torch.float32 if quantization == "nf4" else None
+    nf4_compute_dtype = torch.float32 if quantization == "nf4" else None
 
     def write(folder: Path) -> None:
-        merge_into_folder(base, tokenizer, adapter, folder, torch.float32, four_bits)
+        merge_into_folder(base, tokenizer, adapter, folder, torch.float32, nf4_compute_dtype)
 
     return write
 
@@ -120,7 +121,7 @@ def ask(
 ) -> list[Answer]:
     with serving(model, torch.float32, 128, rows, "test") as (server, _):
         end = end or end_token_id(tokenizer)
-        return server.answer(tokenizer, prompts, end, LIMIT, "test", **changes)
+        return server.generate(tokenizer, prompts, Decoding(end, LIMIT, **changes), "test")
 
 
 def test_each_prompt_gets_its_own_answer_whichever_comes_first(
@@ -162,7 +163,7 @@ def test_the_server_is_told_how_to_answer(
     assert greedy["temperature"] == 0 and greedy["max_tokens"] == LIMIT
     assert greedy["stop_token_ids"] == [end_token_id(tokenizer), tokenizer.eos_token_id]
     stand_in.notes.unlink()
-    ask(model, tokenizer, [[300, 1, 301]] * 3, sampling=how, seed=5)
+    ask(model, tokenizer, [[300, 1, 301]] * 3, seed=5, **how)
     sampled = stand_in.requests()
     assert all(request.items() >= how.items() for request in sampled)
     assert sorted(request["seed"] for request in sampled) == [5, 6, 7]
@@ -194,13 +195,13 @@ def test_a_server_that_dies_while_it_answers_is_quoted(
 def test_a_refused_request_is_told_in_the_server_s_words(
     model: Any, tokenizer: Any, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = vllm.Server.answer
+    command = vllm.Server.generate
 
     def misnamed(self: Any, *args: Any, **changes: Any) -> Any:
         object.__setattr__(self, "folder", Path("another"))
         return command(self, *args, **changes)
 
-    monkeypatch.setattr(vllm.Server, "answer", misnamed)
+    monkeypatch.setattr(vllm.Server, "generate", misnamed)
     with pytest.raises(UserError, match=r"answered 404: .*no such model"):
         ask(model, tokenizer, [[300, 1, 301]])
     assert stand_in.left() == []
@@ -333,7 +334,7 @@ def test_base_tuned_model_and_champion_each_answer_from_their_own_weights(
     stand_in.notes.unlink()
     references = [[row["output"]] for row in rows]
     measured = measure(folders["tuned"], folders["champion"], rows, references, [], params)
-    assert {n: side.answers for n, side in measured.sides.items()} == {
+    assert {n: result.answers for n, result in measured.results.items()} == {
         name: [answer] * 3 for name, answer in expected.items()
     }
     assert measured.sampled == [expected["tuned"].text] * 3
@@ -357,7 +358,7 @@ def test_in_float32_vllm_gives_the_answers_of_the_built_in_engine(
     save_adapter(model, tmp_path)
     for state, adapter in ((nullcontext, tmp_path), (model.disable_adapter, None)):
         with state():
-            sides.append(generate(model, tokenizer, prompts, end, LIMIT, "auto", "built in"))
+            sides.append(generate(model, tokenizer, prompts, Decoding(end, LIMIT), "built in"))
         write = folder_of(base, tokenizer, adapter, quantization)
         assert ask(write, tokenizer, prompts, end) == sides[-1]
     assert {answer.stopped for side in sides for answer in side} == {True, False}

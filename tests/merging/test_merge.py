@@ -20,10 +20,11 @@ from fintune.data.prompt import (
     render_prompt,
 )
 from fintune.errors import UserError
+from fintune.generation.decoding import Decoding
 from fintune.generation.generate import generate
 from fintune.hub.models import weights_fingerprint
 from fintune.merging import merge
-from fintune.merging.lora_update import read_updates, through_nf4
+from fintune.merging.lora_update import nf4_round_trip, read_updates
 from fintune.merging.merge import merge_into_folder, write_checksums
 from fintune.model.adapter import (
     add_adapter,
@@ -65,20 +66,21 @@ def rows(tokenizer: Any) -> list[tuple[list[int], list[int]]]:
     return [encode(tokenizer, render_prompt(a, b), render_completion(c)) for a, b, c in texts]
 
 
-@pytest.mark.parametrize(("quantization", "four_bits"), [("nf4", FLOAT), ("none", None)])
+@pytest.mark.parametrize(("quantization", "nf4_compute_dtype"), [("nf4", FLOAT), ("none", None)])
 def test_the_folder_computes_what_the_adapter_does(
-    base: Base, tokenizer: Any, rows: Any, tmp_path: Path, quantization: str, four_bits: Any
+    base: Base, tokenizer: Any, rows: Any, tmp_path: Path, quantization: str, nf4_compute_dtype: Any
 ) -> None:
     adapter = make_adapter(base, tokenizer, tmp_path / "adapter", quantization)
     tuned = load_adapter(load_base(base, tokenizer, quantization, FLOAT), adapter)
-    merge_into_folder(base, tokenizer, adapter, tmp_path, FLOAT, four_bits)
+    merge_into_folder(base, tokenizer, adapter, tmp_path, FLOAT, nf4_compute_dtype)
     plain = load_plain(tmp_path)
     for a, b in zip(answer_logits(tuned, rows), answer_logits(plain, rows), strict=True):
         assert torch.allclose(a, b, atol=1e-4)
     with tuned.disable_adapter():  # which is not what any model does
         assert abs(likelihood(tuned, rows, "").loss - likelihood(plain, rows, "").loss) > 0.01
     prompts = [prompt for prompt, _ in rows]
-    ask = lambda m: generate(m, tokenizer, prompts, end_token_id(tokenizer), 12, 8, "")  # noqa: E731
+    decoding = Decoding(end_token_id(tokenizer), 12)
+    ask = lambda m: generate(m, tokenizer, prompts, decoding, "", 8)  # noqa: E731
     assert ask(plain) == ask(tuned)
 
 
@@ -86,9 +88,9 @@ def test_what_four_bits_made_of_the_weights_is_merged_into(
     base: Base, tokenizer: Any, rows: Any, adapter: Path, tmp_path: Path
 ) -> None:
     """Into the base's own weights is another model, and each weight says which one it is."""
-    for name, four_bits in (("trained_on", FLOAT), ("original", None)):
+    for name, nf4_compute_dtype in (("trained_on", FLOAT), ("original", None)):
         (tmp_path / name).mkdir()
-        merge_into_folder(base, tokenizer, None, tmp_path / name, FLOAT, four_bits)
+        merge_into_folder(base, tokenizer, None, tmp_path / name, FLOAT, nf4_compute_dtype)
     own = load_file(Path(base.model) / "model.safetensors")
     folders = {n: load_file(tmp_path / n / "model.safetensors") for n in ("trained_on", "original")}
     quantized = load_base(base, tokenizer, "nf4", FLOAT)
@@ -157,7 +159,7 @@ def test_rounding_happens_once(base: Base, tokenizer: Any, adapter: Path, tmp_pa
     own = load_file(Path(base.model) / "model.safetensors")
     for name, update in read_updates(adapter).items():
         if update.down is not None and update.up is not None:
-            exact = through_nf4(own[name].float()).double()
+            exact = nf4_round_trip(own[name].float()).double()
             exact += update.scale * (update.up.double() @ update.down.double())
             apart = (merged[name].double() - exact).abs()
             assert (apart <= exact.abs() * 2**-8 * 1.01 + 1e-8).all(), name  # half a unit

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fintune.data.prompt import encode, end_token_id, load_tokenizer
+from fintune.generation.decoding import Decoding
 from fintune.generation.generate import generate
 from fintune.model.base import load_base
 from fintune.model.batch import batches_by_length
@@ -105,7 +106,9 @@ def test_batches_and_padding_do_not_change_greedy_answers(
 ) -> None:
     model, tokenizer, rows = setting
     prompts = [prompt for prompt, _ in rows]
-    answers = generate(model, tokenizer, prompts, end_token_id(tokenizer), 5, rows_per_batch, "")
+    answers = generate(
+        model, tokenizer, prompts, Decoding(end_token_id(tokenizer), 5), "", rows_per_batch
+    )
     for prompt, answer in zip(prompts, answers, strict=True):
         text = tokenizer.decode(greedy(model, prompt, 5), skip_special_tokens=True).strip()
         assert answer.text == text
@@ -118,7 +121,7 @@ def test_an_answer_that_ends_is_cut_there_and_counted_as_stopped(setting: Any) -
     model, tokenizer, rows = setting
     prompt = rows[0][0]
     ids = greedy(model, prompt, 6)
-    answer = generate(model, tokenizer, [prompt], ids[-1], 6, 1, "")[0]
+    answer = generate(model, tokenizer, [prompt], Decoding(ids[-1], 6), "", 1)[0]
     assert answer.stopped
     assert answer.tokens == ids.index(ids[-1])
     expected = tokenizer.decode(ids[: answer.tokens], skip_special_tokens=True).strip()
@@ -130,10 +133,8 @@ def test_sampling_is_repeatable_and_follows_its_seed(setting: Any) -> None:
     prompts = [prompt for prompt, _ in rows]
 
     def draw(seed: int) -> list[str]:
-        answers = generate(
-            model, tokenizer, prompts, end_token_id(tokenizer), 5, 4, "",
-            {"temperature": 1.0, "top_p": 0.95}, seed,
-        )  # fmt: skip
+        decoding = Decoding(end_token_id(tokenizer), 5, temperature=1.0, top_p=0.95, seed=seed)
+        answers = generate(model, tokenizer, prompts, decoding, "", 4)
         return [answer.text for answer in answers]
 
     assert draw(1) == draw(1) != draw(2)

@@ -133,12 +133,12 @@ def mlflow_server(database: dict[str, str], s3: str, log: Path) -> Iterator[str]
         "MLFLOW_AUTH_ADMIN_PASSWORD": PASSWORD,
         "MLFLOW_FLASK_SERVER_SECRET_KEY": "only for this test",
     }
-    with answering(command, port, environment, log) as address:
+    with running_server(command, port, environment, log) as address:
         yield address
 
 
 @contextmanager
-def answering(
+def running_server(
     command: list[str], port: int, environment: dict[str, str], log: Path
 ) -> Iterator[str]:
     """A program that serves `port` of loopback from its log's folder; yields its address."""

@@ -8,7 +8,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from fintune.errors import UserError
-from fintune.model.sizes import Shape
+from fintune.model.sizes import ModelSize
 from fintune.params import Train
 from fintune.training.memory import estimate_memory_gib
 from fintune.training.plan import Plan, plan_execution
@@ -17,12 +17,12 @@ ROOT = Path(__file__).parents[2]
 RECIPE = Train.model_validate(
     YAML(typ="safe").load((ROOT / "recipes/mistral-7b.yaml").read_text())["train"]
 )
-SHAPE = Shape(
+SIZE = ModelSize(
     hidden=4096,
-    middle=14336,
+    intermediate_size=14336,
     layers=32,
-    wide=4096,
-    narrow=1024,
+    q_dim=4096,
+    kv_dim=1024,
     heads=32,
     vocabulary=32002,
     rank=16,
@@ -35,12 +35,12 @@ def plan(
     free_gib: float, on_gpu: bool = True, unsupported: str | None = None, **changes: Any
 ) -> Plan:
     params = RECIPE.model_copy(update=changes)
-    return plan_execution(SHAPE, params, LENGTHS, 2, free_gib, on_gpu, unsupported)
+    return plan_execution(SIZE, params, LENGTHS, 2, free_gib, on_gpu, unsupported)
 
 
 def test_the_shape_counts_what_mistral_has() -> None:
-    assert SHAPE.linear_weights == 6_979_321_856  # 7,241,732,096 less tables and norms
-    assert SHAPE.adapter_weights == 41_943_040
+    assert SIZE.linear_weights == 6_979_321_856  # 7,241,732,096 less tables and norms
+    assert SIZE.adapter_weights == 41_943_040
 
 
 def test_more_memory_never_means_more_work() -> None:
@@ -130,7 +130,7 @@ def test_the_estimate_is_within_a_tenth_of_the_measured_peaks() -> None:
             continue
         mode = setting["plan"].split("checkpointing ")[1].split(",")[0]
         parts = estimate_memory_gib(
-            SHAPE,
+            SIZE,
             "none" if name == "fused-16-bit" else "nf4",
             2,
             "fused",

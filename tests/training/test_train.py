@@ -14,11 +14,11 @@ from fintune.errors import UserError
 from fintune.model.adapter import add_adapter, load_adapter, save_adapter
 from fintune.model.attention import packed_attention
 from fintune.model.base import load_base
-from fintune.model.batch import lay_out
+from fintune.model.batch import pack, pad
 from fintune.model.likelihood import likelihood
 from fintune.params import Base, Lora, Train
 from fintune.training.train import TrainingResult, total_steps, train
-from fintune.training.trainer import AnswerTrainer, divide
+from fintune.training.trainer import AnswerTrainer, split_into_micro_batches
 
 PARAMS = Train(
     quantization="none",
@@ -88,7 +88,7 @@ def tune(
 def test_what_is_predicted_is_the_answer_and_the_end_token(
     rows: list[Any], tokenizer: Any, padded: bool
 ) -> None:
-    part = lay_out(rows, padded, torch.device("cpu"))
+    part = (pad if padded else pack)(rows, torch.device("cpu"))
     flat = part.ids.flatten()
     assert torch.equal(part.targets, flat[part.predicting + 1])
     assert tokenizer.decode(part.targets) == "".join(completion for _, completion in TEXTS)
@@ -100,8 +100,8 @@ def test_what_is_predicted_is_the_answer_and_the_end_token(
         assert part.mask is not None
         assert part.mask.sum() == sum(len(p) + len(c) for p, c in rows)
     else:
-        assert part.bounds is not None
-        starts = part.bounds[:-1].long()
+        assert part.packed is not None
+        starts = part.packed.cu_seqlens[:-1].long()
         assert part.positions[0, starts].sum() == 0
         assert tokenizer.decode(flat[starts[1] : starts[2]]) == "<s>" + "".join(TEXTS[1])
 
@@ -223,7 +223,7 @@ def test_a_row_that_does_not_fit_is_named(
 @pytest.mark.parametrize("limit", [1, 7, 20, 1000])
 def test_passes_hold_every_row_once_within_the_limit(limit: int, padded: bool) -> None:
     lengths = [3, 9, 1, 7, 7, 2, 12, 5]
-    passes = divide(lengths, limit, padded)
+    passes = split_into_micro_batches(lengths, limit, padded)
     assert sorted(i for rows in passes for i in rows) == list(range(8))
     for members in passes:
         sizes = [lengths[i] for i in members]

@@ -8,7 +8,7 @@ from typing import Any
 
 from fintune.data.prompt import encode
 from fintune.errors import UserError
-from fintune.export.gguf.llama_cpp import Greedy, llama_cpp_answers
+from fintune.export.gguf.llama_cpp import Completion, llama_cpp_answers
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Agreement:
 
 def check_gguf(
     file: Path,
-    expected: Sequence[Greedy],
+    expected: Sequence[Completion],
     prompts: Sequence[str],
     max_new_tokens: int,
     min_equal_choices: float,
@@ -59,7 +59,7 @@ def check_gguf(
     return agreement
 
 
-def compare(expected: Sequence[Greedy], found: Sequence[Greedy]) -> Agreement:
+def compare(expected: Sequence[Completion], found: Sequence[Completion]) -> Agreement:
     """Compare answers to the same prompts, pair by pair."""
     pairs = list(zip(expected, found, strict=True))
     places = sum(max(len(a.answer), len(b.answer)) for a, b in pairs)
@@ -81,7 +81,7 @@ def _until_different(one: Sequence[int], other: Sequence[int]) -> int:
 
 def transformers_answers(
     model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int
-) -> list[Greedy]:
+) -> list[Completion]:
     """Greedy answers by transformers' own loop, ended by what the generation config says.
 
     To compare with a file in f16, load the folder in float32: bfloat16's roundings are larger.
@@ -106,5 +106,5 @@ def transformers_answers(
         )[0].tolist()
         answer = tokens[len(asked) :]
         text = tokenizer.decode(answer, skip_special_tokens=True)
-        answers.append(Greedy(asked, answer, text))
+        answers.append(Completion(asked, answer, text))
     return answers

@@ -23,7 +23,7 @@ INSTALL = "pip install 'gguf>=0.19' 'xllamacpp>=2026.10'"
 
 
 @dataclass(frozen=True)
-class Greedy:
+class Completion:
     """A greedy answer: tokens of the prompt, beginning included, and of the answer, its end included."""
 
     prompt: list[int]
@@ -50,7 +50,7 @@ def require_packages() -> None:
         )
 
 
-def llama_cpp_answers(file: Path, prompts: Sequence[str], max_new_tokens: int) -> list[Greedy]:
+def llama_cpp_answers(file: Path, prompts: Sequence[str], max_new_tokens: int) -> list[Completion]:
     """Greedy answers of a GGUF file by llama.cpp on the CPU, its own tokenizer included.
 
     Raises:
@@ -71,7 +71,7 @@ def llama_cpp_answers(file: Path, prompts: Sequence[str], max_new_tokens: int) -
     )
     if done.returncode:
         raise UserError(f"gguf: {file}: llama.cpp cannot run it: {_reason(done)}")
-    return [Greedy(**answer) for answer in json.loads(done.stdout.splitlines()[-1])]
+    return [Completion(**answer) for answer in json.loads(done.stdout.splitlines()[-1])]
 
 
 def _reason(done: subprocess.CompletedProcess[str]) -> str:
@@ -86,7 +86,7 @@ def _reason(done: subprocess.CompletedProcess[str]) -> str:
     return (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
 
 
-def _answer_all(file: str, prompts: list[str], max_new_tokens: int) -> list[Greedy]:
+def _answer_all(file: str, prompts: list[str], max_new_tokens: int) -> list[Completion]:
     """Runs in the process of its own: a server on loopback, asked for one answer after the other."""
     import xllamacpp
 
@@ -119,7 +119,7 @@ def _answer_all(file: str, prompts: list[str], max_new_tokens: int) -> list[Gree
         asked = ask("/tokenize", read)["tokens"]
         wanted = {"n_predict": max_new_tokens, "temperature": 0, "return_tokens": True}
         said = ask("/completion", {"prompt": prompt, "cache_prompt": False, **wanted})
-        answers.append(Greedy(asked, said["tokens"], said["content"]))
+        answers.append(Completion(asked, said["tokens"], said["content"]))
     return answers
 
 

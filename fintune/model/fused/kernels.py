@@ -59,20 +59,20 @@ def dequantize_and_add(
 TILE = {"ROWS": 64, "BLOCKS": 1, "KIND": tl.float16, "num_warps": 4}  # measured on an H200
 
 
-def drop(x: Tensor, share: float, seed: int) -> Tensor:
+def drop(x: Tensor, p: float, seed: int) -> Tensor:
     y = torch.empty_like(x)
     grid = (triton.cdiv(x.numel(), COLUMNS),)
-    _drop[grid](x, y, x.numel(), share, seed, QUARTER=COLUMNS // 4)
+    _drop[grid](x, y, x.numel(), p, seed, QUARTER=COLUMNS // 4)
     return y
 
 
 def add_dropped_product(
-    x: Tensor, left: Tensor, right: Tensor, scale: float, share: float, seed: int
+    x: Tensor, left: Tensor, right: Tensor, scale: float, p: float, seed: int
 ) -> None:
     rows, columns = x.shape
     rank = left.shape[1]
     _add_dropped_product[(triton.cdiv(rows, 32), triton.cdiv(columns, 128))](
-        x, left, right, rows, columns, scale, share, seed,
+        x, left, right, rows, columns, scale, p, seed,
         RANK=rank, WIDTH=max(16, triton.next_power_of_2(rank)), ROWS=32, QUARTER=32,
     )  # fmt: skip
 
@@ -93,14 +93,14 @@ def rms_norm_backward(x: Tensor, weight: Tensor, eps: float, dy: Tensor, skip: T
     return dx
 
 
-def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, groups: int) -> Tensor:
-    size = qkv.shape[1] // (heads + 2 * groups)
-    out = qkv.new_empty(qkv.shape[0], heads + 2 * groups, size)
-    step = size * (heads + 2 * groups)
+def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> Tensor:
+    size = qkv.shape[1] // (heads + 2 * kv_heads)
+    out = qkv.new_empty(qkv.shape[0], heads + 2 * kv_heads, size)
+    step = size * (heads + 2 * kv_heads)
     k = qkv[:, heads * size :]
-    v = k[:, groups * size :]
+    v = k[:, kv_heads * size :]
     _turn[_per_head(out)](
-        qkv, k, v, step, step, step, cos, sin, out, heads, groups, 1.0,
+        qkv, k, v, step, step, step, cos, sin, out, heads, kv_heads, 1.0,
         HALF=size // 2, WIDTH=triton.next_power_of_2(size // 2), HEADS=HEADS,
     )  # fmt: skip
     return out
@@ -108,11 +108,11 @@ def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, groups: int) -> Te
 
 def rotate_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     tokens, heads, size = dq.shape
-    groups = dk.shape[1]
-    out = dq.new_empty(tokens, heads + 2 * groups, size)
+    kv_heads = dk.shape[1]
+    out = dq.new_empty(tokens, heads + 2 * kv_heads, size)
     parts = [part.contiguous() for part in (dq, dk, dv)]
     _turn[_per_head(out)](
-        *parts, heads * size, groups * size, groups * size, cos, sin, out, heads, groups, -1.0,
+        *parts, heads * size, kv_heads * size, kv_heads * size, cos, sin, out, heads, kv_heads, -1.0,
         HALF=size // 2, WIDTH=triton.next_power_of_2(size // 2), HEADS=HEADS,
     )  # fmt: skip
     return out.flatten(1)
@@ -135,11 +135,11 @@ def attend_to_cache(
     scale: float,
 ) -> Tensor:
     rows, heads, size = q.shape
-    length, groups = keys.shape[1:3]
+    length, kv_heads = keys.shape[1:3]
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    repeats = heads // groups
-    _attend_to_cache[(rows, groups)](
-        q, q.stride(0), keys, values, slots, positions, out, length, groups, window or length, scale,
+    repeats = heads // kv_heads
+    _attend_to_cache[(rows, kv_heads)](
+        q, q.stride(0), keys, values, slots, positions, out, length, kv_heads, window or length, scale,
         REPEATS=repeats, QUERIES=max(16, triton.next_power_of_2(repeats)), SIZE=size,
         WIDTH=max(16, triton.next_power_of_2(size)), PLACES=64, num_warps=4,
     )  # fmt: skip
@@ -173,18 +173,18 @@ def _random(seed, four):
 
 
 @triton.jit(do_not_specialize=["values", "seed"])
-def _drop(x, y, values, share, seed, QUARTER: tl.constexpr):
+def _drop(x, y, values, p, seed, QUARTER: tl.constexpr):
     first = tl.program_id(0).to(tl.int64) * QUARTER
     place = 4 * first + tl.arange(0, 4 * QUARTER)
     inside = place < values
-    kept = _random(seed, first + tl.arange(0, QUARTER)) >= share
+    kept = _random(seed, first + tl.arange(0, QUARTER)) >= p
     found = tl.load(x + place, mask=inside, other=0.0)
     tl.store(y + place, tl.where(kept, found, 0.0), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows", "seed"])
 def _add_dropped_product(
-    x, left, right, rows, columns, scale, share, seed,
+    x, left, right, rows, columns, scale, p, seed,
     RANK: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, QUARTER: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -198,7 +198,7 @@ def _add_dropped_product(
     place = row[:, None] * columns + column[None, :]
     inside = (row[:, None] < rows) & (column[None, :] < columns)
     fours = tl.program_id(1) * QUARTER + tl.arange(0, QUARTER)
-    kept = inside & (_random(seed, row[:, None] * (columns // 4) + fours[None, :]) >= share)
+    kept = inside & (_random(seed, row[:, None] * (columns // 4) + fours[None, :]) >= p)
     found = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
     total = tl.where(kept, found + product, found)
     tl.store(x + place, total.to(x.dtype.element_ty), mask=inside)
@@ -209,8 +209,8 @@ def _rms_norm(x, weight, y, columns, eps, WIDTH: tl.constexpr):
     start = tl.program_id(0).to(tl.int64) * columns
     column = tl.arange(0, WIDTH)
     inside = column < columns
-    wide = tl.load(x + start + column, mask=inside, other=0.0).to(tl.float32)
-    normal = wide * tl.rsqrt(tl.sum(wide * wide, axis=0) / columns + eps)
+    x32 = tl.load(x + start + column, mask=inside, other=0.0).to(tl.float32)
+    normal = x32 * tl.rsqrt(tl.sum(x32 * x32, axis=0) / columns + eps)
     w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     kind = y.dtype.element_ty
     tl.store(y + start + column, (normal.to(kind).to(tl.float32) * w).to(kind), mask=inside)
@@ -221,29 +221,29 @@ def _rms_norm_backward(x, weight, dy, skip, dx, columns, eps, WIDTH: tl.constexp
     start = tl.program_id(0).to(tl.int64) * columns
     column = tl.arange(0, WIDTH)
     inside = column < columns
-    wide = tl.load(x + start + column, mask=inside, other=0.0).to(tl.float32)
+    x32 = tl.load(x + start + column, mask=inside, other=0.0).to(tl.float32)
     w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(dy + start + column, mask=inside, other=0.0).to(tl.float32) * w
-    r = tl.rsqrt(tl.sum(wide * wide, axis=0) / columns + eps)
-    found = r * (g - wide * r * r * (tl.sum(g * wide, axis=0) / columns))
+    r = tl.rsqrt(tl.sum(x32 * x32, axis=0) / columns + eps)
+    found = r * (g - x32 * r * r * (tl.sum(g * x32, axis=0) / columns))
     found += tl.load(skip + start + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(dx + start + column, found.to(dx.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _turn(
-    q, k, v, q_step, k_step, v_step, cos, sin, out, heads, groups, direction,
+    q, k, v, q_step, k_step, v_step, cos, sin, out, heads, kv_heads, direction,
     HALF: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
     place = tl.arange(0, WIDTH)[None, :]
     inside = place < HALF
-    of_q, of_k = inside & (head < heads), inside & (head >= heads) & (head < heads + groups)
-    of_v = inside & (head >= heads + groups) & (head < heads + 2 * groups)
+    of_q, of_k = inside & (head < heads), inside & (head >= heads) & (head < heads + kv_heads)
+    of_v = inside & (head >= heads + kv_heads) & (head < heads + 2 * kv_heads)
     in_q = q + token * q_step + head * 2 * HALF + place
     in_k = k + token * k_step + (head - heads) * 2 * HALF + place
-    in_v = v + token * v_step + (head - heads - groups) * 2 * HALF + place
+    in_v = v + token * v_step + (head - heads - kv_heads) * 2 * HALF + place
     first = tl.load(in_q, mask=of_q, other=0.0).to(tl.float32)
     first += tl.load(in_k, mask=of_k, other=0.0).to(tl.float32)
     first += tl.load(in_v, mask=of_v, other=0.0).to(tl.float32)
@@ -251,12 +251,12 @@ def _turn(
     second += tl.load(in_k + HALF, mask=of_k, other=0.0).to(tl.float32)
     second += tl.load(in_v + HALF, mask=of_v, other=0.0).to(tl.float32)
     angle = token * 2 * HALF + place
-    turned = head < heads + groups
+    turned = head < heads + kv_heads
     c = tl.where(turned, tl.load(cos + angle, mask=inside, other=1.0).to(tl.float32), 1.0)
     s = tl.where(turned, tl.load(sin + angle, mask=inside, other=0.0).to(tl.float32), 0.0)
     s *= direction
-    target = out + token * 2 * HALF * (heads + 2 * groups) + head * 2 * HALF + place
-    kept = inside & (head < heads + 2 * groups)
+    target = out + token * 2 * HALF * (heads + 2 * kv_heads) + head * 2 * HALF + place
+    kept = inside & (head < heads + 2 * kv_heads)
     kind = out.dtype.element_ty
     tl.store(target, (first * c - second * s).to(kind), mask=kept)
     tl.store(target + HALF, (second * c + first * s).to(kind), mask=kept)
@@ -264,14 +264,14 @@ def _turn(
 
 @triton.jit
 def _attend_to_cache(
-    q, q_step, keys, values, slots, positions, out, length, groups, window, scale,
+    q, q_step, keys, values, slots, positions, out, length, kv_heads, window, scale,
     REPEATS: tl.constexpr, QUERIES: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
     PLACES: tl.constexpr,
 ):  # fmt: skip
-    """One row and one group of heads that share keys, by a running softmax over PLACES tokens at a time."""
-    row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """Attend from one row, for the heads of one key head; a running softmax over PLACES tokens at a time."""
+    row, kv_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot, last = tl.load(slots + row), tl.load(positions + row)
-    head = group * REPEATS + tl.arange(0, QUERIES)[:, None]
+    head = kv_head * REPEATS + tl.arange(0, QUERIES)[:, None]
     column = tl.arange(0, WIDTH)[None, :]
     own = (tl.arange(0, QUERIES)[:, None] < REPEATS) & (column < SIZE)
     query = tl.load(q + row * q_step + head * SIZE + column, mask=own, other=0.0)
@@ -281,21 +281,21 @@ def _attend_to_cache(
     start = tl.maximum(last + 1 - window, 0)
     while start <= last:
         place = start + tl.arange(0, PLACES)
-        where = ((slot * length + place)[:, None] * groups + group) * SIZE + column
+        where = ((slot * length + place)[:, None] * kv_heads + kv_head) * SIZE + column
         kept = (place <= last)[:, None] & (column < SIZE)
         key = tl.load(keys + where, mask=kept, other=0.0)
         score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
         score = tl.where((place <= last)[None, :], score, -float("inf"))
         above = tl.maximum(highest, tl.max(score, axis=1))
-        share = tl.exp(score - above[:, None])
+        weight = tl.exp(score - above[:, None])
         shrink = tl.exp(highest - above)
         value = tl.load(values + where, mask=kept, other=0.0)
-        product = tl.dot(share.to(value.dtype), value, input_precision="ieee")
+        product = tl.dot(weight.to(value.dtype), value, input_precision="ieee")
         found = found * shrink[:, None] + product
-        total = total * shrink + tl.sum(share, axis=1)
+        total = total * shrink + tl.sum(weight, axis=1)
         highest = above
         start += PLACES
-    target = out + (row * groups * REPEATS + head) * SIZE + column
+    target = out + (row * kv_heads * REPEATS + head) * SIZE + column
     tl.store(target, (found / total[:, None]).to(out.dtype.element_ty), mask=own)
 
 

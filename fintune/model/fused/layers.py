@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fintune.model.attention import attend
+from fintune.model.attention import PackedSequences
+from fintune.model.attention import attend as attend_packed
 from fintune.model.fused.projections import Projections
+
+Rotary = tuple[Tensor, Tensor]  # cosines and sines of each token's angles, (tokens, head size) each
 
 
 @dataclass
@@ -25,24 +28,24 @@ class Layer:
     norms: tuple[Tensor, Tensor]
     eps: float
     heads: int
-    groups: int
+    kv_heads: int
     window: int | None
-    keeps_middle: bool  # whether the outputs of gate and up are kept for the backward pass
+    keeps_gate_up: bool  # whether the outputs of gate and up are kept for the backward pass
     run: Any  # where rms_norm and the others are taken from: kernels.py on a GPU, else this module
 
-    def __call__(self, x: Tensor, place: Place, seed: int) -> Tensor:
+    def __call__(self, x: Tensor, packed: PackedSequences, rotary: Rotary, seed: int) -> Tensor:
         """(tokens, hidden) to (tokens, hidden)."""
         out: Tensor = _FeedForward.apply(
-            self.attention(x, place, seed), self, seed + 2, *self.of_feed_forward
+            self.attention(x, packed, rotary, seed), self, seed + 2, *self.of_feed_forward
         )
         return out
 
-    def attention(self, x: Tensor, place: Place, seed: int) -> Tensor:
+    def attention(self, x: Tensor, packed: PackedSequences, rotary: Rotary, seed: int) -> Tensor:
         """The first half, residual included."""
-        q, k, v, x = _QueryKeyValue.apply(x, self, place, seed, *self.qkv.parameters)
+        q, k, v, x = _QueryKeyValue.apply(x, self, rotary, seed, *self.qkv.parameters)
         scale = q.shape[-1] ** -0.5
-        seen = attend(q, k, v, place.bounds, place.longest, self.window, scale)
-        out: Tensor = _Output.apply(seen.flatten(1), x, self, seed + 1, *self.output.parameters)
+        attended = attend_packed(q, k, v, packed, self.window, scale)
+        out: Tensor = _Output.apply(attended.flatten(1), x, self, seed + 1, *self.output.parameters)
         return out
 
     @property
@@ -72,45 +75,35 @@ class Layer:
         dx = self.run.rms_norm_backward(x, self.norms[1], self.eps, d_normal, dy)
         return dx, [*of_gate_up, *of_down]
 
-    def infer(self, x: Tensor, cos: Tensor, sin: Tensor, look: Callable[..., Tensor]) -> Tensor:
-        """The same without gradients; `look` takes q, k and v and gives what each token has seen."""
+    def infer(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable[..., Tensor]) -> Tensor:
+        """The same without gradients; `attend` maps q, k and v to each token's attention output."""
         normal = self.run.rms_norm(x, self.norms[0], self.eps)
-        turned = self.run.rotate(self.qkv.forward(normal, 0), cos, sin, self.heads, self.groups)
-        seen = look(*turned.split([self.heads, self.groups, self.groups], dim=1))
-        x = self.output.forward(seen.flatten(1), 0).add_(x)
+        turned = self.run.rotate(self.qkv.forward(normal, 0), cos, sin, self.heads, self.kv_heads)
+        attended = attend(*turned.split([self.heads, self.kv_heads, self.kv_heads], dim=1))
+        x = self.output.forward(attended.flatten(1), 0).add_(x)
         normal = self.run.rms_norm(x, self.norms[1], self.eps)
         middle = self.run.swiglu(self.gate_up.forward(normal, 0))
         return self.down.forward(middle, 0).add_(x)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where the tokens of packed rows belong: angles of each, and the bounds of the documents."""
-
-    cos: Tensor  # (tokens, head size)
-    sin: Tensor
-    bounds: Tensor  # int32, (documents + 1,)
-    longest: int
 
 
 class _QueryKeyValue(Function):
     """Norm, q, k, v and rotary embedding; hands the residual on, so that its gradient is added here."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Layer, place: Place, seed: int, *_: Tensor) -> Any:
+    def forward(ctx: Any, x: Tensor, layer: Layer, rotary: Rotary, seed: int, *_: Tensor) -> Any:
         normal = layer.run.rms_norm(x, layer.norms[0], layer.eps)
         qkv = layer.qkv.forward(normal, seed)
-        turned = layer.run.rotate(qkv, place.cos, place.sin, layer.heads, layer.groups)
+        turned = layer.run.rotate(qkv, *rotary, layer.heads, layer.kv_heads)
         ctx.save_for_backward(x)
-        ctx.layer, ctx.place, ctx.seed = layer, place, seed
-        q, k, v = turned.split([layer.heads, layer.groups, layer.groups], dim=1)
+        ctx.layer, ctx.rotary, ctx.seed = layer, rotary, seed
+        q, k, v = turned.split([layer.heads, layer.kv_heads, layer.kv_heads], dim=1)
         return q, k, v, x
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         dq, dk, dv, skip = gradients
-        (x,), layer, place = ctx.saved_tensors, ctx.layer, ctx.place
-        d_qkv = layer.run.rotate_backward(dq, dk, dv, place.cos, place.sin)
+        (x,), layer, rotary = ctx.saved_tensors, ctx.layer, ctx.rotary
+        d_qkv = layer.run.rotate_backward(dq, dk, dv, *rotary)
         normal = layer.run.rms_norm(x, layer.norms[0], layer.eps)
         of_parameters = layer.qkv.parameter_gradients(normal, d_qkv, ctx.seed)
         d_normal = layer.qkv.input_gradient(d_qkv, ctx.seed)
@@ -122,15 +115,15 @@ class _Output(Function):
     """The attention's output layer, added to the residual."""
 
     @staticmethod
-    def forward(ctx: Any, seen: Tensor, x: Tensor, layer: Layer, seed: int, *_: Tensor) -> Any:
-        ctx.save_for_backward(seen)
+    def forward(ctx: Any, attended: Tensor, x: Tensor, layer: Layer, seed: int, *_: Tensor) -> Any:
+        ctx.save_for_backward(attended)
         ctx.layer, ctx.seed = layer, seed
-        return layer.output.forward(seen, seed).add_(x)
+        return layer.output.forward(attended, seed).add_(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        (dy,), (seen,), layer = gradients, ctx.saved_tensors, ctx.layer
-        of_parameters = layer.output.parameter_gradients(seen, dy, ctx.seed)
+        (dy,), (attended,), layer = gradients, ctx.saved_tensors, ctx.layer
+        of_parameters = layer.output.parameter_gradients(attended, dy, ctx.seed)
         return layer.output.input_gradient(dy, ctx.seed), dy, None, None, *of_parameters
 
 
@@ -143,9 +136,9 @@ class _FeedForward(Function):
         gate_up = layer.gate_up.forward(normal, seed)
         del normal
         middle = layer.run.swiglu(gate_up)
-        ctx.save_for_backward(x, gate_up if layer.keeps_middle else None)
+        ctx.save_for_backward(x, gate_up if layer.keeps_gate_up else None)
         ctx.layer, ctx.seed = layer, seed
-        if not layer.keeps_middle:
+        if not layer.keeps_gate_up:
             del gate_up
         return layer.down.forward(middle, seed + 1).add_(x)
 
@@ -160,18 +153,26 @@ class CheckpointedLayer(Function):
     """A layer of which only the input is kept; all but its last product is computed again."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Layer, place: Place, seed: int, *_: Tensor) -> Any:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        layer: Layer,
+        packed: PackedSequences,
+        rotary: Rotary,
+        seed: int,
+        *_: Tensor,
+    ) -> Any:
         ctx.save_for_backward(x)
-        ctx.layer, ctx.place, ctx.seed = layer, place, seed
-        return layer(x, place, seed)
+        ctx.layer, ctx.packed, ctx.rotary, ctx.seed = layer, packed, rotary, seed
+        return layer(x, packed, rotary, seed)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         layer, x = ctx.layer, ctx.saved_tensors[0].detach().requires_grad_()
         with torch.enable_grad():
-            middle = layer.attention(x, ctx.place, ctx.seed)
+            middle = layer.attention(x, ctx.packed, ctx.rotary, ctx.seed)
         d_middle, of_feed_forward = layer.feed_forward_gradients(
             middle.detach(), None, gradients[0], ctx.seed + 2
         )
         dx, *of_attention = torch.autograd.grad(middle, [x, *layer.of_attention], d_middle)
-        return dx, None, None, None, *of_attention, *of_feed_forward
+        return dx, None, None, None, None, *of_attention, *of_feed_forward

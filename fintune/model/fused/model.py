@@ -24,9 +24,10 @@ from torch.autograd import Function
 from transformers import PreTrainedModel
 
 from fintune.hardware import GIB
+from fintune.model.attention import PackedSequences
 from fintune.model.base import base_of
 from fintune.model.batch import CHUNK
-from fintune.model.fused.layers import CheckpointedLayer, Layer, Place
+from fintune.model.fused.layers import CheckpointedLayer, Layer
 from fintune.model.fused.ops import functions_for
 from fintune.model.fused.projections import Projections, Workspace, active_adapter
 
@@ -65,12 +66,12 @@ class _AnswerLoss(Function):
             states.split(CHUNK), targets.split(CHUNK), d_states.split(CHUNK), strict=True
         ):
             logits = logits_of(x, weight, own, indices)
-            wide = logits.float()
-            log_sum = wide.logsumexp(dim=-1, keepdim=True)
-            total += (log_sum - wide.gather(1, target[:, None])).sum()
-            wide = wide.sub_(log_sum).exp_()
-            wide.scatter_add_(1, target[:, None], wide.new_full((len(x), 1), -1.0))
-            logits.copy_(wide)
+            logits32 = logits.float()
+            log_sum = logits32.logsumexp(dim=-1, keepdim=True)
+            total += (log_sum - logits32.gather(1, target[:, None])).sum()
+            logits32 = logits32.sub_(log_sum).exp_()
+            logits32.scatter_add_(1, target[:, None], logits32.new_full((len(x), 1), -1.0))
+            logits.copy_(logits32)
             d_own = logits.index_select(1, indices)
             d_rows += (d_own.t() @ x).to(d_rows.dtype)
             logits.index_fill_(1, indices, 0)
@@ -96,8 +97,8 @@ def logits_of(states: Tensor, weight: Tensor, own: Tensor, indices: Tensor) -> T
     return logits.index_copy_(1, indices, states @ own.t())
 
 
-def kept_gib(model: Any) -> float:
-    """What the weights of a 4-bit base take when they are kept in 16 bits (or as wide as its head)."""
+def cached_weights_gib(model: Any) -> float:
+    """What the weights of a 4-bit base take when they are kept in 16 bits (or as logits32 as its head)."""
     plain = base_of(model)
     width = plain.get_output_embeddings().weight.dtype.itemsize
     return sum(
@@ -116,7 +117,7 @@ class FusedModel:
         dtype: of the activations.
         checkpointing: `none`; `selective` computes gate and up again in the backward pass; `full`
             computes a whole layer again.
-        keep: hold 4-bit weights in 16 bits, 2 bytes a weight, instead of dequantising for each product.
+        cache_weights: hold 4-bit weights in 16 bits, 2 bytes a weight; else dequantise for each product.
         training: whether LoRA's dropout is at work.
     """
 
@@ -125,7 +126,7 @@ class FusedModel:
         model: PeftModel | PreTrainedModel,
         dtype: torch.dtype,
         checkpointing: str = "none",
-        keep: bool = False,
+        cache_weights: bool = False,
         training: bool = True,
     ) -> None:
         plain: Any = base_of(model)
@@ -133,7 +134,11 @@ class FusedModel:
         device = next(self.body.parameters()).device
         workspace = Workspace()
         group = functools.partial(
-            Projections, dtype=dtype, workspace=workspace, keep=keep, training=training
+            Projections,
+            dtype=dtype,
+            workspace=workspace,
+            cache_weights=cache_weights,
+            training=training,
         )
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.checkpointing = checkpointing
@@ -146,61 +151,61 @@ class FusedModel:
                 norms=(x.input_layernorm.weight, x.post_attention_layernorm.weight),
                 eps=config.rms_norm_eps,
                 heads=x.self_attn.q_proj.out_features // size,
-                groups=x.self_attn.k_proj.out_features // size,
+                kv_heads=x.self_attn.k_proj.out_features // size,
                 window=getattr(config, "sliding_window", None),
-                keeps_middle=checkpointing != "selective",
+                keeps_gate_up=checkpointing != "selective",
                 run=functions_for(x.input_layernorm.weight),
             )
             for x in self.body.layers
         ]
-        self.groups = [p for x in self.layers for p in (x.qkv, x.output, x.gate_up, x.down)]
-        pairs = [pair for p in self.groups for pair in zip(p.copies, p.parameters, strict=True)]
+        self.projections = [p for x in self.layers for p in (x.qkv, x.output, x.gate_up, x.down)]
+        pairs = [
+            pair for p in self.projections for pair in zip(p.copies, p.parameters, strict=True)
+        ]
         # one kernel copies many tensors, but only where all of them lie in memory as their copies do
         alike = [pair for pair in pairs if pair[0].stride() == pair[1].stride()]
         others = [pair for pair in pairs if pair[0].stride() != pair[1].stride()]
         self.copies = [tuple(zip(*some, strict=True)) for some in (alike, others) if some]
-        self.drops = any(p.dropout for p in self.groups)
+        self.drops = any(p.dropout for p in self.projections)
         self.embedding, self.embedding_rows, self.tokens = _table(plain.get_input_embeddings())
         head = plain.get_output_embeddings()
         tied = config.tie_word_embeddings
         self.head, self.head_rows, _ = _table(plain.get_input_embeddings() if tied else head)
-        # made in a step, it would wait there
+        # built here: inside a step it would force a device sync
         self.indices = torch.tensor(self.tokens, dtype=torch.long, device=device)
-        self.follow()
+        self.sync_parameters()
 
-    def hidden_states(self, ids: Tensor, positions: Tensor, bounds: Tensor, longest: int) -> Tensor:
+    def hidden_states(self, ids: Tensor, positions: Tensor, packed: PackedSequences) -> Tensor:
         """The last hidden states of packed rows, (tokens, hidden).
 
         Args:
             ids: (tokens,); `positions`, (tokens,), count from 0 in each document.
-            bounds: int32, (documents + 1,): where each document starts, then the end.
-            longest: tokens of the longest document.
         """
         x = self.embed(ids)
-        place = Place(*self.angles(x, positions), bounds, longest)
-        seed = (
-            int(torch.randint(2**48, ())) if self.drops else 0
-        )  # drawn from the trainer's generator
+        rotary = self.angles(x, positions)
+        # drawn from the trainer's generator
+        seed = int(torch.randint(2**48, ())) if self.drops else 0
         for number, layer in enumerate(self.layers):
             if self.checkpointing == "full":
                 parameters = (*layer.of_attention, *layer.of_feed_forward)
-                x = CheckpointedLayer.apply(x, layer, place, seed + 4 * number, *parameters)
+                x = CheckpointedLayer.apply(
+                    x, layer, packed, rotary, seed + 4 * number, *parameters
+                )
             else:
-                x = layer(x, place, seed + 4 * number)
+                x = layer(x, packed, rotary, seed + 4 * number)
         normal: Tensor = self.body.norm(x)
         return normal
 
     @torch.no_grad()
-    def follow(self) -> None:
-        """Take over what an optimizer has made of the parameters; due after each of its steps.
+    def sync_parameters(self) -> None:
+        """Copy the parameters' values; due after each step of an optimizer.
 
-        Nothing tells that they have changed: torch's fused optimizers leave the versions of their
-        tensors as they were.
+        Fused optimizers do not bump `Tensor._version`, so changes cannot be detected.
         """
         for copies, parameters in self.copies:
             torch._foreach_copy_(copies, parameters)
-        for group in self.groups:
-            group.refresh()
+        for projections in self.projections:
+            projections.refresh()
 
     def embed(self, ids: Tensor) -> Tensor:
         """(tokens,) to (tokens, hidden)."""

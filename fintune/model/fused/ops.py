@@ -9,54 +9,54 @@ import torch
 from torch import Tensor
 
 
-def drop(x: Tensor, share: float, seed: int) -> Tensor:
-    """x with a share of its values set to zero; the seed draws the same ones again."""
-    return x * _kept(x, share, seed)
+def drop(x: Tensor, p: float, seed: int) -> Tensor:
+    """Set values of x to zero with probability p; the same seed draws the same ones again."""
+    return x * _keep_mask(x, p, seed)
 
 
 def add_dropped_product(
-    x: Tensor, left: Tensor, right: Tensor, scale: float, share: float, seed: int
+    x: Tensor, left: Tensor, right: Tensor, scale: float, p: float, seed: int
 ) -> None:
     """Add scale * left @ right to x where `drop` with the same seed keeps values of x's shape."""
-    x.addcmul_(left @ right, _kept(x, share, seed).to(x.dtype), value=scale)
+    x.addcmul_(left @ right, _keep_mask(x, p, seed).to(x.dtype), value=scale)
 
 
-def _kept(x: Tensor, share: float, seed: int) -> Tensor:
+def _keep_mask(x: Tensor, p: float, seed: int) -> Tensor:
     generator = torch.Generator(x.device).manual_seed(seed)
     kept = torch.empty(x.shape, dtype=torch.bool, device=x.device)
-    return kept.bernoulli_(1 - share, generator=generator)
+    return kept.bernoulli_(1 - p, generator=generator)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight over the last dimension, in float32 inside."""
-    wide = x.float()
-    normal = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    """Compute x / rms(x) * weight over the last dimension, in float32."""
+    x32 = x.float()
+    normal = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
     return weight * normal.to(x.dtype)
 
 
 def rms_norm_backward(x: Tensor, weight: Tensor, eps: float, dy: Tensor, skip: Tensor) -> Tensor:
-    """The gradient of x, plus that of the residual connection around it."""
-    wide, g = x.float(), (dy * weight).float()
-    r = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    dx = r * (g - wide * r * r * (g * wide).mean(-1, keepdim=True))
+    """Compute the gradient of x, plus that of the residual connection around it."""
+    x32, g = x.float(), (dy * weight).float()
+    r = torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
+    dx = r * (g - x32 * r * r * (g * x32).mean(-1, keepdim=True))
     return (skip.float() + dx).to(x.dtype)
 
 
-def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, groups: int) -> Tensor:
-    """Rotary embedding of q and k; (tokens, outputs) to (tokens, heads + 2 groups, head size)."""
-    x = qkv.view(qkv.shape[0], heads + 2 * groups, -1)
-    turned, v = x[:, : heads + groups], x[:, heads + groups :]
+def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> Tensor:
+    """Rotate q and k by their positions; (tokens, outputs) to (tokens, heads + 2 kv_heads, head size)."""
+    x = qkv.view(qkv.shape[0], heads + 2 * kv_heads, -1)
+    turned, v = x[:, : heads + kv_heads], x[:, heads + kv_heads :]
     return torch.cat((_turn(turned, cos, sin), v), dim=1)
 
 
 def rotate_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Gradients of q, k and v, turned back and side by side: (tokens, outputs)."""
+    """Rotate the gradients of q and k back and concatenate all three: (tokens, outputs)."""
     parts = (_turn(dq, cos, -sin), _turn(dk, cos, -sin), dv)
     return torch.cat(parts, dim=1).view(dq.shape[0], -1)
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(tokens, heads, size) by angles whose cosines and sines are (tokens, size), halves equal."""
+    """Rotate (tokens, heads, size) by angles whose cosines and sines are (tokens, size), halves equal."""
     half = x.shape[-1] // 2
     c, s = cos[:, None, :half].float(), sin[:, None, :half].float()
     first, second = x[..., :half].float(), x[..., half:].float()
@@ -73,50 +73,50 @@ def attend_to_cache(
     window: int | None,
     scale: float,
 ) -> Tensor:
-    """What the newest token of each row sees, itself and all before it.
+    """Compute attention of the last token of each row to itself and all before it.
 
     Args:
         q: (rows, heads, size).
-        keys: (slots, length, groups, size), as `values`: those of the tokens so far.
+        keys: (slots, length, kv_heads, size), as `values`: those of the tokens so far.
         slots: (rows,): which slot holds each row.
-        positions: (rows,): of the newest token in its slot.
-        window: how many tokens are seen, the newest included; None for all.
+        positions: (rows,): of the last token in its slot.
+        window: how many tokens are attended to, the last included; None for all.
 
     Returns:
         (rows, heads, size).
     """
     rows, heads, size = q.shape
-    groups, longest = keys.shape[2], int(positions.max()) + 1
+    kv_heads, longest = keys.shape[2], int(positions.max()) + 1
     k, v = (cache[slots, :longest].transpose(1, 2) for cache in (keys, values))
     place = torch.arange(longest, device=q.device)
     seen = place <= positions[:, None]
     if window is not None:
         seen &= place > positions[:, None] - window
-    # heads that share a key are queries at the same place
+    # heads that p a key are queries at the same place
     out = torch.nn.functional.scaled_dot_product_attention(
-        q.view(rows, groups, heads // groups, size), k, v, seen[:, None, None], scale=scale
+        q.view(rows, kv_heads, heads // kv_heads, size), k, v, seen[:, None, None], scale=scale
     )
     return out.reshape(rows, heads, size)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up; (tokens, 2 n) to (tokens, n)."""
+    """Compute silu(gate) * up; (tokens, 2 n) to (tokens, n)."""
     gate, up = gate_up.chunk(2, dim=-1)
     return (torch.nn.functional.silu(gate.float()) * up).to(gate_up.dtype)
 
 
 def swiglu_backward(gate_up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    """The value again, (tokens, n), and the gradient of the input, (tokens, 2 n)."""
+    """Compute the value again, (tokens, n), and the gradient of the input, (tokens, 2 n)."""
     gate, up = (half.float() for half in gate_up.chunk(2, dim=-1))
-    wide, sigmoid = dy.float(), torch.sigmoid(gate)
+    dy32, sigmoid = dy.float(), torch.sigmoid(gate)
     silu = gate * sigmoid
-    d_gate = wide * up * (sigmoid + silu * (1 - sigmoid))
+    d_gate = dy32 * up * (sigmoid + silu * (1 - sigmoid))
     value = (silu * up).to(dy.dtype)
-    return value, torch.cat((d_gate, wide * silu), dim=-1).to(dy.dtype)
+    return value, torch.cat((d_gate, dy32 * silu), dim=-1).to(dy.dtype)
 
 
 def functions_for(x: Tensor) -> Any:
-    """The module with the pointwise functions for this tensor's device."""
+    """Return the module with the pointwise functions for this tensor's device: kernels or this one."""
     if x.is_cuda:
         from fintune.model.fused import kernels
 

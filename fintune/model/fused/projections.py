@@ -34,7 +34,7 @@ class Projections:
     `parameters` are A and B of each layer that has them; gradients come in that order. Ranks and
     outputs of the layers lie side by side in `down`, (ranks, inputs), and `up`, (outputs, ranks),
     which is zero where a rank belongs to another layer; both are copies in the activations' type.
-    `refresh` takes over the parameters' values. With `keep`, 4-bit weights are dequantised there and
+    `refresh` takes over the parameters' values. With `cache_weights`, 4-bit weights are dequantised there and
     stay in 16 bits; otherwise each product makes them anew.
     """
 
@@ -43,7 +43,7 @@ class Projections:
         modules: Sequence[Any],
         dtype: torch.dtype,
         workspace: Workspace,
-        keep: bool,
+        cache_weights: bool,
         training: bool,
     ) -> None:
         self.bases = [getattr(module, "base_layer", module) for module in modules]
@@ -61,13 +61,13 @@ class Projections:
         self.dropout: float = 0.0
         if present and training:
             self.dropout = getattr(present[0][0].lora_dropout[present[0][1]], "p", 0.0)
-        self.folds = bool(present) and self.quantized and not self.dropout
+        self.merges_lora = bool(present) and self.quantized and not self.dropout
         device = self.bases[0].weight.device
         ranks = sum(pair[0].shape[0] for pair in self.loras if pair)
         self.down = torch.zeros(ranks, self.inputs, dtype=dtype, device=device)
         self.up = torch.zeros(sum(self.outputs), ranks, dtype=dtype, device=device)
-        self.rows = _side_by_side(self.outputs)
-        self.ranks = _side_by_side([pair[0].shape[0] if pair else 0 for pair in self.loras])
+        self.rows = _slices(self.outputs)
+        self.ranks = _slices([pair[0].shape[0] if pair else 0 for pair in self.loras])
         self.copies = self._of_parameters(self.down, self.up)
         # one float32 number, which makes the product float32: scaled and converted in one pass
         self.factor = torch.full((1,), self._alpha, dtype=torch.float32, device=device)
@@ -77,15 +77,17 @@ class Projections:
             )
 
             self.states = [kernels.NestedState.of(base.weight.quant_state) for base in self.bases]
-        self.kept: Tensor | None = None
-        if keep and self.quantized:
-            self.kept = torch.empty(sum(self.outputs), self.inputs, dtype=dtype, device=device)
-            self._fill(self.kept)
+        self.cached_weights: Tensor | None = None
+        if cache_weights and self.quantized:
+            self.cached_weights = torch.empty(
+                sum(self.outputs), self.inputs, dtype=dtype, device=device
+            )
+            self._fill(self.cached_weights)
 
     def refresh(self) -> None:
         """Follow parameters that have changed, once `copies` have."""
-        if self.kept is not None and self.folds:
-            self._fill(self.kept)
+        if self.cached_weights is not None and self.merges_lora:
+            self._fill(self.cached_weights)
 
     def _of_parameters(self, down: Tensor, up: Tensor) -> list[Tensor]:
         """The parts of tensors of `down`'s and `up`'s shapes that belong to `parameters`, in their order."""
@@ -99,7 +101,7 @@ class Projections:
         """Weights, (outputs, inputs), with the outputs that they belong to."""
         if not self.quantized:
             return [(r, base.weight) for r, base in zip(self.rows, self.bases, strict=True)]
-        whole = self.kept
+        whole = self.cached_weights
         if whole is None:
             whole = self.workspace.take(sum(self.outputs), self.inputs, like)
             self._fill(whole)
@@ -109,7 +111,7 @@ class Projections:
     def _fill(self, whole: Tensor) -> None:
         """Dequantise the weights, (outputs, inputs), and add the adapter where it is folded in."""
         for i, (r, base, pair) in enumerate(zip(self.rows, self.bases, self.loras, strict=True)):
-            pair = pair if self.folds else None
+            pair = pair if self.merges_lora else None
             if whole.is_cuda:
                 from fintune.model.fused.kernels import dequantize_and_add
 
@@ -126,7 +128,7 @@ class Projections:
         y = x.new_empty(x.shape[0], sum(self.outputs))
         for rows, weight in blocks:
             torch.mm(x, weight.t(), out=y[:, rows])
-        if self.parameters and not self.folds:
+        if self.parameters and not self.merges_lora:
             y.addmm_(self._dropped(x, seed) @ self.down.t(), self.up.t(), alpha=self._alpha)
         return y
 
@@ -136,7 +138,7 @@ class Projections:
         dx = dy[:, rows] @ weight
         for rows, weight in others:
             dx.addmm_(dy[:, rows], weight)
-        if self.parameters and not self.folds:
+        if self.parameters and not self.merges_lora:
             inner = dy @ self.up
             if self.dropout:
                 arguments = (dx, inner, self.down, self._alpha, self.dropout, seed)
@@ -171,7 +173,7 @@ def active_adapter(module: Any) -> str | None:
     return name if name in mine else None
 
 
-def _side_by_side(sizes: Sequence[int]) -> list[slice]:
+def _slices(sizes: Sequence[int]) -> list[slice]:
     return [slice(a, b) for a, b in pairwise([0, *accumulate(sizes)])]
 
 

@@ -24,7 +24,7 @@ from transformers import (
 from fintune.data.prompt import encode, end_token_id, load_tokenizer, render_prompt
 from fintune.errors import UserError
 from fintune.export.gguf.check import check_gguf, compare, transformers_answers
-from fintune.export.gguf.llama_cpp import Greedy, llama_cpp_answers
+from fintune.export.gguf.llama_cpp import Completion, llama_cpp_answers
 from fintune.export.gguf.tokenizer import LLAMA_3_PATTERN
 from fintune.export.gguf.write import export_gguf
 from fintune.model.base import load_base, load_plain
@@ -112,7 +112,7 @@ def make_tiny(tmp_path: Path, tokenizer: Any) -> MakeFolder:
     return make
 
 
-def folder_answers(folder: Path, prompts: list[str], tokens: int = NEW_TOKENS) -> list[Greedy]:
+def folder_answers(folder: Path, prompts: list[str], tokens: int = NEW_TOKENS) -> list[Completion]:
     model = load_plain(folder)
     return transformers_answers(model, AutoTokenizer.from_pretrained(folder), prompts, tokens)
 
@@ -123,12 +123,12 @@ def fields(path: Path, *names: str) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def expected(merged: Path) -> list[Greedy]:
+def expected(merged: Path) -> list[Completion]:
     return folder_answers(merged, PROMPTS)
 
 
 def test_greedy_answers_are_those_of_the_folder(
-    merged: Path, expected: list[Greedy], tmp_path: Path
+    merged: Path, expected: list[Completion], tmp_path: Path
 ) -> None:
     f16, q8_0 = export_gguf(merged, tmp_path, "demo", ["f16", "q8_0"])
     assert [f16.name, q8_0.name] == ["demo-f16.gguf", "demo-q8_0.gguf"]
@@ -544,7 +544,7 @@ def test_a_crash_of_llama_cpp_fails_the_check_alone(make_tiny: MakeFolder, tmp_p
 
 
 def test_another_model_fails_the_check(
-    make_tiny: MakeFolder, merged: Path, expected: list[Greedy], tmp_path: Path
+    make_tiny: MakeFolder, merged: Path, expected: list[Completion], tmp_path: Path
 ) -> None:
     other = shutil.copytree(merged, tmp_path / "other")
     weights = load_file(other / "model.safetensors")
@@ -564,11 +564,11 @@ def test_another_model_fails_the_check(
 
 
 def test_agreement_counts_places_and_choices() -> None:
-    def answer(*tokens: int) -> Greedy:
-        return Greedy([1], list(tokens), "")
+    def answer(*tokens: int) -> Completion:
+        return Completion([1], list(tokens), "")
 
     expected = [answer(5, 6, 7, 8), answer(5, 6), answer(9)]
-    found = [answer(5, 6, 0, 8), answer(5, 6, 7), Greedy([1, 1], [9], "")]
+    found = [answer(5, 6, 0, 8), answer(5, 6, 7), Completion([1, 1], [9], "")]
     agreement = compare(expected, found)
     assert agreement.equal_prompts == agreement.equal_answers * 2 == pytest.approx(2 / 3)
     assert agreement.equal_tokens == pytest.approx((3 + 2 + 1) / (4 + 3 + 1))

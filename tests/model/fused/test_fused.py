@@ -14,7 +14,7 @@ import torch
 from fintune.data.prompt import encode
 from fintune.model.adapter import add_adapter
 from fintune.model.base import load_base
-from fintune.model.batch import lay_out
+from fintune.model.batch import pack
 from fintune.model.fused.model import FusedModel, unsupported
 from fintune.model.fused.ops import (
     rms_norm,
@@ -58,9 +58,9 @@ def adapted(
 def plain_loss(model: Any, part: Any) -> torch.Tensor:
     """Each document by itself through the unmodified model, in the type of its weights."""
     total = torch.zeros((), dtype=torch.float64)
-    bounds = part.bounds.tolist()
+    starts = part.packed.cu_seqlens.tolist()
     where, targets = part.predicting.tolist(), part.targets.tolist()
-    for start, end in pairwise(bounds):
+    for start, end in pairwise(starts):
         logits = model(part.ids[:, start:end], use_cache=False).logits[0]
         mine = [(w - start, t) for w, t in zip(where, targets, strict=True) if start <= w < end]
         places, wanted = (torch.tensor(column) for column in zip(*mine, strict=True))
@@ -74,7 +74,7 @@ def fused_loss(model: Any, part: Any, checkpointing: str, keep: bool = False) ->
 
 
 def loss_of(fused: FusedModel, part: Any) -> torch.Tensor:
-    states = fused.hidden_states(part.ids[0], part.positions[0], part.bounds, part.longest)
+    states = fused.hidden_states(part.ids[0], part.positions[0], part.packed)
     return fused.answer_loss(states.index_select(0, part.predicting), part.targets)
 
 
@@ -105,7 +105,7 @@ def test_loss_and_gradients_are_the_plain_model_s(
     keep = changes.get("keep", False)
     changes = {key: value for key, value in changes.items() if key != "keep"}
     model = adapted(base, tokenizer, **changes)
-    part = lay_out([encode(tokenizer, *t) for t in TEXTS], False, torch.device("cpu"))
+    part = pack([encode(tokenizer, *t) for t in TEXTS], torch.device("cpu"))
     loss = fused_loss(model, part, checkpointing, keep)
     ours = gradients(model, loss)
     if "quantization" not in changes:
@@ -120,16 +120,16 @@ def test_loss_and_gradients_are_the_plain_model_s(
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_kept_weights_follow_the_optimizer(base: Base, tokenizer: Any, dropout: float) -> None:
+def test_cached_weights_follow_the_optimizer(base: Base, tokenizer: Any, dropout: float) -> None:
     model = adapted(base, tokenizer, "nf4", dropout=dropout)
-    part = lay_out([encode(tokenizer, *t) for t in TEXTS], False, torch.device("cpu"))
-    kept = FusedModel(model, torch.float32, keep=True)
-    anew = FusedModel(model, torch.float32, keep=False)
+    part = pack([encode(tokenizer, *t) for t in TEXTS], torch.device("cpu"))
+    cached = FusedModel(model, torch.float32, cache_weights=True)
+    anew = FusedModel(model, torch.float32, cache_weights=False)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
     seen = []
     for _ in range(3):
         losses = []
-        for fused in (kept, anew):
+        for fused in (cached, anew):
             torch.manual_seed(3)
             losses.append(loss_of(fused, part))
         assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
@@ -137,8 +137,8 @@ def test_kept_weights_follow_the_optimizer(base: Base, tokenizer: Any, dropout: 
         optimizer.zero_grad()
         (losses[0] / 100).backward()
         optimizer.step()
-        kept.follow()
-        anew.follow()
+        cached.sync_parameters()
+        anew.sync_parameters()
     assert len(set(seen)) == 3
 
 
@@ -147,7 +147,7 @@ def test_it_computes_with_the_adapter_that_is_switched_on(
     base: Base, tokenizer: Any, quantization: str, tmp_path: Path
 ) -> None:
     model = adapted(base, tokenizer, quantization).eval()
-    part = lay_out([encode(tokenizer, *t) for t in TEXTS], False, torch.device("cpu"))
+    part = pack([encode(tokenizer, *t) for t in TEXTS], torch.device("cpu"))
 
     def losses() -> tuple[float, float]:
         fused = FusedModel(model, torch.float32, training=False)
@@ -177,10 +177,10 @@ def test_documents_do_not_see_each_other(base: Base, tokenizer: Any) -> None:
     fused = FusedModel(model, torch.float32, "none")
     found = []
     for group in (rows, other):
-        part = lay_out(group, False, torch.device("cpu"))
-        states = fused.hidden_states(part.ids[0], part.positions[0], part.bounds, part.longest)
-        bounds = part.bounds.tolist()
-        found.append((states[: bounds[1]], states[bounds[2] :]))
+        part = pack(group, torch.device("cpu"))
+        states = fused.hidden_states(part.ids[0], part.positions[0], part.packed)
+        starts = part.packed.cu_seqlens.tolist()
+        found.append((states[: starts[1]], states[starts[2] :]))
     for a, b in zip(*found, strict=True):
         assert torch.allclose(a, b, atol=1e-6)
 
@@ -190,7 +190,7 @@ def test_dropout_keeps_the_mean_and_its_gradient_is_of_the_same_draw(
     base: Base, tokenizer: Any, quantization: str
 ) -> None:
     model = adapted(base, tokenizer, quantization, dropout=0.3)
-    part = lay_out([encode(tokenizer, *t) for t in TEXTS], False, torch.device("cpu"))
+    part = pack([encode(tokenizer, *t) for t in TEXTS], torch.device("cpu"))
     torch.manual_seed(5)
     losses = [fused_loss(model, part, "none").item() for _ in range(60)]
     assert len(set(losses)) == 60
