@@ -31,6 +31,8 @@ def prepare() -> None:
             f"error: {sys.executable} lacks this project's packages; activate the environment first:\n"
             f"  source {here / '.venv/bin/activate'}    (`make {here / '.venv/bin/ready'}` sets it up)"
         )
+    # names an optional kernel package each time it is imported
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
@@ -76,10 +78,20 @@ def whole_folder(path: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
+        _follow_umask(partial)
         shutil.rmtree(path, ignore_errors=True)
         partial.replace(path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _follow_umask(folder: Path) -> None:
+    """Give files the mode of any new file: safetensors writes its own with 0600."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~umask)
 
 
 def _rounded(value: Any) -> Any:

@@ -19,10 +19,8 @@ from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
 from fintune.data.prompt import end_token_id
 from fintune.errors import UserError
-from fintune.generation.decoding import Decoding
-from fintune.generation.generate import generate
-from fintune.generation.tuned import load_tuned, prompt_tokens
 from fintune.params import Generation
+from fintune.stage import prepare
 
 PACKAGES = (
     "mlflow",
@@ -46,6 +44,9 @@ class TunedModel:
     """The object that `mlflow.pyfunc.load_model` returns: a loaded model that answers questions."""
 
     def __init__(self, folder: Path) -> None:
+        prepare()  # before torch is imported
+        from fintune.generation.tuned import load_tuned
+
         self.model, self.tokenizer = load_tuned(folder)
 
     def predict(self, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> Any:
@@ -60,6 +61,10 @@ class TunedModel:
         Raises:
             MlflowException: a question is empty or holds a token of the prompt; the row is named.
         """
+        from fintune.generation.decoding import Decoding
+        from fintune.generation.generate import generate
+        from fintune.generation.tuned import prompt_tokens
+
         wanted = params or {}
         instructions = model_input.get("instruction", pd.Series(None, model_input.index))
         prompts = []

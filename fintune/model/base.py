@@ -3,7 +3,6 @@
 Only safetensors weights are read and no code from a model's folder is run.
 """
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,6 @@ from fintune.hardware import device
 from fintune.hub.client import explain_model_error
 from fintune.model.attention import ATTENTION
 from fintune.params import Base
-
-# names an optional kernel package each time it is imported
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def load_base(

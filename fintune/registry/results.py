@@ -9,7 +9,7 @@ from mlflow.entities import Metric, RunTag
 from mlflow.tracking import MlflowClient
 
 from fintune.params import flatten
-from fintune.tracking.runs import as_texts, now_ms
+from fintune.tracking.runs import as_texts, now_ms, upload
 
 TABLES = "mlflow.loggedArtifacts"  # the tag by which MLflow's pages find tables
 
@@ -37,7 +37,7 @@ def log_results(
         tags=[RunTag(key, value) for key, value in as_texts(settings).items()],
     )
     for file in files:
-        client.log_artifact(run_id, str(file))
+        upload(client, run_id, file)
 
 
 def log_predictions(client: MlflowClient, run_id: str, rows: list[dict[str, Any]]) -> None:

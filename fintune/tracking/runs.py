@@ -7,6 +7,8 @@ its cache, or that a server has lost, is logged again from the files.
 import json
 import logging
 import os
+import shutil
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -196,8 +198,24 @@ def log_training(
         client.log_batch(
             run_id, metrics=[Metric(f"curve/{k}", v, now_ms(), step) for k, v in values.items()]
         )
-    client.log_artifacts(run_id, str(adapter), "adapter")
+    upload(client, run_id, adapter, "adapter")
     client.set_tag(run_id, COMPLETE, "true")
+
+
+def upload(client: MlflowClient, run_id: str, path: Path, artifact_path: str | None = None) -> None:
+    """Log a file, or a folder's content, as artifacts.
+
+    DVC's hard links are read-only. MLflow's store on disk would copy the mode, and fail to overwrite the
+    file the next time.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch) / path.name
+        if path.is_dir():
+            shutil.copytree(path, copy, copy_function=shutil.copyfile)
+            client.log_artifacts(run_id, str(copy), artifact_path)
+        else:
+            shutil.copyfile(path, copy)
+            client.log_artifact(run_id, str(copy), artifact_path)
 
 
 def _description(metrics: dict[str, float]) -> str:
