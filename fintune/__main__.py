@@ -12,17 +12,17 @@ from fintune.stage import prepare, run
 PROGRAM = "python -m fintune"
 COMMANDS = sorted(
     path.stem for path in (Path(__file__).parent / "commands").glob("[!_]*.py")
-)  # a file is a command
+)  # one file per command
 
 
 def summary(name: str) -> str:
-    """Read the first line of a command's docstring; nothing of it is imported."""
+    """Return the first line of a command's docstring, without importing the command."""
     source = (Path(__file__).parent / f"commands/{name}.py").read_text(encoding="utf-8")
     return (ast.get_docstring(ast.parse(source)) or "").splitlines()[0]
 
 
 def build_parser(name: str) -> argparse.ArgumentParser:
-    """Build the parser of one command, and import that command alone."""
+    """Build the parser of one command, importing only that command."""
     command = importlib.import_module(f"fintune.commands.{name}")
     parser = argparse.ArgumentParser(
         prog=f"{PROGRAM} {name}",

@@ -1,13 +1,13 @@
-"""Errors with a message for the user: the thing at fault, its value and the way out.
+"""Errors with a message for the user: what is wrong, its value and how to fix it.
 
-UserError           input, parameters or surroundings; a stage or command prints it and exits with 1
+UserError           input, parameters or environment; a stage or command prints it and exits with 1
     RecordError     a table: the file, the row and the column
 """
 
 
 class UserError(Exception):
-    """The user's input, parameters or surroundings are at fault; the message names the way out."""
+    """Error in the user's input, parameters or environment; the message includes the fix."""
 
 
 class RecordError(UserError):
-    """A table cannot be read or breaks its contract; the message names file, row and column."""
+    """Error in a table's format or contents; the message names file, row and column."""

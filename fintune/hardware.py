@@ -1,4 +1,4 @@
-"""Device, number types, memory, disk and speed of this machine."""
+"""Device, dtypes, memory, disk space and speed of this machine."""
 
 import gc
 import math
@@ -23,7 +23,7 @@ DTYPES = {
 
 
 def hardware() -> str:
-    """Name the device that computes: the GPU and its memory, or the CPU's cores."""
+    """Name the compute device: the GPU and its memory, or the number of CPU cores."""
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         return f"{properties.name}, {properties.total_memory / GIB:.0f} GiB"
@@ -32,7 +32,7 @@ def hardware() -> str:
 
 
 def describe_device() -> str:
-    """Name the hardware and the number type that `precision: auto` stands for on it."""
+    """Name the hardware and the dtype that `precision: auto` selects on it."""
     if not torch.cuda.is_available():
         return f"no GPU: {hardware()}, float32; right for the demo, hours or days for a 7B model"
     if torch.cuda.is_bf16_supported():
@@ -41,9 +41,9 @@ def describe_device() -> str:
 
 
 def free_memory_gib() -> float:
-    """Memory that this process could hold in all, in GiB: of the GPU, or of the machine without one.
+    """Return the memory available to this process in GiB, including what it has reserved on the GPU.
 
-    Where a process is limited to a share of the GPU, that share counts.
+    A per-process GPU memory limit is respected. Without a GPU, it is the machine's memory.
     """
     if not torch.cuda.is_available():
         return psutil.virtual_memory().available / GIB
@@ -54,13 +54,13 @@ def free_memory_gib() -> float:
 
 
 def room_gib() -> float:
-    """Memory that this process can still allocate, in GiB."""
+    """Return the memory that this process can still allocate, in GiB."""
     held = torch.cuda.memory_allocated() / GIB if torch.cuda.is_available() else 0.0
     return free_memory_gib() - held
 
 
 def matmul_flops(dtype: torch.dtype) -> float:
-    """Measure the operations a second of a large matrix product, the ceiling that MFU is relative to."""
+    """Measure the FLOP/s of a large matrix product, the ceiling that MFU is relative to."""
     on_gpu = torch.cuda.is_available()
     n, repeats = (8192, 10) if on_gpu else (1024, 3)
     where = torch.device("cuda" if on_gpu else "cpu")
@@ -80,10 +80,10 @@ def matmul_flops(dtype: torch.dtype) -> float:
 
 
 def check_disk(needed_bytes: int, folder: Path) -> None:
-    """Check that there is room for `needed_bytes` in the file system of `folder`.
+    """Check that the file system of `folder` has `needed_bytes` free.
 
     Raises:
-        UserError: there is not.
+        UserError: it has not.
     """
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
@@ -94,19 +94,19 @@ def check_disk(needed_bytes: int, folder: Path) -> None:
 
 
 def device() -> torch.device:
-    """Return the first GPU, or the CPU."""
+    """Return the first GPU, or the CPU if there is none."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def free_memory() -> None:
-    """Return the memory of a dropped model to the device before the next one is loaded."""
+    """Release a deleted model's memory before the next one is loaded."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def compute_dtype(precision: str) -> torch.dtype:
-    """Return the type of matrix products; `auto` takes bfloat16, float16 or float32, by the hardware."""
+    """Return the dtype of matrix products; `auto` picks bfloat16, float16 or float32 by hardware."""
     if precision != "auto":
         return DTYPES[precision]
     if not torch.cuda.is_available():
@@ -115,8 +115,8 @@ def compute_dtype(precision: str) -> torch.dtype:
 
 
 def peak_memory_gib() -> float:
-    """Return the most memory held so far, in GiB: on the GPU if there is one, else by this process."""
+    """Return the peak memory so far in GiB: of the GPU if there is one, else of this process."""
     if torch.cuda.is_available():
         return float(torch.cuda.max_memory_allocated()) / GIB
-    unit = GIB if sys.platform == "darwin" else 2**20  # bytes there, KiB on Linux
+    unit = GIB if sys.platform == "darwin" else 2**20  # ru_maxrss: bytes on macOS, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

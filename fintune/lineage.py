@@ -1,4 +1,4 @@
-"""The project's root, commit and dvc.lock: the parameters and hashes that a result was made from."""
+"""Lineage of a result: the project's root and commit, and the parameters and hashes in dvc.lock."""
 
 import hashlib
 import json
@@ -16,10 +16,10 @@ UPSTREAM = ("fetch", "split", "format", "train")  # the stages that an adapter d
 
 
 def project_root() -> Path:
-    """Return the folder of the checkout that the user works in.
+    """Return the root of the user's checkout.
 
     `dvc exp run --temp` and queued experiments run in a copy below `.dvc/tmp/exps` that is deleted
-    afterwards; the MLflow database and checkpoints must outlive it, so they belong to the real root.
+    afterwards; the MLflow database and checkpoints must outlive it.
     """
     here = Path.cwd().resolve()
     for parent in here.parents:
@@ -29,7 +29,7 @@ def project_root() -> Path:
 
 
 def git(root: Path, *arguments: str) -> str:
-    """Return what git prints in `root`; an empty string where it fails or there is no repository."""
+    """Return git's output in `root`, or an empty string if it fails or there is no repository."""
     done = subprocess.run(
         ["git", *arguments], cwd=root, capture_output=True, text=True, check=False
     )
@@ -37,7 +37,7 @@ def git(root: Path, *arguments: str) -> str:
 
 
 def locked_stages(root: Path = Path()) -> dict[str, Any]:
-    """Read the entries of dvc.lock, by stage; none without that file."""
+    """Read the entries of dvc.lock by stage; empty without that file."""
     lock = root / paths.LOCK
     stages: dict[str, Any] = {}
     if lock.is_file():
@@ -46,9 +46,9 @@ def locked_stages(root: Path = Path()) -> dict[str, Any]:
 
 
 def finished_stages(root: Path, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Read the entries of stages that ran before this one; none where DVC does not run it.
+    """Read the dvc.lock entries of stages that ran before the current one; empty outside DVC.
 
-    Only stages before the running one may be asked for: its own entry is the last run's.
+    `names` must be earlier stages: the current stage's own entry is from its last run.
     """
     if "DVC_STAGE" not in os.environ:
         return []
@@ -57,13 +57,13 @@ def finished_stages(root: Path, names: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def locked_params(entry: dict[str, Any]) -> dict[str, Any]:
-    """Return the sections of parameters with which a stage ran, from its entry in dvc.lock."""
+    """Return the parameter sections that a stage ran with, from its entry in dvc.lock."""
     params: dict[str, Any] = entry.get("params", {}).get("params.yaml", {})
     return params
 
 
 def output_hashes(entries: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Return the md5 of the data and the adapter in stages' entries of dvc.lock, as tags."""
+    """Return the md5 of the data and adapter outputs in dvc.lock entries, as tags."""
     return {
         f"md5.{out['path']}": out["md5"]
         for entry in entries
@@ -73,13 +73,13 @@ def output_hashes(entries: Sequence[dict[str, Any]]) -> dict[str, str]:
 
 
 def adapter_read(entry: dict[str, Any]) -> str | None:
-    """Return the md5 of the adapter that a stage has read, from its entry in dvc.lock."""
+    """Return the md5 of the adapter that a stage read, from its entry in dvc.lock."""
     deps = {Path(dep["path"]): str(dep["md5"]) for dep in entry.get("deps", [])}
     return deps.get(paths.ADAPTER)
 
 
 def folder_md5(folder: Path) -> str:
-    """Compute the hash by which DVC knows a folder: of the sorted list of its files' hashes and paths."""
+    """Compute DVC's hash of a folder: the md5 of the sorted list of its files' hashes and paths."""
     listed = []
     for path in folder.rglob("*"):
         if path.is_file():

@@ -1,4 +1,4 @@
-"""The evaluation's metrics: names, titles and directions, and how a person reads a number."""
+"""The evaluation's metrics: names, titles and directions, and number formatting."""
 
 import math
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric's title, and which way is better: 1 up, -1 down, 0 neither."""
+    """A metric's title and direction: 1 if higher is better, -1 if lower is, 0 if neither."""
 
     title: str
     better: int
@@ -33,12 +33,12 @@ METRICS = {
 
 
 def number(value: float | None) -> str:
-    """Four digits, as a person reads them."""
+    """Format with four significant digits, or as a whole number from 10,000 on."""
     if value is None or not math.isfinite(value):
         return "not a number"
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}".replace("-", "−")
 
 
 def finite(value: Any) -> float | None:
-    """The number, or None where it is none that JSON has; a zero has no sign."""
+    """Return the value as a float without negative zero, or None if JSON cannot represent it."""
     return float(value) + 0.0 if math.isfinite(value) else None

@@ -1,7 +1,7 @@
 """The parameters: one frozen, strict class for each section of params.yaml.
 
-No value has a default here. `read_params` validates the whole file at every stage and reports every
-problem at once, so that a typing mistake in `train` is found before `fetch` has spent a minute.
+No value has a default. `read_params` validates the whole file at every stage and reports every
+problem at once, so a typo in `train` is found before `fetch` runs.
 """
 
 import difflib
@@ -35,13 +35,13 @@ def _auto_or_count(value: Any) -> Any:
 
 
 class Section(BaseModel):
-    """Base of all sections: immutable, no unknown keys, no coercion between types."""
+    """Base class of all sections: immutable, no unknown keys, no coercion between types."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
 
 class Columns(Section):
-    """Which columns of the source hold the three texts; a null instruction takes the default."""
+    """The source's columns that hold the three texts; `default_instruction` replaces a null instruction."""
 
     instruction: Name | None
     input: Name
@@ -49,7 +49,7 @@ class Columns(Section):
 
 
 class Fetch(Section):
-    """Where the question-and-answer rows come from and what happens to unusable ones."""
+    """The source of the question-answer records, and the handling of unusable rows."""
 
     source: Name
     revision: Name | None
@@ -68,7 +68,7 @@ class Fetch(Section):
 
 
 class Split(Section):
-    """Shares of the questions held out, and how alike two questions may be before they are one."""
+    """Held-out fractions of the questions, and the similarity from which two are near-duplicates."""
 
     seed: Seed
     validation_fraction: Fraction
@@ -83,14 +83,14 @@ class Split(Section):
 
 
 class Base(Section):
-    """The base model: a folder, or a hub id with the commit that pins it."""
+    """The base model: a local folder, or a hub id pinned to a commit."""
 
     model: Name
     revision: Name | None
 
     @property
     def is_folder(self) -> bool:
-        """Whether `model` names a folder on this disk rather than a hub id."""
+        """Return whether `model` names a local folder rather than a hub id."""
         return Path(self.model).is_dir()
 
     @model_validator(mode="after")
@@ -115,14 +115,14 @@ class Base(Section):
 
 
 class Format(Section):
-    """The longest row, in tokens, and what happens to longer ones."""
+    """The maximum length of a row in tokens, and the handling of longer rows."""
 
     max_tokens: Annotated[int, Field(ge=16)]
     overlong: Literal["truncate", "drop"]
 
 
 class Lora(Section):
-    """LoRA's rank, scale (alpha / r), dropout and the names of the layers that it is put on."""
+    """LoRA's rank, scale (alpha / r), dropout and target layers."""
 
     r: Count
     alpha: Annotated[int | float, Field(gt=0)]
@@ -133,8 +133,8 @@ class Lora(Section):
 class Train(Section):
     """The fine-tuning run.
 
-    Batches are counted in rows. `attention`, `kernels`, `checkpointing`, `dequantize` and `tokens_per_pass`
-    say how a step is computed and not what is learned; `auto` chooses by the hardware.
+    Batch sizes are in rows. `attention`, `kernels`, `checkpointing`, `dequantize` and `tokens_per_pass`
+    affect how a step is computed, not what is learned; `auto` chooses by hardware.
     """
 
     quantization: Literal["nf4", "none"]
@@ -170,7 +170,7 @@ class Train(Section):
 
 
 class Sampling(Section):
-    """How the sample answers are drawn; the metrics' answers are greedy."""
+    """Sampling of the example answers; the metrics use greedy decoding."""
 
     temperature: Positive
     top_p: Annotated[float, Field(gt=0, le=1)]
@@ -178,7 +178,7 @@ class Sampling(Section):
 
 
 class Embedding(Section):
-    """The model whose vectors tell how alike answer and reference are: a folder, or a pinned hub id."""
+    """The model that embeds answers and references to compare them: a folder, or a pinned hub id."""
 
     model: Name
     revision: Name | None
@@ -194,7 +194,7 @@ class Embedding(Section):
 
 
 class Harness(Section):
-    """Tasks of lm-evaluation-harness that base and tuned model take; none where `tasks` is empty."""
+    """Tasks of lm-evaluation-harness for base and tuned model; an empty `tasks` runs none."""
 
     tasks: list[Name]
     include_path: Name | None
@@ -202,9 +202,9 @@ class Harness(Section):
 
 
 class Gate(Section):
-    """What the tuned model must reach to become the champion; null switches a rule off.
+    """Rules that the tuned model must meet to become the champion; null disables a rule.
 
-    `strict` makes the stage fail, after all is written, where a rule is broken.
+    With `strict`, a broken rule fails the stage after all outputs are written.
     """
 
     min_perplexity_reduction: Annotated[float, Field(ge=0, lt=1)] | None
@@ -215,7 +215,7 @@ class Gate(Section):
 
 
 class Evaluate(Section):
-    """How base, tuned model and champion are compared on the test rows."""
+    """The comparison of base, tuned model and champion on the test rows."""
 
     max_rows: Count | None
     max_new_tokens: Count
@@ -243,7 +243,7 @@ class Evaluate(Section):
 
 
 class Generation(Section):
-    """How the exported model answers where nothing else is asked for."""
+    """The exported model's default decoding settings."""
 
     temperature: Positive
     top_p: Annotated[float, Field(gt=0, le=1)]
@@ -251,10 +251,10 @@ class Generation(Section):
 
 
 class MergeExport(Section):
-    """The plain model that is written and the name under which the adapter is registered.
+    """The format of the merged model, and the registered name of the adapter.
 
-    `weights` says what the adapter is added to: `trained_on` are those that it was trained against, of a
-    4-bit base what these are dequantised; `original` are the base's own.
+    `weights` selects what the adapter is added to: `trained_on`, the weights that it was trained against
+    (dequantised, for a 4-bit base), or `original`, the base's own.
     """
 
     weights: Literal["trained_on", "original"]
@@ -281,11 +281,11 @@ class Params(Section):
 def read_params(path: Path = PARAMS_FILE) -> Params:
     """Read and validate the whole parameter file.
 
-    Parsed with ruamel.yaml, as DVC does, so that the `3e-05` that `dvc exp run -S` writes is a number.
+    Like DVC, this parses with ruamel.yaml, so the `3e-05` that `dvc exp run -S` writes is a number.
 
     Raises:
-        UserError: the file is missing, is not YAML, or holds any wrong key, type or value; every
-            problem is listed, a line each, with its dotted key.
+        UserError: the file is missing, is not YAML, or has a wrong key, type or value; every problem is
+            listed on its own line, with its dotted key.
     """
     try:
         raw = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
@@ -316,7 +316,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _describe(problem: Any) -> str:
-    """One problem as `dotted.key: what is wrong (value)`, with a near match for an unknown key."""
+    """Format a problem as `dotted.key: problem, not value`; for an unknown key, suggest a near match."""
     path = [str(part) for part in problem["loc"]]
     key = ".".join(path)
     match problem["type"]:
@@ -331,7 +331,7 @@ def _describe(problem: Any) -> str:
 
 
 def _keys_at(path: list[str]) -> list[str]:
-    """The keys that may stand in the section at `path`."""
+    """Return the keys of the section at `path`."""
     section: type[BaseModel] = Params
     for part in path:
         annotation: Any = section.model_fields[part].annotation

@@ -1,4 +1,4 @@
-"""Every file that passes between stages, and what stays at the project's root beside them."""
+"""Paths of the files that pass between stages, and of the project's configuration and databases."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ SPLIT_METRICS = REPORTS / "split.json"
 FORMAT_METRICS = REPORTS / "format.json"
 TRAIN_METRICS = REPORTS / "train.json"
 TRAIN_CURVE = REPORTS / "train_curve.csv"
-VALIDATION_CURVE = REPORTS / "validation_curve.csv"  # apart: DVC's plots draw an empty cell as 0
+VALIDATION_CURVE = REPORTS / "validation_curve.csv"  # separate: DVC plots an empty cell as 0
 EVALUATION = REPORTS / "evaluation.json"
 EVALUATION_PAGE = REPORTS / "evaluation.html"
 PREDICTIONS = REPORTS / "predictions.parquet"
@@ -40,5 +40,5 @@ SEARCH_DATABASE = Path("search.db")
 
 
 def rows(folder: Path, split: str) -> Path:
-    """Where `folder` keeps the rows of `split`: train, validation or test."""
+    """Return the path of a split's rows in `folder`; a split is train, validation or test."""
     return folder / f"{split}.parquet"

@@ -1,4 +1,4 @@
-"""Run a stage or command, and write its files whole or not at all."""
+"""Run a stage or command, and write its files atomically."""
 
 import json
 import logging
@@ -19,11 +19,11 @@ log = logging.getLogger("fintune")
 
 
 def prepare() -> None:
-    """Check the interpreter and set the threads' environment; called before anything foreign is imported.
+    """Check that the packages are there and configure OpenMP; call this before any third-party import.
 
-    bitsandbytes and torch bring an OpenMP pool each. Threads that spin for long while they wait take the
-    cores from the other pool: with two jobs on two cores 4-bit training is then ten times slower. A short
-    spin costs nothing on an idle machine (never spinning costs a fifth). Both are read when torch is loaded.
+    bitsandbytes and torch each bring an OpenMP pool. Threads that spin for long while waiting take cores
+    from the other pool: with two jobs on two cores, 4-bit training is ten times slower. A short spin costs
+    nothing on an idle machine (no spin costs a fifth). Both variables are read when torch is loaded.
     """
     if find_spec("ruamel") is None or find_spec("pydantic") is None:
         here = Path(__file__).parent.parent
@@ -43,7 +43,7 @@ def run(
     """Run a stage or command; a `UserError` ends it with its message and exit status 1."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     log.setLevel(logging.INFO)
-    warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' own, not for users
+    warnings.filterwarnings("ignore", category=FutureWarning)  # meant for library developers
     try:
         main()
     except UserError as error:
@@ -53,17 +53,17 @@ def run(
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a metrics or manifest file, whole or not at all.
+    """Write a metrics or manifest file atomically.
 
     Raises:
-        ValueError: a number is not finite; DVC and MLflow would read it in different ways.
+        ValueError: a number is not finite; DVC and MLflow would read it differently.
     """
     text = json.dumps(_rounded(content), indent=2, ensure_ascii=False, allow_nan=False)
     write_text(path, text + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
@@ -72,7 +72,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A new folder to fill, which takes the place of `path` only when the block ends without an error."""
+    """Yield a new folder to fill; it replaces `path` only if the block ends without an error."""
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -95,7 +95,7 @@ def _follow_umask(folder: Path) -> None:
 
 
 def _rounded(value: Any) -> Any:
-    """Floats to six significant digits: what is measured, without the noise of the last bits."""
+    """Round floats to six significant digits, which drops the noise in the last bits."""
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Compare base, tuned model and champion on the test rows: likelihood, answers, a verdict."""
+"""Evaluate base, tuned model and champion on the test rows, and apply the gate."""
 
 import hashlib
 import tempfile

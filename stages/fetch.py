@@ -1,4 +1,4 @@
-"""Fetch the question-and-answer rows, set aside what cannot be used and say where they came from."""
+"""Fetch the question-answer records, drop or refuse unusable rows, and write a manifest of their origin."""
 
 import hashlib
 

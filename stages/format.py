@@ -1,4 +1,4 @@
-"""Render every row as prompt and completion, make it fit and count its tokens."""
+"""Render every row as prompt and completion, fit it to the token limit and count its tokens."""
 
 import os
 import sys
@@ -15,7 +15,7 @@ from fintune.stage import log, run, write_json
 def main() -> None:
     leave_torch_out()
     params = read_params()
-    check_base(params.base)  # a refusal by the hub costs seconds here and minutes in train
+    check_base(params.base)  # fail fast: in train, a refusal by the hub would cost minutes
     tokenizer = load_tokenizer(params.base)
     report = {}
     for split in SPLITS:
@@ -27,9 +27,9 @@ def main() -> None:
 
 
 def leave_torch_out() -> None:
-    """Make transformers do without torch: it takes seconds to import, and tokenizers need none of it."""
+    """Keep transformers from importing torch: that takes seconds, and tokenizers do not need it."""
     sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
-    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # nothing is missing
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # torch is left out on purpose
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Merge the adapter into a plain model, measure that it is the same one, register the adapter."""
+"""Merge the adapter into a plain model, verify it, and register the adapter."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Fine-tune the adapter, its run live in MLflow."""
+"""Fine-tune the adapter, and log the run to MLflow live."""
 
 import shutil
 from pathlib import Path
@@ -57,7 +57,7 @@ def main() -> None:
 def fine_tune(
     params: Params, rows: dict[str, list[dict[str, Any]]], scratch: Path, run_id: str
 ) -> TrainingResult:
-    """Check, load and train; log the size of the task before the first step."""
+    """Load the base, check the disk space and train the adapter."""
     tokenizer = load_tokenizer(params.base)
     tokens = {
         split: [encode(tokenizer, row["prompt"], row["completion"]) for row in part]

@@ -1,4 +1,4 @@
-"""Fixtures that several test modules share: a tiny base model and small copies of the project."""
+"""Fixtures shared by several test modules: a tiny base model and small copies of the project."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ from support.project import COPIED, ROOT, SMALL, Project
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random two-layer Mistral with the demo's tokenizer, saved as a folder."""
+    """Return the folder of a random two-layer Mistral with the demo's tokenizer."""
     folder = tmp_path_factory.mktemp("tiny") / "base"
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "assets/demo-base")
     config = MistralConfig(
@@ -43,13 +43,13 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def base(tiny_base: Path) -> Base:
-    """The tiny base as the stages' parameters name it."""
+    """Return the tiny base as a parameter section."""
     return Base(model=str(tiny_base), revision=None)
 
 
 @pytest.fixture(scope="module")
 def tokenizer(base: Base) -> Any:
-    """Its tokenizer with the two tokens."""
+    """Load the tiny base's tokenizer with the two special tokens."""
     return load_tokenizer(base)
 
 
@@ -57,7 +57,7 @@ def tokenizer(base: Base) -> Any:
 def make_project(
     tiny_base: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Project]:
-    """Make a copy of the project with the tiny base and 300 of the demo's questions."""
+    """Return a function that copies the project with the tiny base and 300 of the demo's questions."""
 
     def make(**values: Any) -> Project:
         folder = tmp_path_factory.mktemp("project")

@@ -1,4 +1,4 @@
-"""What dvc.yaml promises about the code: held by reading both, without running either."""
+"""Check dvc.yaml against the code by reading both, without running either."""
 
 import ast
 import configparser
@@ -33,7 +33,7 @@ SHOWN_ELSEWHERE = {
     "fintune/errors.py",
     "fintune/params.py",
     "fintune/paths.py",
-}  # of a change in them
+}  # a change in these shows elsewhere
 LONG = {"fintune/params.py", "fintune/model/fused/kernels.py"}
 MODULES = sorted(
     path.relative_to(ROOT).as_posix()
@@ -48,14 +48,14 @@ def parse(path: str) -> ast.Module:
 
 
 def file_of(name: str) -> str | None:
-    """The file of a dotted name, if it is a module of ours."""
+    """Return the file of a dotted name, if it is one of our modules."""
     file = f"{name.replace('.', '/')}.py"
     return file if file in MODULES else None
 
 
 @cache
 def imported_names(path: str) -> dict[str, tuple[str, str]]:
-    """What a file imports of ours anywhere in it: the file, and the name in it or nothing."""
+    """Map each name that a file imports from our modules to a file and a name in it (empty for a module)."""
     found = {}
     for node in ast.walk(parse(path)):
         if isinstance(node, ast.Import):
@@ -77,7 +77,7 @@ def imports(path: str) -> set[str]:
 
 
 def unit(path: str) -> str:
-    """The package or root file that a file belongs to, as dvc.yaml names it."""
+    """Return the package or root file that a file belongs to, as dvc.yaml names it."""
     parts = Path(path).parts
     return "/".join(parts[:2]) if parts[0] == "fintune" else path
 
@@ -87,7 +87,7 @@ def rank(path: str) -> int:
 
 
 def closure(path: str) -> set[str]:
-    """The file and all of ours that it imports, directly or through others."""
+    """Return the file and all our files that it imports, directly or transitively."""
     seen: set[str] = set()
     open_files = [path]
     while open_files:
@@ -100,7 +100,7 @@ def closure(path: str) -> set[str]:
 
 @cache
 def definitions(path: str) -> dict[str, ast.stmt]:
-    """A file's functions, classes and constants by name."""
+    """Map names to a file's functions, classes and constants."""
     found: dict[str, ast.stmt] = {}
     for node in parse(path).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -113,7 +113,7 @@ def definitions(path: str) -> dict[str, ast.stmt]:
 
 
 def paths_used(script: str) -> set[str]:
-    """The paths that a stage's main comes to, through all that it calls."""
+    """Return the paths that a stage's main reaches, through all that it calls."""
     seen: set[tuple[str, str]] = set()
     waiting, used = [(script, "main")], set()
     while waiting:
@@ -130,7 +130,7 @@ def paths_used(script: str) -> set[str]:
 
 
 def names_of(entries: list[Any]) -> set[str]:
-    """Paths of dvc.yaml's entries, which are names or one-key mappings of a name to its options."""
+    """Return the paths of dvc.yaml entries, which are names or one-key mappings of a name to its options."""
     return {entry if isinstance(entry, str) else next(iter(entry)) for entry in entries}
 
 
@@ -155,7 +155,7 @@ def is_read_params(node: ast.AST | None) -> bool:
 
 
 def whole_file_names(function: ast.FunctionDef) -> set[str]:
-    """The names that stand for the whole parameter file within a function."""
+    """Return the names that hold the whole parameter file within a function."""
     arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
     names = {a.arg for a in arguments if a.annotation and ast.unparse(a.annotation) == "Params"}
     for node in ast.walk(function):
@@ -166,7 +166,7 @@ def whole_file_names(function: ast.FunctionDef) -> set[str]:
 
 
 def sections_read(path: str) -> set[str]:
-    """The attributes read of the whole parameter file, by function."""
+    """Return the attributes read from the whole parameter file."""
     return {
         node.attr
         for function in functions(parse(path))
@@ -177,7 +177,7 @@ def sections_read(path: str) -> set[str]:
 
 
 def is_related(one: str, other: str) -> bool:
-    """Whether two paths are equal or one lies below the other."""
+    """Return whether two paths are equal or one is below the other."""
     a, b = Path(one), Path(other)
     return a.is_relative_to(b) or b.is_relative_to(a)
 
@@ -208,7 +208,7 @@ def test_everything_has_a_place_in_the_order() -> None:
 
 
 def test_package_faces_are_empty() -> None:
-    """Importing one module of a package must not import the others: format does without torch."""
+    """Importing one module of a package must not import the rest: the format stage does without torch."""
     for path in (ROOT / "fintune").rglob("__init__.py"):
         assert path.read_bytes() == b"", path
     folders = {path.parent for path in (ROOT / "fintune").rglob("*.py")}
@@ -223,14 +223,14 @@ def test_no_module_is_long(path: str) -> None:
 
 @pytest.mark.parametrize("path", MODULES)
 def test_files_are_named_in_one_place(path: str) -> None:
-    """Other modules import the paths of what passes between stages; messages may show them."""
+    """Other modules import the paths between stages from paths.py; messages may contain them."""
     if path == "fintune/paths.py":
         return
     file = re.compile(
         r"((data|models|reports|assets|\.checkpoints|\.dvc|mlartifacts)(/[\w./-]*)?"
         r"|dvc\.(yaml|lock)|(mlflow|search)\.db)"
     )
-    words = {"data", "models", "reports", "assets", ".dvc"}  # also of packages, kinds and columns
+    words = {"data", "models", "reports", "assets", ".dvc"}  # also packages, kinds and columns
     for node in ast.walk(parse(path)):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             named = file.fullmatch(node.value) and node.value not in words
@@ -252,7 +252,7 @@ def test_code_deps_are_the_packages_reached(stage: str) -> None:
 
 
 def reruns(file: str) -> set[str]:
-    """The stages that run again when this file changes."""
+    """Return the stages that run again when this file changes."""
     return {s for s in STAGES if any(Path(file).is_relative_to(d) for d in STAGES[s]["deps"])}
 
 
@@ -265,7 +265,7 @@ def test_a_change_reruns_what_it_can_change() -> None:
 
 
 def test_a_checkpoint_knows_the_code_that_trains() -> None:
-    """What decides what is learned is in the fingerprint; each is a dependency of the stage, too."""
+    """The fingerprint covers the code that decides what is learned; the stage depends on it, too."""
     code = {f"fintune/{name}" for name in CODE}
     assert code <= {d for d in STAGES["train"]["deps"] if d.startswith("fintune/")}
     beside = {
@@ -286,7 +286,7 @@ def test_params_are_the_sections_read(stage: str) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_whole_parameter_file_stays_in_the_stage(stage: str) -> None:
-    """Handed to other code, it could be read there without `params` saying so."""
+    """Other code could read sections of it that `params` does not list."""
     tree = parse(f"stages/{stage}.py")
     own = {function.name for function in functions(tree)}
     for function in functions(tree):
@@ -320,13 +320,13 @@ def test_every_section_is_read_by_a_stage() -> None:
     assert {s for stage in STAGES.values() for s in stage["params"]} == set(Params.model_fields)
 
 
-LOGGED_AGAIN = {"reports/evaluation.html", "reports/predictions.parquet"}  # where MLflow lost them
+LOGGED_AGAIN = {"reports/evaluation.html", "reports/predictions.parquet"}  # if MLflow lost them
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_data_paths_are_declared(stage: str) -> None:
-    """Each path that the stage comes to is a dependency or an output, and the other way round."""
-    shipped_base = {"assets/demo-base"}  # read through base.model, where that names it
+    """Each path that the stage uses is a dependency or an output, and vice versa."""
+    shipped_base = {"assets/demo-base"}  # read through base.model
     declared = (data_deps(stage) | outs(stage)) - shipped_base
     used = {p for p in paths_used(f"stages/{stage}.py") if Path(p).parts[0] in (*OUTPUTS, "assets")}
     used -= LOGGED_AGAIN if stage == "merge_export" else set()
@@ -335,7 +335,7 @@ def test_data_paths_are_declared(stage: str) -> None:
 
 
 def test_stages_are_joined_by_outputs() -> None:
-    """What a stage reads under an output folder is written by one before it."""
+    """Each dependency in an output folder is written by an earlier stage."""
     written = {"data/source"}
     for stage in STAGES:
         for dep in data_deps(stage):
@@ -352,7 +352,7 @@ def test_outputs_lie_in_the_output_folders(stage: str) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_plain_output_is_cached(stage: str) -> None:
-    """DVC keeps no run of a stage with one that is not, and so would run it again each time."""
+    """DVC does not cache the run of a stage with an uncached output, and would run it each time."""
     assert all(isinstance(out, str) for out in STAGES[stage]["outs"])
 
 
@@ -383,7 +383,7 @@ def test_dvc_sends_nothing_and_hydra_is_off() -> None:
 def test_what_runs_leave_behind_is_ignored() -> None:
     git = (ROOT / ".gitignore").read_text().split()
     assert {".venv/", "__pycache__/", "/mlflow.db", "/mlartifacts/", "/.checkpoints/"} <= set(git)
-    assert "/dvc_plots/" in git  # where `dvc plots show` writes
+    assert "/dvc_plots/" in git  # output of `dvc plots show`
     dvc = (ROOT / ".dvcignore").read_text().split()
     assert {"__pycache__", ".venv", ".checkpoints", "mlartifacts"} <= set(dvc)
 

@@ -1,4 +1,4 @@
-"""Validation of params.yaml: everything wrong at once, by dotted key, and nothing else accepted."""
+"""Validation of params.yaml: all problems at once, by dotted key."""
 
 from pathlib import Path
 
@@ -13,12 +13,12 @@ DEMO = ROOT / "recipes/demo.yaml"
 
 @pytest.fixture(autouse=True)
 def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The recipe names its base by a path from the project's root."""
+    """Run from the project's root: the recipe names its base by a relative path."""
     monkeypatch.chdir(ROOT)
 
 
 def changed(tmp_path: Path, *edits: tuple[str, str]) -> Path:
-    """The demo recipe with pieces of its text replaced."""
+    """Write the demo recipe with pieces of its text replaced."""
     text = DEMO.read_text(encoding="utf-8")
     for old, new in edits:
         assert old in text

@@ -20,7 +20,7 @@ FOLDERS = (str(paths.MERGED), str(paths.ADAPTER))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the question, the model and how it answers."""
+    """Add the arguments for the question, the model and decoding."""
     parser.add_argument("question", nargs="?", help="without one, a prompt for many opens")
     parser.add_argument(
         "--model",
@@ -34,12 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(given: argparse.Namespace) -> None:
-    """Answer the question given, or those that are typed or piped in."""
+    """Print the answer to the given question, or to each one that is typed or piped in."""
     from transformers.utils.logging import disable_progress_bar
 
     from fintune.generation.tuned import generation_config
 
-    disable_progress_bar()  # of loading, which is shorter than reading it
+    disable_progress_bar()  # loading is over before anyone can read it
     logging.getLogger("transformers").setLevel(logging.ERROR)
     model, tokenizer, config = open_model(given.model)
     if config is None:
@@ -61,7 +61,7 @@ def main(given: argparse.Namespace) -> None:
 
 
 def open_model(source: str) -> tuple[Any, Any, Any]:
-    """Load a folder or a registered version.
+    """Load a model from a folder or a registered version.
 
     Returns:
         The model, its tokenizer, and its generation config or None.
@@ -77,7 +77,7 @@ def open_model(source: str) -> tuple[Any, Any, Any]:
 
 
 def load(folder: Path) -> tuple[Any, Any, Any]:
-    """Load a folder; returns as `open_model`."""
+    """Load a model from a folder; returns the same as `open_model`."""
     from transformers import GenerationConfig
 
     from fintune.generation.tuned import load_tuned
@@ -89,7 +89,7 @@ def load(folder: Path) -> tuple[Any, Any, Any]:
 
 
 def answer(model: Any, tokenizer: Any, config: Any, question: str, instruction: str | None) -> None:
-    """Print the answer token by token."""
+    """Generate and print the answer token by token."""
     import torch
     from transformers import TextStreamer
 
@@ -105,7 +105,7 @@ def answer(model: Any, tokenizer: Any, config: Any, question: str, instruction: 
 
 
 def _next_question() -> str | None:
-    """Read what the user types, or pipes in, line by line; None at the end."""
+    """Read the next typed or piped line; None at the end."""
     try:
         return input("> " if sys.stdin.isatty() else "")
     except (EOFError, KeyboardInterrupt):

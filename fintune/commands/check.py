@@ -1,4 +1,4 @@
-"""Check parameters, base, device and disk before anything is spent.
+"""Check parameters, base model, device and disk space before running the pipeline.
 
     python -m fintune check
 
@@ -14,11 +14,11 @@ from fintune.params import read_params
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add none: everything is in params.yaml."""
+    """Add no arguments: everything is in params.yaml."""
 
 
 def main(given: argparse.Namespace) -> None:
-    """Print what was found."""
+    """Run the checks and print a summary."""
     params = read_params()
     size = check_base(params.base)
     from fintune.hardware import (  # imports torch, which takes seconds
@@ -27,7 +27,7 @@ def main(given: argparse.Namespace) -> None:
         describe_device,
     )
 
-    # the hub's cache or nothing, then the merged model in the workspace and in DVC's cache
+    # the base in the hub's cache, if any; the merged model in the workspace and DVC's cache
     check_disk(2 * size + (0 if params.base.is_folder else size), Path.cwd())
     summary = {
         "parameters": "valid",

@@ -1,6 +1,6 @@
 """Trace a model to its run, data and commit, with the commands that rebuild it.
 
-python -m fintune lineage financial-qa@champion     # a registered version, also NAME/3
+python -m fintune lineage financial-qa@champion     # a registered version, or NAME/3
 python -m fintune lineage models/adapter            # an adapter, or a merged model
 """
 
@@ -16,17 +16,17 @@ from fintune.lineage import adapter_read, folder_md5, locked_stages, project_roo
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the model."""
+    """Add the argument for the model."""
     parser.add_argument("model", metavar="MODEL", help="NAME@ALIAS, NAME/VERSION or a folder")
 
 
 def main(given: argparse.Namespace) -> None:
-    """Print where the model comes from."""
+    """Print the model's lineage."""
     print(trace(given.model))
 
 
 def trace(model: str) -> str:
-    """Trace a registered version or a folder to its run, data and commit, and how to rebuild it.
+    """Describe a registered version's or a folder's run, data and commit, and the commands to rebuild it.
 
     Raises:
         UserError: there is no such version, or none with this folder's adapter.
@@ -57,18 +57,18 @@ def trace(model: str) -> str:
 
 
 def _rebuild(tags: dict[str, str]) -> list[str]:
-    """The commands that make the same model again: from its commit, with the experiment's changes."""
+    """List the commands that rebuild the model from its commit, with the experiment's changes."""
     commands = [f"git checkout {tags['git_commit']}"] if tags.get("git_commit") else []
     if experiment := tags.get("dvc_experiment"):
         commands.append(f"dvc exp apply {experiment}")
     config = configparser.ConfigParser()
     config.read(paths.DVC_CONFIG)
-    pull = " --pull" if config.has_option("core", "remote") else ""  # refused where there is none
+    pull = " --pull" if config.has_option("core", "remote") else ""  # refused without a remote
     return [*commands, f"dvc repro{pull}"]
 
 
 def _version_of_folder(client: Any, folder: Path) -> Any:
-    """The newest version whose adapter this folder holds, or was merged from."""
+    """Find the newest version whose adapter is in this folder or was merged into it."""
     md5 = folder_md5(folder)
     for stage in locked_stages().values():
         if any(out["md5"] == md5 for out in stage.get("outs", [])):

@@ -1,11 +1,11 @@
-"""Push a merged model or an adapter to the hub, in one commit; private unless told otherwise.
+"""Push a merged model or an adapter to the hub in one commit; private by default.
 
     python -m fintune push OWNER/NAME                     # models/merged
     python -m fintune push OWNER/NAME models/adapter
     python -m fintune push --public OWNER/NAME
 
-HF_TOKEN is a token of type write; HF_ENDPOINT names another hub. The same command again sends what has
-changed, or goes on after an interruption.
+HF_TOKEN needs write access; HF_ENDPOINT names another hub. Run the same command again to push changes
+or to resume after an interruption.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from fintune.params import read_params
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the repository, the folder and who may see it."""
+    """Add the arguments for the repository, the folder and the visibility."""
     parser.add_argument("name", metavar="OWNER/NAME", help="the repository, made if it is missing")
     parser.add_argument("folder", metavar="FOLDER", nargs="?", type=Path, default=paths.MERGED)
     parser.add_argument("--public", action="store_true", help="for everybody to see")
@@ -29,7 +29,7 @@ def main(given: argparse.Namespace) -> None:
 
     settings = None
     if given.folder.resolve() == paths.ADAPTER.resolve() and paths.EVALUATION.is_file():
-        settings = read_params().merge_export  # for its card
+        settings = read_params().merge_export  # for the adapter's card
     try:
         print(push(given.name, given.folder, given.public, settings))
     except KeyboardInterrupt:

@@ -1,10 +1,10 @@
-"""Log what lies in this folder to MLflow again, where MLflow lacks it.
+"""Log the results in this folder to MLflow again, if they are missing there.
 
     python -m fintune restore
 
-DVC brings adapters and reports back from its cache or a remote without running a stage, and a server
-can be replaced. Whatever of the training, the evaluation and the export is here and in no run is
-logged from the files: once, however often this is called.
+DVC can restore adapters and reports from its cache or a remote without running a stage, and a server
+can be replaced. This logs the training, evaluation and export in this folder that no run has yet. It is
+idempotent.
 """
 
 import argparse
@@ -28,11 +28,11 @@ NEEDED = (paths.RUN, paths.ADAPTER / "training.json", paths.TRAIN_METRICS, paths
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add none: what is to be logged is in this folder."""
+    """Add no arguments: the results are in this folder."""
 
 
 def main(given: argparse.Namespace) -> None:
-    """Log the run, its evaluation and its export where they are missing."""
+    """Log the run, its evaluation and its export, if missing."""
     if missing := [str(path) for path in NEEDED if not path.is_file()]:
         raise UserError(
             f"{', '.join(missing)}: not found; `dvc pull` or `dvc checkout` brings a trained adapter"
@@ -60,6 +60,6 @@ def main(given: argparse.Namespace) -> None:
 
 
 def _is_done(entry: dict[str, Any], md5: str) -> bool:
-    """Tell whether a stage's entry in dvc.lock is of a run on this adapter, and its reports are here."""
+    """Return whether a stage's dvc.lock entry is for this adapter and its reports are here."""
     reports = [Path(out["path"]) for out in entry.get("outs", []) if out["path"].endswith(".json")]
     return adapter_read(entry) == md5 and all(path.is_file() for path in reports)

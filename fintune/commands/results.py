@@ -1,4 +1,4 @@
-"""Show the last run: quality, cost, and where things are.
+"""Show the last run: quality, cost and output paths.
 
 python -m fintune results
 """
@@ -22,11 +22,11 @@ ROWS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add none: the last run is what lies in this folder."""
+    """Add no arguments: the last run is in this folder."""
 
 
 def main(given: argparse.Namespace) -> None:
-    """Print the reports of the last `dvc repro`, in short."""
+    """Print a summary of the last `dvc repro`."""
     print(last_run())
 
 
@@ -60,7 +60,7 @@ Try a change      dvc exp run -S train.learning_rate=1e-3   then   dvc exp show"
 
 
 def format_comparison(evaluation: dict[str, Any]) -> str:
-    """Format base and tuned model side by side, a line a metric."""
+    """Format base and tuned model side by side, one line per metric."""
     lines = [f"{evaluation['rows']} test questions    {'base':>10} {'tuned':>10}"]
     for key, title in ROWS.items():
         values = (evaluation[side][key] for side in ("base", "tuned"))
@@ -70,7 +70,7 @@ def format_comparison(evaluation: dict[str, Any]) -> str:
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """Read a stage's metrics.
+    """Read a stage's report.
 
     Raises:
         UserError: the stage has not run.

@@ -1,12 +1,12 @@
-r"""Search for parameters: Optuna proposes, `dvc exp run` trains, both remember.
+r"""Search for parameters: Optuna proposes values, and `dvc exp run` trains with them.
 
     python -m fintune search --trials 20 train.learning_rate=1e-4..1e-2:log train.lora.r=8,16,32
     python -m fintune search --trials 30 --metric reports/evaluation.json:tuned.rouge_l --maximize \
         train.learning_rate=1e-4..1e-2:log train.epochs=1..4
 
-A range is LOW..HIGH (of whole numbers where both are), with `:log` for steps by factors; choices are
-separated by commas. The same command on the same commit goes on where it was, also after a kill: trials
-that are done count, one that was broken off is run again. `--trials` is the number in all.
+A range is LOW..HIGH (integers if both bounds are), with `:log` for a logarithmic scale; choices are
+separated by commas. The same command on the same commit resumes the search, even after a kill: finished
+trials count, an interrupted one runs again. `--trials` is the total number.
 """
 
 import argparse
@@ -36,12 +36,12 @@ from fintune.params import PARAMS_FILE, flatten
 
 log = logging.getLogger("fintune")
 
-DIGITS = 4  # of a proposed number: enough to search, few enough to read
+DIGITS = 4  # of a proposed number: precise enough to search, short enough to read
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A number in one of the metrics files, the stage that writes it and whether more is better."""
+    """A number in a metrics file, the stage that writes the file, and whether more is better."""
 
     file: str
     key: str
@@ -50,7 +50,7 @@ class Objective:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the space, the objective and the sampler."""
+    """Add the arguments for the space, the objective and the sampler."""
     parser.add_argument("space", nargs="+", metavar="key=LOW..HIGH[:log] | key=A,B,C")
     parser.add_argument("--trials", type=int, required=True, help="number of trials in all")
     parser.add_argument(
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(given: argparse.Namespace) -> None:
-    """Check the space and the objective, then search, one search at a time."""
+    """Check the space and the objective, then search; only one search runs at a time."""
     if given.trials < 1:
         raise UserError(f"--trials {given.trials}: give 1 or more")
     known = flatten(YAML(typ="safe").load(PARAMS_FILE.read_text(encoding="utf-8")))
@@ -78,10 +78,10 @@ def main(given: argparse.Namespace) -> None:
 
 
 def read_dimension(text: str, known: Sequence[str]) -> tuple[str, Any]:
-    """A parameter's key and Optuna's distribution, from the command line.
+    """Parse a parameter's key and Optuna distribution from the command line.
 
     Raises:
-        UserError: no such parameter, or neither a range nor choices.
+        UserError: there is no such parameter, or its values are neither a range nor choices.
     """
     from optuna import distributions
 
@@ -109,10 +109,10 @@ def read_dimension(text: str, known: Sequence[str]) -> tuple[str, Any]:
 
 
 def read_objective(metric: str, maximize: bool) -> Objective:
-    """The metric and the stage of dvc.yaml that writes its file.
+    """Parse the metric, and find the stage of dvc.yaml that writes its file.
 
     Raises:
-        UserError: no stage writes such a file.
+        UserError: the key is missing, or no stage writes the file.
     """
     file, _, key = metric.partition(":")
     stages = YAML(typ="safe").load(paths.PIPELINE.read_text(encoding="utf-8"))["stages"]
@@ -130,7 +130,7 @@ def _metrics_files(stage: dict[str, Any]) -> list[str]:
 def search(
     root: Path, given: argparse.Namespace, space: dict[str, Any], objective: Objective
 ) -> None:
-    """Run trials until there are `given.trials`, failed ones included, and print the best."""
+    """Run trials until there are `given.trials`, including failed ones, and print the best."""
     import optuna
 
     from fintune.tracking.client import connect
@@ -157,7 +157,7 @@ def search(
     except KeyboardInterrupt:
         raise SystemExit(f"interrupted; the same command goes on with {name}") from None
     finally:
-        _log_best(client, parent, study, objective)  # where the interruption came before it
+        _log_best(client, parent, study, objective)  # an interruption may have skipped it
         report = describe(study, objective)
         client.set_tag(
             parent, "mlflow.note.content", f"    {report.replace(chr(10), chr(10) + '    ')}"
@@ -169,7 +169,7 @@ def search(
 
 
 def _log_best(client: Any, parent: str, study: Any, objective: Objective) -> None:
-    """Bring the search's run up to date: the best value so far, by the number of trials done."""
+    """Log the best value so far to the search's run; the step is the number of finished trials."""
     best, key = _best(study), f"best/{objective.key}"
     done = sum(trial.state.is_finished() for trial in study.trials)
     known = client.get_metric_history(parent, key)
@@ -178,20 +178,20 @@ def _log_best(client: Any, parent: str, study: Any, objective: Objective) -> Non
 
 
 def _trials_to_run(study: Any, space: dict[str, Any], given: argparse.Namespace) -> Iterator[Any]:
-    """Trials that were broken off, then new ones, as frozen trials with the overrides to run."""
+    """Yield interrupted trials, then new ones, as frozen trials with the overrides to run."""
     import optuna
 
     running = (optuna.trial.TrialState.RUNNING,)
     for trial in study.get_trials(states=running):
         if "overrides" in trial.user_attrs:
             yield trial
-        else:  # killed between Optuna's proposal and its note of it
+        else:  # killed before the overrides were stored
             study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
     makers = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
     while (done := len(study.trials)) < given.trials:
         study.sampler = makers[given.sampler](
             seed=given.seed + done
-        )  # another draw than before a resumption
+        )  # a resumed search must not repeat its draws
         proposed = study.ask(space)
         overrides = {key: _short(value) for key, value in proposed.params.items()}
         proposed.set_user_attr("overrides", overrides)
@@ -203,7 +203,7 @@ def _short(value: Any) -> Any:
 
 
 def _run_trial(study: Any, trial: Any, objective: Objective, name: str, parent: str) -> None:
-    """One `dvc exp run` beside the workspace; a failure is noted with its reason and is not the end."""
+    """Run one trial outside the workspace; store a failure and its reason instead of raising."""
     import optuna
 
     overrides = trial.user_attrs["overrides"]
@@ -226,8 +226,8 @@ def _run_trial(study: Any, trial: Any, objective: Objective, name: str, parent: 
 def _measure(
     name: str, overrides: dict[str, Any], objective: Objective, parent: str
 ) -> tuple[float | None, str]:
-    """The metric of the experiment `name`, which is run unless it exists; or None and why not."""
-    value = _value(name, objective)  # a search killed after its experiment was saved
+    """Return the metric of experiment `name` and a note, running it if needed; or None and the reason."""
+    value = _value(name, objective)  # saved if the search was killed afterwards
     if value is not None:
         return value, "was done"
     output = project_root() / paths.SCRATCH / f"search/{name}.log"
@@ -240,7 +240,7 @@ def _measure(
             stdout=file,
             stderr=subprocess.STDOUT,
             env=os.environ | {"PATH": f"{here}{os.pathsep}{path}", "FINTUNE_PARENT_RUN": parent},
-            start_new_session=True,  # so that Ctrl-C reaches it once, from here
+            start_new_session=True,  # Ctrl-C must reach it only once, from here
         )
         try:
             code = process.wait()
@@ -258,7 +258,7 @@ def _measure(
 
 
 def _value(name: str, objective: Objective) -> float | None:
-    """The metric in the experiment `name`; None without it, or where it is no finite number."""
+    """Return the metric of experiment `name`; None if it does not exist or has no finite number."""
     refs = git(Path(), "for-each-ref", "--format=%(refname)", "refs/exps/").splitlines()
     found = [ref for ref in refs if ref.endswith(f"/{name}")]
     if not found:
@@ -281,7 +281,7 @@ def _best(study: Any) -> Any:
 
 
 def describe(study: Any, objective: Objective) -> str:
-    """The best trial and the command that reproduces it, with how many trials there were."""
+    """Format the best trial, the command that reproduces it, and the number of trials."""
     states = [trial.state.name for trial in study.trials if trial.state.is_finished()]
     failed = f", {states.count('FAIL')} failed" if "FAIL" in states else ""
     best = _best(study)

@@ -1,4 +1,4 @@
-"""Format rows: render prompt and completion, and make them fit."""
+"""Format rows: render prompt and completion, and fit them to the token limit."""
 
 import re
 from collections import Counter
@@ -22,16 +22,16 @@ def format_row(
     max_tokens: int,
     overlong: Literal["truncate", "drop"],
 ) -> tuple[dict[str, Any] | None, str | None]:
-    """Render a record and make it fit.
+    """Render a record and fit it to `max_tokens`.
 
-    An answer that is too long is cut after its last whole sentence that fits, or after its last
-    whole word where that would lose over half of the room, and keeps its end token: the model learns
-    shorter answers, not answers that never stop.
+    An answer that is too long is cut after its last whole sentence that fits, or after its last whole
+    word if that would lose over half of the room. It keeps its end token, so the model does not learn
+    answers that never stop.
 
     Returns:
-        The record with `prompt`, `completion` and `tokens` (their number together) added, or None
-        where the row is dropped; and what happened: None, `truncated`, `too_long` (with
-        overlong=drop), `prompt_too_long`, or `special_token` (the text holds a token of the prompt).
+        The record with `prompt`, `completion` and `tokens` (their total number) added, or None if the
+        row is dropped; and the event: None, `truncated`, `too_long` (with overlong=drop),
+        `prompt_too_long`, or `special_token` (a text contains one of the prompt's special tokens).
     """
     if any(token in text for text in row.values() for token in SPECIAL_TOKENS):
         return None, "special_token"
@@ -59,7 +59,7 @@ def format_row(
 
 
 def _cut(tokenizer: Tokenizer, text: str, room: int) -> str:
-    """The longest run of whole sentences from the start that takes `room` tokens, or of whole words."""
+    """Return the longest prefix of whole sentences, or else of whole words, that fits `room` tokens."""
     if room < 1:
         return ""
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -68,7 +68,7 @@ def _cut(tokenizer: Tokenizer, text: str, room: int) -> str:
     sentences = [end for end in sentences if end > len(head) / 2]
     words = [match.start() for match in re.finditer(r"(?<=\S)\s", head)]
     for end in [*reversed(sentences), *reversed(words)]:
-        # Encoding a prefix can take a token more than it took inside the whole.
+        # A prefix encoded alone can take one token more than within the text.
         if len(tokenizer(head[:end], add_special_tokens=False)["input_ids"]) <= room:
             return head[:end]
     return ""
@@ -80,7 +80,7 @@ def format_rows(
     """Format the rows of one split.
 
     Returns:
-        The rows that fit, and their token counts with what was truncated and dropped, by reason.
+        The rows that fit; and their token counts, with the rows truncated and dropped, by reason.
 
     Raises:
         UserError: no row is left.
@@ -106,7 +106,7 @@ def format_rows(
 
 
 def describe_tokens(tokens: Sequence[int]) -> dict[str, float]:
-    """Tokens in total and per row: p50, p95, p99 and max."""
+    """Summarise token counts: rows, total, p50, p95, p99 and max."""
     import numpy as np
 
     if not tokens:

@@ -1,4 +1,4 @@
-"""The only definition of the prompt: its text, its two special tokens, its tokens and what is learned."""
+"""The only definition of the prompt: its text, its two special tokens and its encoding."""
 
 import json
 import os
@@ -11,35 +11,34 @@ RESPONSE = "<response>"
 RESPONSE_END = "<response|end>"
 SPECIAL_TOKENS = (RESPONSE, RESPONSE_END)
 
-# a loader process that is forked after the tokenizer was used would only warn about it
+# else processes forked after the tokenizer was used print a warning
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 Tokenizer = Any  # a transformers fast tokenizer; naming its class here would import transformers
 
 
 def render_prompt(instruction: str, input: str) -> str:
-    """The text that the model is given, up to and including the token that opens the answer."""
+    """Render the prompt, up to and including the token that opens the answer."""
     return f"Instruction: {instruction}\nInput: {input}\n{RESPONSE}"
 
 
 def render_completion(output: str) -> str:
-    """The text that the model learns to give: the answer and the token that ends it."""
+    """Render the completion: the answer and the token that ends it."""
     return f"{output}{RESPONSE_END}"
 
 
 def add_chat_template(tokenizer: Tokenizer, instruction: str) -> None:
-    """Give the tokenizer the prompt as a template over messages, for what talks to models as to chats.
+    """Set the prompt as the tokenizer's chat template, for programs that send messages.
 
-    A system message takes the place of `instruction`, a user's message is the input. Earlier questions
-    and answers are put in front, end to end, each as it would stand in the training data.
+    A system message replaces `instruction`; a user message is the input. Earlier turns come first, each
+    formatted as in training.
 
     Raises:
-        UserError: this tokenizer cannot make a prompt's tokens from text that begins with its own
-            beginning token.
+        UserError: no template reproduces the tokens that this tokenizer puts at the beginning of texts.
     """
     begin = tokenizer.bos_token or ""
     expected = encode(tokenizer, render_prompt(instruction, "a"), "")[0]
-    for beginning in ("", begin, begin + " "):  # some put a space before the first word alone
+    for beginning in ("", begin, begin + " "):  # some put a space only before the first word
         tokenizer.chat_template = _template(beginning, instruction)
         message = {"role": "user", "content": "a"}
         rendered = tokenizer.apply_chat_template([message], add_generation_prompt=True)
@@ -66,10 +65,10 @@ def _template(begin: str, instruction: str) -> str:
 
 
 def load_tokenizer(base: Base) -> Tokenizer:
-    """The base's fast tokenizer with the two special tokens added and a pad token that ends nothing.
+    """Load the base's fast tokenizer, and add the two special tokens and a pad token that ends nothing.
 
-    Padding with a token that can end a text hides that end from a loss that masks padding; an own
-    pad token is taken, else the unknown token, else the end-of-text token, which ends no answer here.
+    A loss that masks padding would also mask an end token used as padding. The pad token is the
+    tokenizer's own, else the unknown token, else the end-of-text token, which ends no answer here.
 
     Raises:
         UserError: the tokenizer cannot be loaded, or has no fast version.
@@ -78,7 +77,7 @@ def load_tokenizer(base: Base) -> Tokenizer:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(base.model, revision=base.revision)
-    except Exception as error:  # the hub's client raises its transport's own kinds
+    except Exception as error:  # the hub client also raises its transport's errors
         reason = str(error)
         if not base.is_folder:
             from fintune.hub.client import explain_model_error
@@ -97,20 +96,18 @@ def load_tokenizer(base: Base) -> Tokenizer:
 
 
 def end_token_id(tokenizer: Tokenizer) -> int:
-    """The id of the token that ends an answer."""
+    """Return the id of the token that ends an answer."""
     return int(tokenizer.convert_tokens_to_ids(RESPONSE_END))
 
 
 def encode(tokenizer: Tokenizer, prompt: str, completion: str) -> tuple[list[int], list[int]]:
-    """The tokens of a row: the prompt's, with the tokenizer's own beginning, and the completion's.
+    """Encode a row: the prompt, with the tokenizer's own beginning, and the completion.
 
-    The two are encoded apart, so that a prompt has the same tokens in training and in use. The loss
-    is taken on the second list alone.
+    They are encoded separately, so that a prompt has the same tokens in training and in use. The loss is
+    on the completion alone.
     """
     prompt_ids: list[int] = tokenizer(prompt)["input_ids"]
     if prompt_ids[-1] != tokenizer.convert_tokens_to_ids(RESPONSE):
-        prompt_ids = prompt_ids[
-            :-1
-        ]  # a tokenizer that closes every text with its end-of-text token
+        prompt_ids = prompt_ids[:-1]  # some tokenizers append an end-of-text token
     completion_ids: list[int] = tokenizer(completion, add_special_tokens=False)["input_ids"]
     return prompt_ids, completion_ids

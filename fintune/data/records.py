@@ -1,4 +1,4 @@
-"""The question-answer record: unusable rows are dropped or refused, by reason."""
+"""Question-answer records: map a source's rows, and drop or refuse unusable ones."""
 
 import difflib
 import re
@@ -19,22 +19,22 @@ def select_records(
     invalid_rows: Literal["drop", "refuse"],
     source: str,
 ) -> tuple[list[Row], dict[str, int]]:
-    """Map a source's rows to records and set aside those that cannot be used.
+    """Map a source's rows to records, and drop or refuse the unusable ones.
 
     Args:
-        rows: the source's rows; a column that the first row lacks may be in others.
-        columns: instruction, input and output, each with its name in the source (instruction may be null).
-        default_instruction: the instruction of every record where the source has no such column.
-        invalid_rows: `drop` and count by reason, or `refuse` the source at the first one.
+        rows: the source's rows; their columns may differ.
+        columns: the source's names for instruction, input and output; instruction may be null.
+        default_instruction: the instruction of every record if the source has no column for it.
+        invalid_rows: `drop` unusable rows and count them by reason, or `refuse` the source at the first.
         source: its name, for messages.
 
     Returns:
         The records, and the number of rows dropped for each reason: `missing` (null or absent),
-        `not_text`, `empty` (nothing but white space), `literal_nan` (a `nan`, `none` or `null` that
-        an earlier export wrote out as text).
+        `not_text`, `empty` (only white space), `literal_nan` (`nan`, `none` or `null` as text, left by
+        an earlier export).
 
     Raises:
-        RecordError: a column does not exist, an unusable row with `refuse`, or no usable row at all.
+        RecordError: a column does not exist, a row is unusable with `refuse`, or no row is usable.
     """
     if not rows:
         raise RecordError(f"{source}: no rows")
@@ -67,10 +67,10 @@ def select_records(
 
 
 def read_passages(source: str) -> list[str]:
-    """The texts of a table with a column `text`.
+    """Read the texts of a table with a column `text`.
 
     Raises:
-        RecordError: it cannot be read, has no row, or a row without a text of some words.
+        RecordError: the table cannot be read, is empty, or has a text of fewer than two words.
     """
     rows = read_source(source)
     for number, row in enumerate(rows, start=1):
@@ -82,13 +82,13 @@ def read_passages(source: str) -> list[str]:
 
 
 def usual_instruction(rows: list[Row]) -> str:
-    """Return the instruction that most rows have; of equally frequent ones the first in the alphabet."""
+    """Return the most frequent instruction; of equally frequent ones, the first in the alphabet."""
     counts = Counter(row["instruction"] for row in rows)
     return str(min(counts, key=lambda text: (-counts[text], text)))
 
 
 def text_fault(value: Any) -> str | None:
-    """Why a value is no text to train on, or None."""
+    """Return the reason why a value cannot be trained on, or None."""
     if value is None or (isinstance(value, float) and value != value):
         return "missing"
     if not isinstance(value, str):
@@ -99,10 +99,10 @@ def text_fault(value: Any) -> str | None:
 
 
 def normalize_question(text: str) -> str:
-    """Fold what does not make another question: case, white space, punctuation, Unicode variants.
+    """Fold differences that do not change a question: case, white space, punctuation, Unicode variants.
 
     NFKC maps compatibility characters (full-width letters, no-break spaces, ligatures); invisible
-    format characters and soft hyphens go. Signs that carry meaning next to a number stay: `$ % . -`.
+    format characters and soft hyphens are removed. Signs that carry meaning in numbers stay: `$ % . -`.
     """
     text = unicodedata.normalize("NFKC", text)
     text = "".join(c for c in text if unicodedata.category(c) not in ("Cf", "Cc") or c.isspace())

@@ -11,18 +11,21 @@ from fintune.hub.datasets import read_dataset
 from fintune.params import Fetch
 
 log = logging.getLogger("fintune")
-WATCHED = (paths.DEMO_ASSETS, paths.OWN_DATA)  # of which dvc.yaml names files as fetch's inputs
+WATCHED = (
+    paths.DEMO_ASSETS,
+    paths.OWN_DATA,
+)  # dvc.yaml lists files in these as fetch's dependencies
 
 
 def read_rows_of(params: Fetch) -> tuple[list[Row], dict[str, Any]]:
     """Read the rows of `fetch.source`.
 
     Returns:
-        The rows, and the source's entry in the manifest: `source` and, for the hub, `revision` and
-        `license`.
+        The rows, and the source's manifest entry: `source`, and `revision` and `license` for a hub data
+        set (else None).
 
     Raises:
-        UserError: the source is neither a file, nor a URL, nor a hub id.
+        UserError: the source is not a file, a URL or a hub id, or is a URL with credentials.
     """
     source = params.source
     if "://" in source:

@@ -1,8 +1,8 @@
-"""Splitting by question: equal and nearly equal questions always stay on one side.
+"""Split rows by question: equal and nearly equal questions stay in one split.
 
-A row's side follows from its question and the seed alone, so neither the order of the rows nor rows
-that are added later move it. The one exception: where a new question is a near-duplicate, it joins
-the group of its likeness, and the group sits where its member with the smallest hash belongs.
+A row's split depends only on its question and the seed, not on the order of rows or on rows added
+later. The one exception: a new near-duplicate joins the group of similar questions, and the group's
+split follows from its member with the smallest hash.
 """
 
 import hashlib
@@ -27,8 +27,8 @@ def split_rows(rows: list[Row], params: Split) -> tuple[dict[str, list[Row]], di
         rows: records with `instruction`, `input` and `output`; the question is `input`.
 
     Returns:
-        The rows of each split in the order of their hashes, and the number of rows left out, by
-        reason: `duplicate` (all three texts equal to another row's).
+        The rows of each split in hash order, and the number of rows left out, by reason: `duplicate`
+        (all three texts equal another row's).
 
     Raises:
         UserError: a split would be empty.
@@ -63,7 +63,7 @@ def _side(place: float, params: Split) -> str:
 
 
 def _order(texts: tuple[str, ...], seed: int) -> tuple[bytes, bytes]:
-    """Rows of one question together, questions and answers in hashed order."""
+    """Return a sort key: questions in hash order, and each question's answers in hash order."""
     return _digest(f"order {seed}", normalize_question(texts[1])), _digest("row", *texts)
 
 
@@ -72,12 +72,12 @@ def _digest(salt: str, *texts: str) -> bytes:
 
 
 def group_questions(questions: list[str], similarity: float | None) -> list[list[str]]:
-    """Group normalized questions that are alike, directly or through others.
+    """Group normalized questions that are similar, directly or transitively.
 
-    Two questions are alike when the Jaccard similarity of their five-character shingles is at least
-    `similarity` and they name the same numbers: "a loan of $5,000" and "a loan of $9,000" ask for
-    different answers. MinHash and locality-sensitive hashing propose the pairs (Broder 1997), and
-    each is then checked exactly.
+    Two questions are similar when the Jaccard similarity of their five-character shingles is at least
+    `similarity` and they contain the same numbers: "a loan of $5,000" and "a loan of $9,000" have
+    different answers. MinHash and locality-sensitive hashing propose the pairs (Broder 1997), and each
+    pair is then checked exactly.
 
     Args:
         questions: distinct, normalized, sorted.
@@ -94,7 +94,7 @@ def group_questions(questions: list[str], similarity: float | None) -> list[list
         num_perm=PERMUTATIONS,
         seed=1,
     )
-    # A lower threshold than asked for: a missed pair would leak, a proposed one is checked below.
+    # Below `similarity`: a missed pair would leak, while surplus pairs are rejected below.
     index = MinHashLSH(threshold=max(0.3, similarity - 0.15), num_perm=PERMUTATIONS)
     parent = list(range(len(questions)))
 
@@ -125,7 +125,7 @@ def _jaccard(a: set[str], b: set[str]) -> float:
 
 
 def describe_splits(splits: dict[str, list[Row]]) -> dict[str, Any]:
-    """Count the rows and questions of each split and the questions that stand in more than one."""
+    """Count the rows and questions of each split, and the questions in more than one split."""
     questions = {
         name: {normalize_question(row["input"]) for row in rows} for name, rows in splits.items()
     }

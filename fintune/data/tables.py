@@ -1,4 +1,4 @@
-"""Tables of rows: read a source in any of its formats, read and write parquet between stages."""
+"""Tables of rows: read a source in any supported format; read and write parquet between stages."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -19,15 +19,16 @@ Row = dict[str, Any]
 
 
 def is_table_file(source: str) -> bool:
-    """Whether the name of a file or URL ends as one of the formats that can be read."""
+    """Return whether a file name or URL ends in a supported extension."""
     return urlsplit(source).path.lower().endswith(FORMATS)
 
 
 def read_source(source: str) -> list[Row]:
-    """Read a table from a local file or from any URL that fsspec opens, in the format its name ends with.
+    """Read a table from a local file or any URL that fsspec opens; the extension gives the format.
 
     Raises:
-        RecordError: no such file, an unknown format, a broken line (named), or a broken transfer.
+        RecordError: the file is missing, its format is unknown, a line is malformed (the message gives
+            its number), or the transfer failed.
     """
     import fsspec  # slow to import, and only fetch needs it
 
@@ -112,10 +113,10 @@ def read_rows(path: Path, columns: Iterable[str] = COLUMNS) -> list[Row]:
 
 
 def write_rows(path: Path, rows: list[Row], schema: dict[str, pa.DataType] | None = None) -> None:
-    """Write rows as parquet, whole or not at all; equal rows give equal bytes.
+    """Write rows as parquet, atomically; equal rows give equal bytes.
 
     Args:
-        schema: the columns and their types; records (three strings) when left out.
+        schema: the columns and their types; by default the three strings of a record.
     """
     fields = schema or dict.fromkeys(COLUMNS, pa.string())
     table = pa.Table.from_pylist(rows, schema=pa.schema(list(fields.items())))

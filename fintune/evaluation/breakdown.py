@@ -1,4 +1,4 @@
-"""Metrics by length and instruction, extreme rows, calibration."""
+"""Metrics by length and instruction, rows with extreme changes, and calibration."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -10,19 +10,19 @@ from fintune.evaluation.statistics import Row, Sums, quotients
 from fintune.metrics import finite
 
 BROKEN_DOWN = ("loss", "rouge_l", "stop_rate")
-TEMPLATES = 10  # instruction templates that are shown apart, the most frequent ones
+TEMPLATES = 10  # most frequent instruction templates shown separately
 EXTREMES = 20
 
 
 def break_down(
     rows: Sequence[Row], base: Sums, tuned: Sums
 ) -> dict[str, list[dict[str, float | str | None]]]:
-    """Metrics of both models by question length, answer length and instruction template.
+    """Compute both models' metrics by question length, answer length and instruction template.
 
-    Lengths are cut at their quartiles, so that each part has about as many rows.
+    Lengths are cut at their quartiles.
 
     Returns:
-        By kind, the parts in their order: `label`, `rows`, and `base_` and `tuned_` with each metric.
+        By kind, its parts in order: `label`, `rows`, and `base_` and `tuned_` with each metric.
     """
     labels = {
         "question_words": _by_length([len(row["input"].split()) for row in rows]),
@@ -44,7 +44,7 @@ def break_down(
 
 
 def _by_length(words: Sequence[int]) -> list[tuple[int, str]]:
-    """Each row's part: its place among the parts, and a label such as `8 to 12 words`."""
+    """Return each row's part: its index, and a label such as `8 to 12 words`."""
     inner = np.unique(np.percentile(words, [25, 50, 75], method="lower"))
     places = np.searchsorted(inner, words)
     labels = {}
@@ -64,7 +64,7 @@ def _by_template(instructions: Sequence[str]) -> list[tuple[int, str]]:
 
 
 def extremes(base: Sums, tuned: Sums) -> tuple[list[int], list[int]]:
-    """The rows whose loss a token fell least, or rose most, and those whose loss fell most; 20 of each."""
+    """Return the 20 rows whose loss per token fell least or rose most, and the 20 where it fell most."""
     change = quotients("loss", *tuned["loss"]) - quotients("loss", *base["loss"])
     order = np.argsort(-np.nan_to_num(change, nan=np.inf), kind="stable").tolist()
     count = min(EXTREMES, len(order) // 2)
@@ -72,14 +72,14 @@ def extremes(base: Sums, tuned: Sums) -> tuple[list[int], list[int]]:
 
 
 def calibration_curve(sums: np.ndarray) -> dict[str, Any]:
-    """How often the most likely token is right, by the probability that the model gives it.
+    """Compute how often the most likely token is right, by the probability that the model gives it.
 
     Args:
         sums: (bins, 3): tokens, sum of their probabilities, number right.
 
     Returns:
-        `calibration_error`, the expected one (Guo et al. 2017): the mean distance of the two,
-        weighed by tokens; and `bins`, the ones that have tokens.
+        `calibration_error`, the expected calibration error (Guo et al. 2017): the mean distance between
+        probability and accuracy, weighted by tokens; and `bins`, those that have tokens.
     """
     full = sums[sums[:, 0] > 0]
     bins = [
@@ -87,5 +87,5 @@ def calibration_curve(sums: np.ndarray) -> dict[str, Any]:
         for n, sure, right in full
     ]
     distance = np.abs(full[:, 1] - full[:, 2]).sum() / sums[:, 0].sum()
-    # not named `error`: DVC takes a metric of that name for its own failure to read the file
+    # not named `error`: DVC reads a metric of that name as its own failure to read the file
     return {"calibration_error": finite(distance), "bins": bins}

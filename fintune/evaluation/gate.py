@@ -1,4 +1,4 @@
-"""The gate: the rules that a model must pass to become champion."""
+"""The gate: the rules that a model must meet to become champion."""
 
 from typing import Any
 
@@ -6,10 +6,10 @@ from fintune.params import Gate
 
 
 def apply_gate(report: dict[str, Any], gate: Gate) -> dict[str, Any]:
-    """Whether the tuned model may become champion: a verdict and a reason for every rule.
+    """Decide whether the tuned model may become champion.
 
-    Each rule looks at the end of the interval that speaks against the model. A rule without a
-    champion to compare with holds; where there is one that could not be fetched, it is broken.
+    Rules on a confidence interval use its end that is worse for the model. The champion rule holds if there
+    is no champion, and is broken if the champion could not be fetched.
 
     Returns:
         `passed`, `reason` in one line, and `rules`: a list of `rule`, `passed` and `reason`.

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on the model that is loaded already; an optional extra, `pip install lm-eval`."""
+"""Run lm-evaluation-harness, an optional extra (`pip install lm-eval`), on the loaded model."""
 
 import logging
 from collections.abc import Callable
@@ -20,15 +20,16 @@ def run_harness(
     batch_size: int,
     seed: int,
 ) -> Results:
-    """Let the harness measure each side on the same tasks.
+    """Evaluate each side on the same harness tasks.
 
     Args:
         model: a causal model with its adapter.
-        sides: by name, what puts the model into the wanted state, such as `model.disable_adapter`.
+        sides: by name, a context manager that puts the model into that state, such as
+            `model.disable_adapter`.
 
     Returns:
-        By task, metric and side the value, and `SIDE_stderr` where the harness gives one. Nothing
-        where no task is wanted.
+        By task, metric and side, the value, and `SIDE_stderr` if the harness reports it. Empty without
+        tasks.
 
     Raises:
         UserError: the harness is not installed, does not know a task, or cannot get its data.
@@ -39,7 +40,7 @@ def run_harness(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of a model that is loaded
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns about an already loaded model
     results: Results = {}
     for side, switched in sides.items():
         with switched():
@@ -75,7 +76,7 @@ def run_harness(
 
 
 def task_manager(params: Harness) -> Any:
-    """The harness's list of tasks, with those of `include_path`; checked before anything is loaded.
+    """Return the harness's tasks, including those in `include_path`; fail fast on a wrong parameter.
 
     Raises:
         UserError: the harness is not installed, the folder is missing, or a task is unknown.

@@ -1,4 +1,4 @@
-"""Measure base, tuned model and champion on the same rows, in one load of the base."""
+"""Measure base, tuned model and champion on the same rows, loading the base once."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -26,12 +26,12 @@ from fintune.model.likelihood import Likelihood, likelihood
 from fintune.params import Evaluate
 
 PASSAGE_TOKENS = 512
-Generate = Callable[..., list[Answer]]  # of prompts and their decoding
+Generate = Callable[..., list[Answer]]  # from prompts and a Decoding
 
 
 @dataclass(frozen=True)
 class ModelResult:
-    """The measurements of one model; `general` is the likelihood of the general text, if there is one."""
+    """The measurements of one model; `general` is the likelihood of the general text, if any."""
 
     scores: Likelihood
     answers: list[Answer]
@@ -40,13 +40,13 @@ class ModelResult:
 
 @dataclass(frozen=True)
 class Measured:
-    """All models' results by name (base, tuned, and champion where there is one), and the rest."""
+    """Results by model name (base, tuned, champion if measured), with samples, harness and metadata."""
 
     results: dict[str, ModelResult]
     similarity: dict[str, np.ndarray]
     sampled: list[str]
     harness: dict[str, Any]
-    champion_fault: str  # why the champion could not be measured, where it should have been
+    champion_fault: str  # why a fetched champion was not measured, or empty
     about: dict[str, Any]
 
 
@@ -58,13 +58,14 @@ def measure(
     passages: list[str],
     params: Evaluate,
 ) -> Measured:
-    """Load the base once and measure it, the tuned model and the champion, switching adapters.
+    """Load the base once, and measure base, tuned model and champion by switching adapters.
 
     Args:
-        adapter: the tuned model's folder; champion: that of the adapter to compare it with, or None.
+        adapter: the tuned model's folder.
+        champion: folder of the champion's adapter, or None.
         rows: formatted test rows, with `prompt` and `completion`.
         references: all answers to each row's question.
-        passages: general text; none where forgetting is not measured.
+        passages: general text; empty to skip forgetting.
     """
     trained = read_training(adapter)
     base, train, dtype = trained.base, trained.train, trained.dtype
@@ -80,7 +81,7 @@ def measure(
         try:
             load_another_adapter(model, champion, "champion")
             states["champion"] = nullcontext
-        except UserError as error:  # what is in the registry must not stop the evaluation
+        except UserError as error:  # a faulty champion must not stop the evaluation
             champion_fault = str(error)
     tokens = [encode(tokenizer, row["prompt"], row["completion"]) for row in rows]
     general = [encode_passage(tokenizer, passage) for passage in passages]
@@ -138,7 +139,7 @@ def measure(
 
 
 def plain_folder(trained: AdapterInfo, tokenizer: Any, adapter: Path | None, folder: Path) -> None:
-    """Write the model that an adapter makes of its base, or the base alone, for another program."""
+    """Write the merged model, or the base alone, to a folder for another program."""
     merge_into_folder(
         trained.base, tokenizer, adapter, folder, trained.dtype, trained.nf4_compute_dtype
     )
@@ -157,9 +158,9 @@ def engine(
 
     Args:
         model: generates with its active adapter.
-        prompts: the longest of those that it will be given is among them.
+        prompts: must include the longest prompt to generate from.
         name: of the model, for messages.
-        write: puts the same model into a folder.
+        write: writes the same model to a folder.
     """
     rows = params.rows_per_batch
     if params.engine == "built_in":
@@ -175,7 +176,7 @@ def engine(
 def _once_each(
     generate: Generate, prompts: Sequence[list[int]], decoding: Decoding, title: str
 ) -> list[Answer]:
-    """Generate one answer for rows with the same prompt."""
+    """Generate one answer for all rows with the same prompt."""
     different = list(dict.fromkeys(tuple(prompt) for prompt in prompts))
     answers = generate([list(prompt) for prompt in different], decoding, title=title)
     by_prompt = dict(zip(different, answers, strict=True))
@@ -183,9 +184,9 @@ def _once_each(
 
 
 def encode_passage(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
-    """A text as the model saw texts before it was tuned: all of it but the first token is predicted.
+    """Encode general text without the prompt's format: every token but the first is predicted.
 
-    A long one is cut.
+    A long text is truncated.
     """
     ids = tokenizer(text)["input_ids"][:PASSAGE_TOKENS]
     return ids[:1], ids[1:]
@@ -197,7 +198,7 @@ def metric_sums(
     references: Sequence[Sequence[str]],
     similarity: np.ndarray | None,
 ) -> Sums:
-    """Compute each metric's numerator and denominator on every row."""
+    """Compute each metric's numerator and denominator for every row."""
     scores, answers = result.scores, result.answers
     texts = text_scores([each.text for each in answers], references)
     one = np.ones(len(rows))

@@ -1,4 +1,4 @@
-"""The evaluation as one page to read: self-contained, without scripts, every text escaped."""
+"""Render the evaluation as one self-contained HTML page, without scripts and with all text escaped."""
 
 import io
 import math
@@ -12,10 +12,10 @@ from fintune.metrics import METRICS, number
 from fintune.params import Evaluate, flatten
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
-# Colours by their part in a plot, each replaced by the page's own, which follow light and dark.
+# Placeholder colours by plot part; the page's colours replace them and follow light and dark mode.
 COLORS = {name: f"#00010{k}" for k, name in enumerate(("ink", "soft", "line", "base", "tuned"))}
-SIZE = (4.6, 3.2)  # inches; as wide as a phone, so that a plot's text stays readable on one
-DRAWN_POINTS = 3000  # of a scatter plot; more are drawn as a picture inside the plot
+SIZE = (4.6, 3.2)  # inches; as wide as a phone, so text stays readable there
+DRAWN_POINTS = 3000  # of a scatter plot; more are rasterized
 DIRECTION_MARKS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u200e\u200f"
 
 Report = dict[str, Any]
@@ -25,13 +25,13 @@ Rows = Sequence[dict[str, Any]]
 def render(
     report: Report, table: Rows, curve: Sequence[dict[str, float | None]], params: Evaluate
 ) -> str:
-    """The page as HTML.
+    """Render the page as HTML.
 
     Args:
         report: the content of evaluation.json.
-        table: the predictions, in the order that `report` counts rows in.
+        table: the predictions; `report` refers to rows by their index in it.
         curve: the training's `loss` and `validation_loss` by `step`.
-        params: the section that the evaluation used.
+        params: the parameter section that the evaluation used.
     """
     from jinja2 import Environment, StrictUndefined
 
@@ -54,12 +54,12 @@ def render(
 
 
 def short(value: float | None) -> str:
-    """Three digits, for tables with many figures."""
+    """Format with three significant digits, for dense tables."""
     return "–" if value is None else f"{value:.3g}".replace("-", "−")
 
 
 def visible(text: str) -> str:
-    """The text with what cannot be seen, or turns the text after it round, made visible."""
+    """Replace invisible and direction-changing characters by visible ones."""
     return "".join(_visible(c) for c in text)
 
 
@@ -70,7 +70,7 @@ def _visible(c: str) -> str:
 
 
 def outcome(name: str, change: dict[str, float | None]) -> str:
-    """What an interval says of a metric, in a word."""
+    """Classify a change by its interval: better, worse or unclear."""
     low, high = change["low"], change["high"]
     if low is None or high is None:
         return "not a number"
@@ -82,7 +82,7 @@ def outcome(name: str, change: dict[str, float | None]) -> str:
 def plots(
     report: Report, table: Rows, curve: Sequence[dict[str, float | None]]
 ) -> list[dict[str, Any]]:
-    """The page's plots: `title`, `alt` (what it shows, in words), `svg`."""
+    """Draw the page's plots, each with `title`, `alt` text and `svg`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -201,7 +201,7 @@ def _lengths(breakdown: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 
 
 def _svg(figure: Any, name: str) -> str:
-    """The figure as an element for the page: in its colours, with ids that are unique in it."""
+    """Convert a figure to an SVG element in the page's colours, with ids unique within the page."""
     import matplotlib
     from markupsafe import Markup
 
@@ -219,4 +219,4 @@ def _svg(figure: Any, name: str) -> str:
     svg = re.sub(r'(url\(#|href="#)', rf"\1{name}-", svg).replace("xlink:href", "href")
     for part, color in COLORS.items():
         svg = svg.replace(color, f"var(--{part})")
-    return Markup(svg)  # made here, not by a model
+    return Markup(svg)  # contains no model output

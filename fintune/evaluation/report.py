@@ -1,4 +1,4 @@
-"""The evaluation's report and its table of predictions, from what was measured."""
+"""Build the evaluation's report and table of predictions from the measurements."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ def conclude(
     champion: Champion,
     params: Evaluate,
 ) -> dict[str, Any]:
-    """Compute the content of evaluation.json: metrics, differences with intervals, breakdowns, the gate."""
+    """Compute the content of evaluation.json: metrics, differences with intervals, breakdowns and gate."""
     draws = (params.bootstrap_samples, params.seed)
     results = measured.results
     report: dict[str, Any] = {name: summarize(sums[name]) for name in ("base", "tuned")}
@@ -49,7 +49,7 @@ def conclude(
             n: {"loss": (r.general.nll, r.general.tokens)} for n, r in results.items() if r.general
         }
         ids = [str(i) for i in range(len(losses["base"]["loss"][0]))]
-        # the improvement of the base on the tuned model is what the tuned model has lost
+        # the base's improvement over the tuned model is what the tuned model has lost
         rise = compare(losses["tuned"], losses["base"], ids, *draws)["loss"]
         report["forgetting"] = {name: summarize(each)["loss"] for name, each in losses.items()}
         report["forgetting"] |= {"rise": rise, "passages": len(ids)}
@@ -67,7 +67,7 @@ def conclude(
 def predictions(
     rows: list[dict[str, Any]], measured: Measured, sums: dict[str, Sums]
 ) -> list[dict[str, Any]]:
-    """Tabulate a row a test row: question, reference, and both models' answers and figures."""
+    """Tabulate each test row's question, reference, and both models' answers and figures."""
     table = []
     for i, row in enumerate(rows):
         line = {
@@ -85,13 +85,13 @@ def predictions(
 
 
 def row_losses(table: list[dict[str, Any]]) -> str:
-    """Format both models' loss of each row as CSV."""
+    """Format both models' loss on each row as CSV."""
     lines = [f"{row['base_loss']:.5g},{row['tuned_loss']:.5g}\n" for row in table]
     return "base,tuned\n" + "".join(lines)
 
 
 def summary(report: dict[str, Any]) -> list[str]:
-    """Format what the terminal shows: a line a model, and the gate's."""
+    """Format the terminal output: one line per model and one for the gate."""
     shown = ("loss", "perplexity", "token_accuracy", "rouge_l", "stop_rate", "mean_answer_tokens")
     lines = []
     for name in ("base", "tuned"):

@@ -1,4 +1,4 @@
-"""Select the test rows that are measured."""
+"""Select the test rows to measure."""
 
 import hashlib
 from collections.abc import Sequence
@@ -9,14 +9,14 @@ from fintune.evaluation.statistics import Row
 def select_rows(
     rows: Sequence[Row], questions: Sequence[str], max_rows: int | None
 ) -> tuple[list[Row], list[str], list[list[str]]]:
-    """The rows that are measured, which do not depend on the order of the table.
+    """Select the rows to measure, independently of the table's order.
 
     Args:
         questions: the normalised question of each row.
 
     Returns:
-        At most `max_rows` rows in the order of a hash, those of one question together; the question
-        of each; and all different answers that the table has for it.
+        At most `max_rows` rows in hash order, with the rows of a question together; the question of
+        each; and all different answers to it in the table.
     """
     references: dict[str, list[str]] = {}
     for row, question in zip(rows, questions, strict=True):

@@ -1,8 +1,7 @@
-"""From sums over rows to metrics, and to differences with intervals.
+"""Metrics from sums over rows, and differences with confidence intervals.
 
-A model's figures come as sums: by metric, a numerator and a denominator for each row. Every metric is
-the quotient of the two totals (perplexity its exponential), over all rows as over some or over rows
-that are drawn again.
+A metric has a numerator and a denominator for each row. Its value is the quotient of their totals
+(perplexity: the exponential of it), over all rows, over some, or over a bootstrap sample.
 """
 
 from collections.abc import Sequence
@@ -14,11 +13,11 @@ from fintune.metrics import METRICS, finite
 
 Sums = dict[str, tuple[np.ndarray, np.ndarray]]  # metric: numerator, denominator; (rows,) each
 Row = dict[str, Any]
-DRAWN_AT_ONCE = 4_000_000  # counts in memory
+DRAWN_AT_ONCE = 4_000_000  # bootstrap counts in memory
 
 
 def summarize(sums: Sums) -> dict[str, float | None]:
-    """The metrics of one model; None where the model's numbers are not finite."""
+    """Compute the metrics of one model; None if a value is not finite."""
     return {
         name: finite(quotients(name, over.sum(), under.sum()))
         for name, (over, under) in sums.items()
@@ -34,18 +33,18 @@ def quotients(name: str, over: Any, under: Any) -> Any:
 def compare(
     before: Sums, after: Sums, questions: Sequence[str], samples: int, seed: int
 ) -> dict[str, dict[str, float | None]]:
-    """What `after` improves on `before`, with 95 % intervals of a paired bootstrap by question.
+    """Compute the improvement of `after` over `before`, with 95 % paired bootstrap intervals by question.
 
-    Both models' rows of a drawn question come together, so that what is hard for both cancels out, and
-    rows of one question stay together, since their errors go together.
+    Pairing cancels out what is hard for both models. Rows of a question are drawn together because their
+    errors are correlated.
 
     Args:
         questions: the question of each row.
-        samples: how many times as many questions as there are get drawn, with replacement.
+        samples: the number of bootstrap samples.
 
     Returns:
-        For each metric that both have, `value`, `low` and `high`: the difference, signed so that more
-        is better, and after minus before where neither way is; and `perplexity_reduction`, a share.
+        For each metric that both have, `value`, `low` and `high` of the difference, signed so that more is
+        better (after minus before if the metric has no direction); and `perplexity_reduction`, a fraction.
     """
     names = [name for name in before if name in after]
     columns = np.stack([part for side in (before, after) for n in names for part in side[n]], 1)
@@ -77,9 +76,9 @@ def compare(
 def resampled_sums(
     columns: np.ndarray, questions: Sequence[str], samples: int, seed: int
 ) -> np.ndarray:
-    """Totals of the columns over questions that are drawn with replacement, as many as there are.
+    """Sum the columns over bootstrap samples of the questions.
 
-    A draw is how often each question comes, so a total is a product with the questions' own sums.
+    A sample is a count per question, so its sums are a matrix product with the questions' sums.
 
     Args:
         columns: (rows, columns).

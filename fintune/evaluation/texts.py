@@ -1,4 +1,4 @@
-"""Answers that a model wrote: how near they are to the references, how long, how repetitive."""
+"""Scores of generated answers: similarity to the references, length and repetition."""
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -13,26 +13,26 @@ from fintune.params import Embedding
 
 SCORES = ("rouge_1", "rouge_2", "rouge_l", "chrf", "distinct_2", "longest_repeat")
 LENGTHS = ("words", "reference_words")
-SERIAL_WORK = 3e7  # pairs of words; a few seconds, which is what starting other processes is worth
+SERIAL_WORK = 3e7  # word pairs; a few seconds, about as long as starting processes
 TEXTS_PER_PASS = 64
 
 
 def text_scores(
     answers: Sequence[str], references: Sequence[Sequence[str]]
 ) -> dict[str, np.ndarray]:
-    """Compare answers with their references; where there are several, the best of them counts.
+    """Compare answers with their references; of several references, the best counts.
 
-    Equal answers to equal references are scored once, many of them by all cores.
+    Equal answers to equal references are scored once; large jobs use all cores.
 
     Args:
-        answers: (rows,); references: one or more for each of them.
+        answers: (rows,).
+        references: one or more for each answer.
 
     Returns:
         Arrays of shape (rows,): ROUGE-1, -2 and -L as F1 of stems (Lin 2004), from 0 to 1;
-        `chrf` (Popović 2015), from 0 to 100; `distinct_2`, the share of an answer's pairs of
-        neighbouring words that are different ones, 1 where there are none; `longest_repeat`, the
-        words of the longest stretch that stands in the answer before; `words`, and
-        `reference_words` of the reference nearest in length.
+        `chrf` (Popović 2015), from 0 to 100; `distinct_2`, the fraction of distinct word bigrams, 1 if
+        there are none; `longest_repeat`, the length in words of the longest stretch that occurs earlier
+        in the answer; `words`, and `reference_words` of the reference nearest in length.
     """
     jobs = [(answer, tuple(each)) for answer, each in zip(answers, references, strict=True)]
     different = list(dict.fromkeys(jobs))
@@ -65,7 +65,7 @@ def _score(job: tuple[str, tuple[str, ...]]) -> tuple[float, ...]:
 
 
 class _Words:
-    """ROUGE's own words and stems, each word stemmed once: stemming takes half of the time."""
+    """ROUGE's tokenizer with cached stems: stemming takes half of the time."""
 
     def __init__(self) -> None:
         from nltk.stem.porter import PorterStemmer
@@ -88,13 +88,13 @@ def _scorers() -> tuple[Any, Any]:
 
 
 def distinct_2(words: Sequence[str]) -> float:
-    """The share of the pairs of neighbouring words that are different ones; 1 where there are none."""
+    """Return the fraction of distinct word bigrams; 1 if there are none."""
     pairs = list(pairwise(words))
     return len(set(pairs)) / len(pairs) if pairs else 1.0
 
 
 def longest_repeat(words: Sequence[str]) -> int:
-    """The number of words of the longest stretch that occurs earlier as well; the two may overlap.
+    """Return the length in words of the longest stretch that also occurs earlier; the two may overlap.
 
     "to be or not to be" repeats two words, and "no no no no" three.
     """
@@ -117,10 +117,10 @@ def similarities(
     embedding: Embedding,
     device: Any,
 ) -> dict[str, np.ndarray]:
-    """How alike in meaning each model's answers and their references are, by a sentence embedding model.
+    """Compute the similarity in meaning of each model's answers to their references.
 
-    Texts become the mean of the model's last hidden states (Reimers and Gurevych 2019); the cosine with
-    the nearest reference counts.
+    A text's embedding is the mean of the model's last hidden states (Reimers and Gurevych 2019); the cosine
+    with the nearest reference counts.
 
     Returns:
         For each set of answers an array of shape (rows,), from -1 to 1; 0 for an empty answer.
@@ -155,7 +155,7 @@ def _embed(texts: Sequence[str], embedding: Embedding, device: Any) -> np.ndarra
     try:
         tokenizer = AutoTokenizer.from_pretrained(embedding.model, **source)
         model = AutoModel.from_pretrained(embedding.model, use_safetensors=True, **source)
-    except Exception as error:  # the hub's client raises its transport's own kinds
+    except Exception as error:  # the hub client also raises its transport's errors
         raise UserError(
             f"evaluate.embedding: {embedding.model}: cannot be loaded: {error}; set "
             "evaluate.embedding: null to do without"

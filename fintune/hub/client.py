@@ -1,6 +1,6 @@
-"""The Hugging Face hub's refusals in plain words; never with a token in them.
+"""Plain-language errors for the Hugging Face hub; they never contain a token.
 
-`HF_TOKEN`, `HF_ENDPOINT`, `HF_HOME` and `HF_HUB_OFFLINE` are the libraries' own and are honoured.
+The hub's libraries read `HF_TOKEN`, `HF_ENDPOINT`, `HF_HOME` and `HF_HUB_OFFLINE` themselves.
 """
 
 import os
@@ -8,12 +8,12 @@ from pathlib import Path
 
 
 def is_offline() -> bool:
-    """Whether the user switched the hub off, so that only the local cache may answer."""
+    """Return whether the user disabled the hub, leaving only the local cache."""
     return os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
 
 
 def stated_license(folder: Path) -> str | None:
-    """The licence that the card of a model or data set names, if there is a card that does."""
+    """Return the licence in the card of a model or data set, or None."""
     from huggingface_hub import metadata_load
 
     card = folder / "README.md"
@@ -22,12 +22,12 @@ def stated_license(folder: Path) -> str | None:
 
 
 def explain_model_error(error: Exception, model: str, revision: str | None) -> str:
-    """What went wrong while a base model was loaded from the hub, with the way out."""
+    """Explain an error from loading a base model from the hub, with its fix."""
     return explain_error(error, "models", model, revision)
 
 
 def explain_error(error: BaseException, kind: str, name: str, revision: str | None) -> str:
-    """A hub library's error as a sentence with the way out; never shows a token."""
+    """Explain a hub library's error, with its fix; never show a token."""
     from huggingface_hub import errors, get_token
     from huggingface_hub.constants import ENDPOINT
 
@@ -57,7 +57,7 @@ def explain_error(error: BaseException, kind: str, name: str, revision: str | No
 
 
 def causes(error: BaseException) -> list[BaseException]:
-    """The error and what caused it, down to the first."""
+    """Return the error and its chain of causes, down to the first."""
     chain = [error]
     while (
         cause := chain[-1].__cause__ or chain[-1].__context__

@@ -1,4 +1,4 @@
-"""Data sets of the hub at a pinned revision."""
+"""Hub data sets at a pinned revision."""
 
 from pathlib import Path
 from typing import Any
@@ -11,22 +11,22 @@ from fintune.params import COMMIT
 def read_dataset(
     name: str, revision: str | None, split: str
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Download one split of a hub data set, or take it from the local cache.
+    """Download one split of a hub data set, or read it from the local cache.
 
     Returns:
-        The rows, and where they come from: `revision`, the commit, and the `license` that its card names.
+        The rows, and their origin: `revision`, the commit hash, and the `license` in the card.
 
     Raises:
-        UserError: no revision, or the hub refused, is unreachable or broke off; nothing is kept of
-            a broken download but what the next try can build on.
+        UserError: no revision is set, or the hub refuses, is unreachable or fails midway; interrupted
+            downloads resume.
     """
     commit = _commit(name, revision)
     import datasets
     from huggingface_hub import snapshot_download
 
     try:
-        # load_dataset(name, revision=...) would, on any trouble with the hub, quietly take whatever
-        # revision was built last; a snapshot is of this commit or an error.
+        # load_dataset(name, revision=...) would, on any hub error, silently use whatever
+        # revision was built last; a snapshot is this commit or an error.
         folder = snapshot_download(
             name,
             repo_type="dataset",
@@ -39,14 +39,14 @@ def read_dataset(
     try:
         dataset = datasets.load_dataset(folder, split=split)
     except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
-        cause = error.__cause__ or error  # a generation error itself says only that there was one
+        cause = error.__cause__ or error  # a generation error's own message is generic
         raise UserError(f"fetch: {name} at {commit}, split {split!r}: {cause}") from error
     rows: list[dict[str, Any]] = dataset.to_list()
     return rows, {"revision": commit, "license": stated_license(Path(folder))}
 
 
 def _commit(name: str, revision: str | None) -> str:
-    """The commit that `revision` names now; a branch or tag is resolved once, here."""
+    """Resolve `revision` to a commit hash, once; branches and tags can move."""
     if is_offline():
         if revision and COMMIT.fullmatch(revision):
             return revision

@@ -1,4 +1,4 @@
-"""Base models of the hub at a pinned revision, or in a folder."""
+"""Base models from the hub at a pinned revision, or from a folder."""
 
 import hashlib
 from pathlib import Path
@@ -7,24 +7,24 @@ from fintune.errors import UserError
 from fintune.hub.client import explain_error, is_offline
 from fintune.params import Base
 
-STRETCHES, STRETCH_BYTES = 256, 65_536  # of a weights file, for its fingerprint
+STRETCHES, STRETCH_BYTES = 256, 65_536  # samples of each weights file
 
 
 def check_model(model: str, revision: str) -> int:
-    """Ask the hub for a base model's files before anything is spent on it.
+    """Check that a hub model is accessible and has safetensors weights, without downloading them.
 
     Returns:
         The size of its safetensors weights in bytes.
 
     Raises:
-        UserError: gated, missing, unreachable, without safetensors weights, or not in the cache
-            while offline.
+        UserError: the model is gated, missing, unreachable, without safetensors weights, or, offline,
+            not in the cache.
     """
     from huggingface_hub import HfApi, snapshot_download
 
     try:
         if is_offline():
-            # only what transformers loads; a cache without a repository's other files is good enough
+            # only what transformers loads; the cache may lack the repository's other files
             folder = snapshot_download(
                 model,
                 revision=revision,
@@ -53,10 +53,10 @@ def check_model(model: str, revision: str) -> int:
 
 
 def local_folder(base: Base) -> Path:
-    """Where a base's configuration and weights lie here; what the cache lacks is fetched first.
+    """Return the local folder of a base's configuration and weights, downloading what the cache lacks.
 
     Raises:
-        UserError: as `check_model`.
+        UserError: the model is gated, missing or unreachable, or, offline, not in the cache.
     """
     if base.is_folder:
         return Path(base.model)
@@ -75,10 +75,10 @@ def local_folder(base: Base) -> Path:
 
 
 def weights_fingerprint(base: Base) -> str:
-    """A hash that tells one base's weights from another's of the same shape, in milliseconds.
+    """Hash a base's weights in milliseconds, to distinguish bases of the same shape.
 
-    Of each safetensors file it takes the size and 256 stretches of 64 KiB, spread evenly over it;
-    another training changes all weights, so these differ, too.
+    The hash covers each safetensors file's name, size and 256 evenly spread stretches of 64 KiB;
+    training changes all weights, so it changes these.
     """
     digest = hashlib.sha256()
     files = sorted(file for file in local_folder(base).iterdir() if is_weights(file.name))
@@ -93,19 +93,18 @@ def weights_fingerprint(base: Base) -> str:
 
 
 def is_weights(filename: str) -> bool:
-    """Whether transformers would load this file; some repositories hold a second copy of the weights."""
+    """Return whether transformers would load this file; some repositories hold the weights twice."""
     return filename.startswith("model") and filename.endswith(".safetensors")
 
 
 def check_base(base: Base) -> int:
-    """Make sure that the base can be loaded.
+    """Check that the base can be loaded.
 
     Returns:
         The size of its weights in bytes.
 
     Raises:
-        UserError: a folder without config, tokenizer or safetensors weights; a hub model that is
-            gated, missing or unreachable.
+        UserError: a folder lacks config.json or safetensors weights; a hub model fails `check_model`.
     """
     if not base.is_folder:
         return check_model(base.model, base.revision or "")

@@ -15,9 +15,9 @@ log = logging.getLogger("fintune")
 
 @dataclass(frozen=True)
 class Champion:
-    """The adapter that a registered model's `champion` is, or the reason why there is none to compare.
+    """The adapter behind a registered model's `champion` alias, or the reason why there is none to compare.
 
-    `broken` says that there may be one which could not be had, `note` what to mind in a comparison.
+    `broken`: a champion may exist but could not be fetched. `note`: a caveat for the comparison.
     """
 
     folder: Path | None = None
@@ -31,11 +31,11 @@ class Champion:
 def fetch_champion(
     client: MlflowClient, name: str | None, record_file: Path, adapter: Path, into: Path
 ) -> Champion:
-    """Download the champion's adapter, unless it is the one at hand or cannot go on the same base.
+    """Download the champion's adapter, unless it equals `adapter` or does not fit the same base.
 
     Args:
-        name: the registered model; None where no champion is wanted.
-        record_file: `models/run.json` of the adapter that it is to be compared with.
+        name: the registered model; None for no champion.
+        record_file: `models/run.json` of the adapter to compare it with.
         adapter: that adapter's folder.
         into: an empty folder for the download.
     """
@@ -43,7 +43,7 @@ def fetch_champion(
         return Champion(reason="evaluate.champion is null")
     try:
         version = client.get_model_version_by_alias(name, "champion")
-    except Exception as error:  # a store has its own library's kinds
+    except Exception as error:  # each store raises its own library's errors
         if getattr(error, "error_code", "") in NOT_THERE:
             return Champion(reason=f"{name} has no champion yet")
         return _not_fetched(Champion(), name, error)
@@ -71,7 +71,7 @@ def _not_fetched(found: Champion, name: str, error: Exception) -> Champion:
 
 
 def _unlike(champion: Path, adapter: Path) -> str:
-    """Why two adapters are not to be compared on one base; empty where they are."""
+    """Return the reason why two adapters cannot be compared on one base, or an empty string."""
     weights = "adapter_model.safetensors"
     if (champion / weights).read_bytes() == (adapter / weights).read_bytes():
         return "is this very adapter"

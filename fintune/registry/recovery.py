@@ -1,4 +1,4 @@
-"""Log a run again from the files where MLflow lacks it."""
+"""Log a run again from the files if MLflow lacks it."""
 
 import csv
 import io
@@ -20,10 +20,9 @@ log = logging.getLogger("fintune")
 
 
 def run_of_adapter(client: MlflowClient) -> str:
-    """Return the id of the adapter's run, which is logged again from the files where it is missing.
+    """Return the id of the adapter's run, logging it again from the files if it is missing.
 
-    A run that was logged again has another id than `models/run.json` says; it is found by the tag
-    `first_run_id`.
+    A run that was logged again has a new id; its tag `first_run_id` has the one in `models/run.json`.
     """
     record = json.loads(paths.RUN.read_text())
     metrics = json.loads(paths.TRAIN_METRICS.read_text())
@@ -49,7 +48,7 @@ def run_of_adapter(client: MlflowClient) -> str:
 
 
 def read_curve(path: Path) -> list[dict[str, float | None]]:
-    """The training's values step by step; None where a step has none."""
+    """Read the training curve step by step; None where a step has no value."""
     return [
         {key: float(value) if value else None for key, value in row.items()}
         for row in csv.DictReader(io.StringIO(path.read_text()))
@@ -57,7 +56,7 @@ def read_curve(path: Path) -> list[dict[str, float | None]]:
 
 
 def restore_evaluation(client: Any, run_id: str) -> None:
-    """Add the evaluation's results to a run that has none."""
+    """Add the evaluation's results to a run that lacks them."""
     if has_metric(client, run_id, "tuned/loss"):
         return
     report = json.loads(paths.EVALUATION.read_text())
@@ -70,5 +69,5 @@ def restore_evaluation(client: Any, run_id: str) -> None:
 
 
 def has_metric(client: Any, run_id: str, metric: str) -> bool:
-    """Tell whether a run has a value of this metric."""
+    """Return whether a run has a value of this metric."""
     return metric in client.get_run(run_id).data.metrics

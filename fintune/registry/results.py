@@ -11,7 +11,7 @@ from mlflow.tracking import MlflowClient
 from fintune.params import flatten
 from fintune.tracking.runs import as_texts, now_ms, upload
 
-TABLES = "mlflow.loggedArtifacts"  # the tag by which MLflow's pages find tables
+TABLES = "mlflow.loggedArtifacts"  # the tag that MLflow's UI finds tables by
 
 
 def log_results(
@@ -23,8 +23,8 @@ def log_results(
 ) -> None:
     """Add a later stage's results to the adapter's run.
 
-    The stage's parameters become tags, because an adapter may be evaluated again with others and
-    MLflow's parameters cannot change.
+    The stage's parameters become tags: an adapter may be evaluated again with different ones, and MLflow's
+    parameters are immutable.
     """
     numbers = {
         key.replace(".", "/"): float(value)
@@ -41,7 +41,7 @@ def log_results(
 
 
 def log_predictions(client: MlflowClient, run_id: str, rows: list[dict[str, Any]]) -> None:
-    """Log rows as a table that the run's page shows.
+    """Log rows as a table on the run's page.
 
     `mlflow.log_table` would append them to the table of an earlier evaluation.
     """

@@ -13,7 +13,7 @@ NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # a model, a
 
 
 def find_version(client: MlflowClient, name: str) -> Any:
-    """The registered version that NAME@ALIAS or NAME/VERSION names.
+    """Find the registered version named by NAME@ALIAS or NAME/VERSION.
 
     Raises:
         UserError: there is none; the message lists the registry's models.
@@ -33,26 +33,26 @@ def find_version(client: MlflowClient, name: str) -> Any:
 
 
 def download_version(client: MlflowClient, name: str, into: Path) -> Path:
-    """Copy a registered version's files into a folder.
+    """Download a registered version's files into a folder.
 
     Raises:
-        UserError: there is no such version, or its files are gone.
+        UserError: the version does not exist, or its files are gone.
     """
     version = find_version(client, name)
     uri = f"models:/{version.name}/{version.version}"
     try:
         return Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(into)))
-    except Exception as error:  # a store has its own library's kinds
+    except Exception as error:  # each store raises its own library's errors
         raise UserError(f"{name}: its files could not be fetched: {error}") from error
 
 
 def register(
     client: MlflowClient, run_id: str, name: str, tags: dict[str, str], passed: bool
 ) -> tuple[str, list[str]]:
-    """Register the run's adapter as a version of `name`, once, and move the aliases.
+    """Register the run's adapter as a version of `name`, unless it is registered, and move the aliases.
 
     Returns:
-        The version and its aliases: `candidate` always, `champion` where the gate passed.
+        The version and its aliases: `candidate` always, `champion` if the gate passed.
     """
     try:
         client.create_registered_model(

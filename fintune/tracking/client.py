@@ -15,21 +15,21 @@ from fintune import paths
 from fintune.errors import UserError
 
 EXPERIMENT = "financial-qa"
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # by default minutes of retries
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # the default retries for minutes
 os.environ.setdefault("MLFLOW_ENABLE_ASYNC_LOGGING", "false")
 for noisy in ("alembic", "mlflow", "sqlalchemy"):
     logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
 def connect(root: Path) -> MlflowClient:
-    """Point MLflow at its store and make sure that the store answers, within seconds.
+    """Connect to MLflow's store, and fail within seconds if it does not respond.
 
-    `MLFLOW_TRACKING_URI` names a server or database; without it, or with a relative SQLite path, the
-    file lies at the project's root, also for experiments that DVC runs in a temporary folder.
+    `MLFLOW_TRACKING_URI` names a server or database. Without it, or with a relative SQLite path, the file
+    is at the project's root, even for experiments that DVC runs in a temporary folder.
     `MLFLOW_EXPERIMENT_NAME` names the experiment.
 
     Raises:
-        UserError: the server does not answer, or refuses.
+        UserError: the server does not respond, or refuses access.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{paths.MLFLOW_DATABASE}"
     local = uri.startswith("sqlite:///") and not uri.startswith("sqlite:////")
@@ -57,7 +57,7 @@ def _client(root: Path, uri: str, local: bool) -> MlflowClient:
     try:
         if client.get_experiment_by_name(name) is None:
             location = (root / paths.MLFLOW_ARTIFACTS).as_uri() if local else None
-            # else the UI shows agents' pages
+            # else the UI shows its pages for agents
             kind = {"mlflow.experimentKind": "custom_model_development"}
             client.create_experiment(name, artifact_location=location, tags=kind)
         mlflow.set_experiment(name)
@@ -67,7 +67,7 @@ def _client(root: Path, uri: str, local: bool) -> MlflowClient:
                 f"MLflow at {_shown(uri)} refuses access: set MLFLOW_TRACKING_USERNAME and "
                 "MLFLOW_TRACKING_PASSWORD to a user of that server and its password"
             ) from None
-        message = str(error).replace(uri, _shown(uri))  # which may hold a password
+        message = str(error).replace(uri, _shown(uri))  # the URI may hold a password
         raise UserError(f"MLflow at {_shown(uri)}: {message}") from None
     return client
 
@@ -85,6 +85,6 @@ def _ask_server(uri: str) -> None:
 
 
 def _shown(uri: str) -> str:
-    """The address without a user's name and password."""
+    """Return the URI without user name and password."""
     scheme, _, rest = uri.partition("://")
     return f"{scheme}://{rest.rsplit('@', 1)[-1]}"

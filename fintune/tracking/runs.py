@@ -1,7 +1,7 @@
-"""The MLflow run of a training: opened, logged to live, and described in `models/run.json`.
+"""The MLflow run of a training job: started, logged to live, and described in `models/run.json`.
 
-That file holds all of the run's record besides metrics and artifacts, so a run that DVC restored from
-its cache, or that a server has lost, is logged again from the files.
+That file is the run record except for metrics and artifacts, so a run that DVC restored from its cache
+or that a server lost can be logged again from the files.
 """
 
 import json
@@ -36,12 +36,12 @@ SWEEP = "experiments_on_commit"
 
 @contextmanager
 def training_run(record: Path, name: str, parent: str | None) -> Iterator[str]:
-    """The active run of a training, with system metrics; a resumed training goes on in its own run.
+    """Start a training job's run, or resume its earlier one, with system metrics.
 
     Args:
-        record: keeps the run's id between a kill and the resumption.
-        name: of a new run; `dvc exp run` gives its experiment's name instead.
-        parent: the run under which the UI shows a new one, if any.
+        record: file that keeps the run's id between a kill and the resumption.
+        name: of a new run; under `dvc exp run`, the experiment's name replaces it.
+        parent: the run under which the UI nests a new one, if any.
 
     Yields:
         The run's id. The run ends as FINISHED, KILLED (by the user) or FAILED.
@@ -69,10 +69,13 @@ def training_run(record: Path, name: str, parent: str | None) -> Iterator[str]:
 
 
 def sweep_run(client: MlflowClient, root: Path) -> str | None:
-    """The run under which MLflow shows the experiments of one commit, made by the first of them.
+    """Find or create the run that groups one commit's experiments in MLflow.
 
-    For experiments that DVC runs beside the user's workspace, queued or with --temp: those of a sweep.
-    A search names its own run in `FINTUNE_PARENT_RUN`. None for others.
+    It groups the experiments that DVC runs outside the workspace, queued or with --temp. A search sets
+    its own run in `FINTUNE_PARENT_RUN`.
+
+    Returns:
+        The run's id, or None for training in the workspace.
     """
     if parent := os.environ.get("FINTUNE_PARENT_RUN"):
         return parent
@@ -95,7 +98,7 @@ def sweep_run(client: MlflowClient, root: Path) -> str | None:
 
 
 def search_run(client: MlflowClient, name: str, space: dict[str, str]) -> str:
-    """The running run that holds the trials of a search; the one of before where it is resumed."""
+    """Find or create the run that holds a search's trials, and set its status to RUNNING."""
     named = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
     experiment = client.get_experiment_by_name(named).experiment_id
     found = client.search_runs([experiment], f"tags.search = '{name}'")
@@ -109,7 +112,7 @@ def search_run(client: MlflowClient, name: str, space: dict[str, str]) -> str:
 
 
 def live_logger(run_id: str) -> Callable[[int, dict[str, float]], None]:
-    """A function that logs a step's values; a server that goes away costs the curve, not the training."""
+    """Return a function that logs a step's values; after an MLflow error it stops, and training continues."""
     client = MlflowClient()
     lost = False
 
@@ -120,7 +123,7 @@ def live_logger(run_id: str) -> Callable[[int, dict[str, float]], None]:
         metrics = [Metric(f"curve/{k}", v, now_ms(), step) for k, v in values.items()]
         try:
             client.log_batch(run_id, metrics=metrics)
-        except Exception as error:  # whatever it is, minutes of training are worth more
+        except Exception as error:  # no logging error may stop training
             lost = True
             log.warning("MLflow stopped answering (%s); evaluate logs the run again", error)
 
@@ -130,17 +133,17 @@ def live_logger(run_id: str) -> Callable[[int, dict[str, float]], None]:
 def describe_run(
     run_id: str, sections: dict[str, Any], hardware: str, root: Path
 ) -> dict[str, Any]:
-    """The record of a run for `models/run.json`: id, parameters and lineage.
+    """Build the run record for `models/run.json`: id, parameters and lineage.
 
     Args:
         sections: the parameter sections that training itself used.
-        hardware: what it ran on.
-        root: the folder with dvc.lock, which holds the parameters and hashes of the stages before.
+        hardware: name of the device.
+        root: the folder with dvc.lock, which holds the parameters and hashes of earlier stages.
     """
     params = dict(sections)
     tags = {"mlflow.source.git.commit": git(root, "rev-parse", "HEAD"), "hardware": hardware}
     tags["git_commit"] = tags["mlflow.source.git.commit"]
-    written = (f":!{paths.LOCK}", f":!{paths.REPORTS}")  # by the stages before, on the way here
+    written = (f":!{paths.LOCK}", f":!{paths.REPORTS}")  # earlier stages wrote these
     changes = git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", *written)
     tags["git_dirty"] = str(bool(changes)).lower()
     if experiment := os.environ.get("DVC_EXP_NAME"):
@@ -160,7 +163,7 @@ def describe_run(
 
 
 def as_texts(tree: dict[str, Any]) -> dict[str, str]:
-    """Flatten for MLflow: values as JSON but for plain strings, so that their types survive the way back."""
+    """Flatten for MLflow; values are JSON, except plain strings, so types survive the round trip."""
     return {
         key: value if isinstance(value, str) and not _is_json(value) else json.dumps(value)
         for key, value in flatten(tree).items()
@@ -182,10 +185,7 @@ def log_training(
     adapter: Path,
     curve: list[dict[str, float | None]] | None = None,
 ) -> None:
-    """Log parameters, lineage, final metrics and the adapter; the curve too where it was not live.
-
-    Does nothing to a run that has all of it.
-    """
+    """Log parameters, lineage, final metrics and the adapter, and the curve if it was not logged live."""
     run_id = record["run_id"]
     params = [MlflowParam(key, value) for key, value in record["params"].items()]
     tags = [RunTag(key, value) for key, value in record["tags"].items()]
@@ -219,7 +219,7 @@ def upload(client: MlflowClient, run_id: str, path: Path, artifact_path: str | N
 
 
 def _description(metrics: dict[str, float]) -> str:
-    """What the run's page says at its top."""
+    """Format the note at the top of the run's page."""
     return (
         f"Validation loss {metrics['validation_loss']:.4g} after {metrics['steps']:.0f} steps in "
         f"{metrics['seconds']:.0f} s, {metrics['tokens_per_second']:,.0f} tokens/s. "
@@ -228,7 +228,7 @@ def _description(metrics: dict[str, float]) -> str:
 
 
 def log_training_or_later(*arguments: Any) -> None:
-    """`log_training`, or a warning where the server is gone: evaluation logs the run again."""
+    """Call `log_training`, but only warn on failure: evaluation logs the run again."""
     _or_later(log_training, *arguments)
 
 
@@ -242,18 +242,18 @@ def _or_later(action: Callable[..., Any], *arguments: Any) -> None:
 def log_table(
     run_id: str, rows: list[dict[str, Any]], name: str, context: str, source: Path
 ) -> None:
-    """Record a table as an input of the run: its digest, columns and where it lies, not its rows."""
+    """Log a table as an input of the run: its digest, columns and path, not its rows."""
     import pandas as pd
 
     frame = pd.DataFrame(rows)[["instruction", "input", "output"]]
     with warnings.catch_warnings(), _active(run_id):
-        warnings.simplefilter("ignore")  # MLflow finds two readers for a local file and takes one
+        warnings.simplefilter("ignore")  # MLflow has two readers for a local file
         mlflow.log_input(mlflow.data.from_pandas(frame, source=str(source), name=name), context)
 
 
 @contextmanager
 def _active(run_id: str) -> Iterator[None]:
-    """Make a run the active one, unless it is already."""
+    """Make a run active, unless it already is."""
     active = mlflow.active_run()
     if active and active.info.run_id == run_id:
         yield
@@ -263,7 +263,7 @@ def _active(run_id: str) -> Iterator[None]:
 
 
 def existing_run(client: MlflowClient, run_id: str) -> str | None:
-    """Return the id if the store has this run and nobody deleted it."""
+    """Return the id if the store has this run and it is not deleted, else None."""
     try:
         run = client.get_run(run_id)
     except MlflowException as error:
@@ -274,5 +274,5 @@ def existing_run(client: MlflowClient, run_id: str) -> str | None:
 
 
 def now_ms() -> int:
-    """Return the time as MLflow counts it: milliseconds since 1970."""
+    """Return the current time in milliseconds since 1970, as MLflow expects."""
     return int(time.time() * 1000)

@@ -1,4 +1,4 @@
-"""The search: what it proposes, what it leaves in DVC and MLflow, that it goes on after an interruption."""
+"""The search: its proposals, its results in DVC and MLflow, and resumption after an interruption."""
 
 import json
 import re
@@ -84,12 +84,12 @@ def searched(make_project: Callable[..., Project]) -> Searched:
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
-        # a shell's background jobs ignore interruptions, and so would their children
+        # a shell's background jobs ignore SIGINT, and their children inherit that
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert first.stderr
     for line in first.stderr:
-        if "validation_loss" in line:  # the first good trial is done and the next one begins
+        if "validation_loss" in line:  # the first good trial is done
             first.send_signal(signal.SIGINT)
             break
     rest = first.stderr.read()
@@ -130,7 +130,7 @@ def test_every_trial_is_one_run_below_the_search_s(searched: Searched) -> None:
 
 @pytest.mark.end_to_end
 def test_the_printed_command_reproduces_the_best(searched: Searched) -> None:
-    """DVC restores it from its cache; the parameters and so the loss are the best trial's."""
+    """DVC restores it from its cache; the parameters and the loss are the best trial's."""
     project = searched.project
     command = searched.output.strip().splitlines()[-1].split()
     assert command[:3] == ["dvc", "exp", "run"]

@@ -1,4 +1,4 @@
-"""The prompt, what is learned of a row, and what happens to a row that is too long."""
+"""The prompt, the completion, and the handling of rows that are too long."""
 
 from typing import Any
 
@@ -54,7 +54,7 @@ def full(tokenizer: Any) -> int:
 
 
 def test_every_length_keeps_the_end_token_and_fits(tokenizer: Any) -> None:
-    """At each limit: whole, cut (at most the limit, never without its end token), or dropped."""
+    """At each limit, a row is whole, cut to fit with its end token kept, or dropped."""
     seen = set()
     prompt, _ = encode(tokenizer, render_prompt(ROW["instruction"], ROW["input"]), "")
     for limit in range(2, full(tokenizer) + 1):

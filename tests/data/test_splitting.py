@@ -1,4 +1,4 @@
-"""The split's properties: disjoint by question, blind to order, still under additions."""
+"""The split's properties: disjoint by question, independent of row order, stable under additions."""
 
 import random
 from collections.abc import Callable
@@ -32,7 +32,7 @@ Row = dict[str, Any]
 
 
 def questions(count: int) -> list[str]:
-    """Questions that are far from each other's likeness."""
+    """Generate questions that are not similar to each other."""
     made = random.Random(1)
     words = [f"{a}{b}" for a in THINGS for b in ("ing", "er", "ish", "ward", "like", "ful")]
     return [" ".join(made.sample(words, 6)) + "?" for _ in range(count)]

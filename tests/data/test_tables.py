@@ -1,4 +1,4 @@
-"""Reading tables in four formats and setting unusable rows aside, by reason."""
+"""Reading tables in four formats and dropping unusable rows, by reason."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness with a task of two choices that lies in a folder here; no network."""
+"""lm-evaluation-harness with a local two-choice task; no network."""
 
 import json
 import sys
@@ -16,7 +16,7 @@ from fintune.model.adapter import add_adapter
 from fintune.model.base import load_base
 from fintune.params import Base, Harness, Lora
 
-# a token each: in a random model, the number of tokens decides
+# one token each; a random model would prefer the shorter choice
 WORDS = ("loan", "price", "plan", "part", "tax", "bank", "rate", "market", "money", "state")
 QUESTIONS = [
     (f"A {thing} is", f" a {first}", f" a {second}")
@@ -55,7 +55,7 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Harness:
 
 @pytest.fixture(scope="module")
 def model(base: Base, tokenizer: Any) -> Any:
-    """The tiny base with an adapter that changes it."""
+    """Load the tiny base with an adapter that changes it."""
     lora = Lora(r=4, alpha=8, dropout=0.0, target_modules=["q_proj", "down_proj"])
     tuned = add_adapter(load_base(base, tokenizer, "none", torch.float32), tokenizer, lora, 0)
     torch.manual_seed(1)
@@ -66,7 +66,7 @@ def model(base: Base, tokenizer: Any) -> Any:
 
 
 def accuracy(model: Any, tokenizer: Any, questions: list[tuple[str, str, str]]) -> float:
-    """How often the first choice is the likelier one, computed without the harness."""
+    """Compute without the harness how often the first choice is likelier."""
 
     def chance(question: str, choice: str) -> float:
         start = tokenizer(question)["input_ids"]

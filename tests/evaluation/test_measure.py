@@ -1,6 +1,6 @@
 """The comparison of models: what must not change it, and what the gate has to catch.
 
-Adapters of a tiny base that a few seconds of training, or some damage, make good or bad.
+The adapters of a tiny base are made good or bad by a few seconds of training or by damage.
 """
 
 import json
@@ -39,7 +39,7 @@ Tokens = list[tuple[list[int], list[int]]]
 
 @pytest.fixture(scope="module")
 def base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Base:
-    """The tiny base with a louder head: the random one cannot be sure of any token."""
+    """Save the tiny base with a scaled-up head, since the random one is not sure of any token."""
     folder = shutil.copytree(tiny_base, tmp_path_factory.mktemp("loud") / "base")
     model = AutoModelForCausalLM.from_pretrained(tiny_base)
     with torch.no_grad():
@@ -50,14 +50,14 @@ def base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Base:
 
 @pytest.fixture(scope="module")
 def passages() -> list[str]:
-    """The beginnings of six passages."""
+    """Return the first words of six passages."""
     whole = read_passages(str(ROOT / "assets/general-text.jsonl"))[:6]
     return [" ".join(passage.split()[:16]) for passage in whole]
 
 
 @pytest.fixture(scope="module")
 def rows(tokenizer: Any) -> list[dict[str, Any]]:
-    """Eight formatted rows of seven questions."""
+    """Return eight formatted rows of seven questions."""
     texts = {
         "A loan.": "What is a bond?",
         "A part of a firm.": "What is a share?",
@@ -88,7 +88,7 @@ def params(monkeypatch: pytest.MonkeyPatch) -> Evaluate:
 def train(
     base: Base, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
-    """Fit an adapter to tokens, given their prompts, and save it as the train stage does."""
+    """Return a function that fits an adapter to tokens and saves it as the train stage does."""
 
     def fit(tokens: Tokens, steps: int = STEPS) -> Path:
         model = add_adapter(load_base(base, tokenizer, "none", torch.float32), tokenizer, LORA, 0)
@@ -118,14 +118,14 @@ def train(
 def good(
     train: Callable[..., Path], tokenizer: Any, rows: list[dict[str, Any]], passages: list[str]
 ) -> Path:
-    """Knows the answers by heart, and the general text no worse than the base."""
+    """Train an adapter that knows the answers by heart, and the general text no worse than the base."""
     tokens = [encode(tokenizer, row["prompt"], row["completion"]) for row in rows]
     return train(tokens + [(ids[:1], ids[1:]) for ids in tokenizer(passages)["input_ids"]])
 
 
 @pytest.fixture(scope="module")
 def forgetful(train: Callable[..., Path], tokenizer: Any, rows: list[dict[str, Any]]) -> Path:
-    """Knows the answers by heart and nothing else."""
+    """Train an adapter that knows only the answers by heart."""
     return train([encode(tokenizer, row["prompt"], row["completion"]) for row in rows])
 
 
@@ -145,7 +145,7 @@ def evaluate(
     params: Evaluate,
     champion: Path | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The report and the predictions, as the stage makes them of a table of rows."""
+    """Compute the report and the predictions from a table of rows, as the stage does."""
     asked = [normalize_question(row["input"]) for row in rows]
     chosen, questions, references = select_rows(rows, asked, params.max_rows)
     measured = measure(adapter, champion, chosen, references, passages, params)
@@ -180,7 +180,7 @@ def test_a_good_adapter_passes_every_rule(
 def test_a_zeroed_adapter_is_the_base_and_improves_nothing(
     train: Callable[..., Path], rows: list[dict[str, Any]], passages: list[str], params: Evaluate
 ) -> None:
-    """As it is before the first step: LoRA's second factor is zero, the tokens' rows are the base's."""
+    """Before the first step, LoRA's second factor is zero and the tokens' rows are the base's."""
     report, table = evaluate(train([([1], [2])], steps=0), rows, passages, params)
     assert broken_rules(report) == ["min_perplexity_reduction", "min_stop_rate"]
     assert report["tuned"] == report["base"]
@@ -218,7 +218,7 @@ def test_an_adapter_that_never_stops_is_caught_by_the_stop_rate_alone(
     params: Evaluate,
     tmp_path: Path,
 ) -> None:
-    """The second of the two rows of the head is the end token's; turned round, it is never likely."""
+    """The second of the head's two rows is the end token's; negated, the token is never likely."""
 
     def turn(name: str, w: torch.Tensor) -> torch.Tensor:
         return torch.stack([w[0], -w[1]]) if "lm_head.token_adapter" in name else w
@@ -239,7 +239,7 @@ def test_forgetting_is_caught_by_its_rule_alone(
 def test_order_batches_and_padding_change_nothing(
     good: Path, rows: list[dict[str, Any]], passages: list[str], params: Evaluate
 ) -> None:
-    """A shuffled table, other batches: the same report to rounding, the same answers to the letter."""
+    """A shuffled table and other batches give the same report up to rounding, and identical answers."""
     report, table = evaluate(good, rows, passages, params)
     mixed = random.Random(0).sample(rows, len(rows))
     again, other = evaluate(good, mixed, passages, params.model_copy(update={"rows_per_batch": 1}))

@@ -1,4 +1,4 @@
-"""The evaluation's page: what it says, that it needs nothing else, and how a browser shows it."""
+"""The evaluation's page: its content, its independence of other files, and its display in a browser."""
 
 import re
 from collections.abc import Iterator
@@ -50,7 +50,7 @@ def sums(seed: int) -> dict[str, Any]:
 
 @pytest.fixture
 def content() -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, float | None]]]:
-    """A report with everything in it, predictions of hostile texts, and a curve."""
+    """Return a complete report, predictions of hostile texts, and a curve."""
     texts = list(HOSTILE.values())
     rows = [
         {"instruction": texts[i % len(texts)], "input": f"{i} {texts[i % len(texts)]}", "output": "a " * i}
@@ -130,7 +130,7 @@ def page(content: Any, params: Evaluate) -> str:
 
 
 class Elements(HTMLParser):
-    """The tags of a page with their attributes, its ids and its text."""
+    """The tags of a page with their attributes, and its text."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -277,7 +277,7 @@ def test_hostile_texts_are_shown_as_texts(
 def test_text_stands_out_from_its_ground(
     browser: Any, page: str, tmp_path: Path, scheme: str
 ) -> None:
-    """A contrast of at least 4.5 to 1 (WCAG AA) for each colour that text has."""
+    """Each text colour has a contrast of at least 4.5 to 1 (WCAG AA)."""
     feature = {"name": "prefers-color-scheme", "value": scheme}
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
     show(browser, page, tmp_path, 1280)

@@ -1,4 +1,4 @@
-"""Figures, intervals, parts and rules, each against a plain way to get the same."""
+"""Metrics, intervals, breakdowns and gate rules, each against a plain computation."""
 
 import math
 import random
@@ -25,7 +25,7 @@ RULES = {
 
 
 def draw_sums(rows: int, seed: int, loss: float = 2.0) -> Sums:
-    """Every metric's numerators and denominators, of a model that does not exist."""
+    """Draw every metric's numerators and denominators at random."""
     generator = np.random.default_rng(seed)
     tokens, one = generator.integers(1, 30, rows).astype(float), np.ones(rows)
     nll = generator.gamma(4, loss / 4, rows) * tokens
@@ -62,7 +62,7 @@ def test_differences_by_hand_are_signed_so_that_more_is_better() -> None:
 
 
 def test_intervals_equal_those_of_drawing_rows_one_by_one() -> None:
-    """The same draws, with every row of a drawn question put down as often as it came."""
+    """The same draws, with the rows of a drawn question repeated as often as it was drawn."""
     rows, samples = 12, 80
     questions = [f"q{i % 5}" for i in range(rows)]
     base, tuned = draw_sums(rows, 0, loss=3), draw_sums(rows, 1, loss=1)
@@ -102,7 +102,7 @@ def test_the_interval_covers_the_mean_and_narrows_with_more_questions() -> None:
 
 
 def test_rows_of_one_question_are_drawn_together() -> None:
-    """Forty rows of one question each say no more than one row: the interval is that of ten."""
+    """Forty equal rows carry no more information than one, so the interval is as wide as for ten rows."""
     values = np.repeat(np.random.default_rng(0).normal(0, 1, 10), 40)
     together = interval_of_mean(values, [str(i // 40) for i in range(400)])
     apart = interval_of_mean(values, names(400))
@@ -121,7 +121,7 @@ def test_the_interval_does_not_depend_on_the_order_of_rows_or_on_memory(
 
 
 def test_pairing_takes_out_what_is_hard_for_both() -> None:
-    """Two models that differ by 0.1 on every row: however the rows differ, the interval is a point."""
+    """If two models differ by 0.1 on every row, the interval is a point, however much the rows differ."""
     base = draw_sums(ROWS, 0)
     value, one = base["rouge_l"]
     found = compare(base, base | {"rouge_l": (value + 0.1, one)}, names(ROWS), 100, 0)["rouge_l"]
@@ -140,7 +140,7 @@ def test_what_is_not_finite_is_none_and_spoils_no_other_metric() -> None:
 
 
 def rows_of(count: int) -> list[dict[str, Any]]:
-    """Rows of which every question has up to three, with different answers."""
+    """Build rows with three different answers per question."""
     return [
         {
             "instruction": f"instruction {'abc'[i % 3]}",
@@ -206,7 +206,7 @@ def test_worst_and_best_rows() -> None:
 
 
 def test_calibration_by_hand() -> None:
-    """Four tokens at 0.25, one right; six at 0.9, three right: 0.4 x 0 + 0.6 x 0.4 apart."""
+    """Four tokens at 0.25, one right; six at 0.9, three right: the error is 0.4 x 0 + 0.6 x 0.4."""
     sums = np.zeros((BINS, 3))
     sums[2], sums[9] = (4, 1.0, 1), (6, 5.4, 3)
     curve = calibration_curve(sums)
@@ -216,7 +216,7 @@ def test_calibration_by_hand() -> None:
 
 
 def a_report(**changes: Any) -> dict[str, Any]:
-    """What the rules look at; a model that keeps all of them, but for the changes."""
+    """Build the part of a report that the rules read; it meets all of them, except for the changes."""
     values = {"reduction": 0.3, "stops": 0.95, "rise": 0.4, "champion": -0.04} | changes
     champion: dict[str, Any] = {
         "compared": True,

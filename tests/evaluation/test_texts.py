@@ -1,4 +1,4 @@
-"""Text metrics, each against a plain way to get the same figure."""
+"""Text metrics, each against a plain computation."""
 
 import random
 from pathlib import Path
@@ -15,7 +15,7 @@ from fintune.params import Embedding
 
 
 def test_rouge_by_hand() -> None:
-    """'the rate falls' against 'the interest rate falls now': three words and one pair of neighbours."""
+    """'the rate falls' and 'the interest rate falls now' share three words and one bigram."""
     scores = text_scores(
         ["the rate falls", "", "Rates fall."],
         [["the interest rate falls now"], ["a"], ["rate falls"]],
@@ -44,7 +44,7 @@ def test_rouge_is_the_library_s_own_with_stemming() -> None:
 
 
 def test_chrf_by_hand() -> None:
-    """'abc' and 'abd' share 2 of 3 letters, 1 of 2 pairs, 0 of 1 triple; longer ones there are none."""
+    """'abc' and 'abd' share 2 of 3 letters, 1 of 2 pairs and 0 of 1 triple; there are no longer n-grams."""
     scores = text_scores(["abc", "abc"], [["abd"], ["abc"]])
     assert scores["chrf"] == pytest.approx([100 * (2 / 3 + 1 / 2 + 0) / 3, 100], rel=1e-6)
 

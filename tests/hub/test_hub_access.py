@@ -1,6 +1,6 @@
-"""Data sets and bases from the hub, through the real stages: pinned, refused, cut off, offline.
+"""Data sets and bases from the hub, through the real stages: pinned, refused, interrupted, offline.
 
-The hub is tests/hub.py. Every test has a cache of its own, cold at first.
+The hub is tests/support/hub.py. Every test has its own cache, empty at first.
 """
 
 import json
@@ -40,7 +40,7 @@ Environment = dict[str, str]
 
 @pytest.fixture(scope="module")
 def hub(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
-    """acme/qa and acme/tiny at OLD and NEW, where `main` is NEW; the others at OLD alone."""
+    """Serve acme/qa and acme/tiny at OLD and NEW, where `main` is NEW, and other repositories at OLD only."""
     old, new = tmp_path_factory.mktemp("old"), tmp_path_factory.mktemp("new")
     pq.write_table(pa.Table.from_pylist(OLD_ROWS), old / "train.parquet")
     pq.write_table(pa.Table.from_pylist(NEW_ROWS), new / "train.parquet")
@@ -67,14 +67,14 @@ def hub(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[H
 
 @pytest.fixture
 def environment(hub: Hub, tmp_path: Path) -> Iterator[Environment]:
-    """Of a process that reads from the hub, with a cold cache and no token."""
+    """Yield the environment of a process that reads from the hub, with an empty cache and no token."""
     yield hub.environment(tmp_path / "home")
     hub.mend()
 
 
 @pytest.fixture
 def split_project(make_project: MakeProject) -> Project:
-    """A project where the split stage has run; the base is to be taken from the hub."""
+    """Make a project after the split stage, with a base from the hub."""
     project = make_project(base__model="acme/tiny", base__revision=OLD)
     for split in SPLITS:
         write_rows(project / f"data/split/{split}.parquet", OLD_ROWS)
@@ -82,7 +82,7 @@ def split_project(make_project: MakeProject) -> Project:
 
 
 def run(project: Project, stage: str, environment: Environment) -> subprocess.CompletedProcess[str]:
-    """Run a stage, which shows the token in no output and no file, however it ends."""
+    """Run a stage, and check that the token is in no output and no file."""
     done = project.stage(stage, False, **environment)
     if token := environment["HF_TOKEN"]:
         texts = [done.stdout.encode(), done.stderr.encode(), *files(project.folder).values()]
@@ -96,7 +96,7 @@ def succeed(project: Project, stage: str, environment: Environment) -> None:
 
 
 def refuse(project: Project, stage: str, environment: Environment, *expected: str) -> None:
-    """Run a stage that ends with one message, with the expected parts, and without a traceback."""
+    """Check that a stage fails with one message with the expected parts, and without a traceback."""
     done = run(project, stage, environment)
     output = done.stdout + done.stderr
     assert done.returncode == 1, output
@@ -109,19 +109,19 @@ def refuse(project: Project, stage: str, environment: Environment, *expected: st
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Every file below the folder, hidden ones too."""
+    """Read every file below the folder, including hidden ones."""
     paths = [path for path in folder.rglob("*") if path.is_file()]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
 def fetched(project: Project) -> tuple[list[dict[str, str]], dict[str, Any]]:
-    """The raw rows and the manifest."""
+    """Read the raw rows and the manifest."""
     manifest = json.loads((project / "data/raw/manifest.json").read_text())
     return pq.read_table(project / "data/raw/qa.parquet").to_pylist(), manifest
 
 
 def token_counts(project: Project) -> list[Any]:
-    """Tokens of each formatted training row."""
+    """Read the number of tokens of each formatted training row."""
     rows = pq.read_table(project / "data/formatted/train.parquet")
     return list(rows["tokens"].to_pylist())
 
@@ -130,7 +130,7 @@ class TestDataSet:
     def test_a_pinned_revision_gives_its_rows(
         self, hub: Hub, make_project: MakeProject, environment: Environment
     ) -> None:
-        """Cold, with the other revision in the cache, and offline with both."""
+        """With an empty cache, with the other revision in the cache, and offline with both."""
         project = make_project(fetch__source="acme/qa")
         offline = environment | OFFLINE
         for revision, rows, how in (

@@ -1,4 +1,4 @@
-"""A sweep of eight experiments by two of DVC's workers: what DVC and MLflow know of it afterwards."""
+"""A sweep of eight experiments by two DVC workers, as seen afterwards in DVC and MLflow."""
 
 import json
 import subprocess
@@ -22,7 +22,7 @@ RANKS = (2, 4)
 
 @pytest.fixture(scope="module")
 def swept(make_project: Callable[..., Project]) -> Project:
-    """A project in which the data was made once and the sweep was queued and worked off."""
+    """Make a project with the data stages run once and a queued sweep finished."""
     project = make_project(train__max_steps=2, train__validate_every_steps=2, evaluate__max_rows=4)
     project.commit_all()
     project.run("dvc", "repro", "format")
@@ -52,7 +52,7 @@ def swept(make_project: Callable[..., Project]) -> Project:
 
 
 def shown(project: Project) -> list[dict[str, Any]]:
-    """The experiments that `dvc exp show` knows, without workspace and commit."""
+    """Return the experiments in `dvc exp show`, without workspace and commit."""
     table = json.loads(project.run("dvc", "exp", "show", "--json").stdout)
     return [
         revision
@@ -63,7 +63,7 @@ def shown(project: Project) -> list[dict[str, Any]]:
 
 
 def logged(project: Project) -> list[Run]:
-    """All runs in MLflow, the parent among them."""
+    """Return all runs in MLflow, including the parent."""
     client = MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
     experiments = client.search_experiments(filter_string="name = 'financial-qa'")
     return list(client.search_runs([each.experiment_id for each in experiments]))
@@ -93,7 +93,7 @@ def test_they_lie_under_one_run_that_names_the_commit(swept: Project) -> None:
 
 
 def test_versions_registered_at_once_are_all_there(tmp_path: Path) -> None:
-    """Four stages that end in the same moment, on a store and a model that do not exist yet."""
+    """Four stages end at the same moment, on a store and a model that do not exist yet."""
     code = """
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What goes wrong while stages run: no server, a kill, a lost run, wrong values, a bad merge."""
+"""Faults while stages run: no server, a kill, a lost run, wrong values, a bad merge."""
 
 import contextlib
 import csv
@@ -25,13 +25,13 @@ from support.project import Project
 
 pytestmark = pytest.mark.end_to_end
 
-LIMIT = 300  # seconds until something that was started counts as hung
-POLL = 0.02  # seconds between two looks
+LIMIT = 300  # seconds until a process counts as hung
+POLL = 0.02  # seconds between polls
 
 
 @pytest.fixture(scope="module")
 def formatted(make_project: Callable[..., Project]) -> Project:
-    """A project whose data is ready; dropout makes training depend on the random state as well."""
+    """Make a project with formatted data; dropout makes training depend on the random state."""
     project = make_project(train__max_steps=12, train__lora__dropout=0.1)
     for stage in ("fetch", "split", "format"):
         project.stage(stage)
@@ -40,7 +40,7 @@ def formatted(make_project: Callable[..., Project]) -> Project:
 
 @pytest.fixture(scope="module")
 def trained(formatted: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """The same project after an uninterrupted training."""
+    """Copy the project and train it without interruption."""
     project = copy(formatted, tmp_path_factory.mktemp("trained"))
     project.stage("train")
     return project
@@ -82,7 +82,7 @@ def free_port() -> int:
 
 
 def wait_until(holds: Callable[[], bool], process: subprocess.Popen[bytes], what: str) -> None:
-    """Look again and again until something holds, the process has ended or `LIMIT` has passed."""
+    """Poll until something holds; fail if the process ends or `LIMIT` passes first."""
     end = time.monotonic() + LIMIT
     while not holds():
         assert process.poll() is None, f"ended with {process.returncode} before: {what}"
@@ -96,9 +96,7 @@ def test_training_without_its_server_stops_before_anything_is_loaded(formatted: 
     done = formatted.stage(
         "train", check=False, MLFLOW_TRACKING_URI=f"http://user:secret@{address}"
     )
-    assert (
-        time.monotonic() - begun < 60
-    )  # most of it imports; the client alone would retry for minutes
+    assert time.monotonic() - begun < 60  # mostly imports; the client would retry for minutes
     assert done.returncode == 1
     assert f"error: no MLflow server answers at http://{address}" in done.stderr
     assert "user" not in done.stderr.replace("unset", "") and "secret" not in done.stderr
@@ -108,7 +106,7 @@ def test_training_without_its_server_stops_before_anything_is_loaded(formatted: 
 
 
 def whole_checkpoints(project: Project) -> list[int]:
-    """The steps of the checkpoints that are complete; their state is the last file of a save."""
+    """Return the steps of the complete checkpoints; their state is the last file of a save."""
     steps = []
     for state in project.folder.glob(".checkpoints/*/checkpoint-*/trainer_state.json"):
         with contextlib.suppress(OSError, ValueError):
@@ -201,7 +199,7 @@ def test_a_strict_gate_fails_the_stage_after_all_is_written(
 
 
 def test_the_champion_stays_until_something_is_no_worse(trained: Project, tmp_path: Path) -> None:
-    """A first champion, itself again, a worse adapter, and one whose champion has been lost."""
+    """A first champion, the same adapter again, a worse adapter, and one whose champion is lost."""
     project = copy(trained, tmp_path)
     rules = {
         "min_perplexity_reduction": None,
@@ -243,7 +241,7 @@ def test_the_champion_stays_until_something_is_no_worse(trained: Project, tmp_pa
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
-    """A tracking server that answers on loopback: its address, and the folder of its artifacts."""
+    """Run a tracking server on loopback; yield its address and its artifact folder."""
     address, artifacts = f"http://127.0.0.1:{(port := free_port())}", tmp_path / "artifacts"
     options = {
         "host": "127.0.0.1",
@@ -259,7 +257,7 @@ def server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
             cwd=tmp_path,
             stdout=log,
             stderr=log,
-            start_new_session=True,  # it starts workers, which have to end with it
+            start_new_session=True,  # its workers must end with it
         )
     try:
         wait_until(lambda: answers(f"{address}/health"), process, "the server answers")

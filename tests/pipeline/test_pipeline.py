@@ -1,4 +1,4 @@
-"""The whole pipeline through the real DVC and MLflow: what it writes, logs and runs again.
+"""The whole pipeline through the real DVC and MLflow: its files, its logs and its reruns.
 
 One `dvc repro` and two experiments, on a random two-layer base.
 """
@@ -88,7 +88,7 @@ print(json.dumps({
 
 @dataclass(frozen=True)
 class Finished:
-    """A project after `dvc repro`, with what git named as HEAD before it, and DVC's output."""
+    """A project after `dvc repro`, with the HEAD commit before it and DVC's output."""
 
     project: Project
     commit: str
@@ -101,7 +101,7 @@ def git(project: Project, *arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def finished(make_project: Callable[..., Project]) -> Finished:
-    """A git repository in which the pipeline ran once and whose results are committed."""
+    """Make a git repository in which the pipeline ran once and its results are committed."""
     project = make_project()
     project.commit_all()
     commit = git(project, "rev-parse", "HEAD")
@@ -113,7 +113,7 @@ def finished(make_project: Callable[..., Project]) -> Finished:
 
 @pytest.fixture(scope="module")
 def copy(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Project]:
-    """Copies of the finished project, for what changes it."""
+    """Return a function that copies the finished project, for tests that change it."""
 
     def make() -> Project:
         folder = tmp_path_factory.mktemp("copy") / "project"
@@ -125,7 +125,7 @@ def copy(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Callab
 
 @pytest.fixture(scope="module")
 def experiment(copy: Callable[[], Project]) -> Finished:
-    """A copy in which `dvc exp run` trained with another rate and for fewer steps."""
+    """Copy the project, and train with another learning rate and fewer steps by `dvc exp run`."""
     project = copy()
     commit = git(project, "rev-parse", "HEAD")
     changes = ("-S", "train.learning_rate=1e-4", "-S", "train.max_steps=3")
@@ -148,7 +148,7 @@ def store(project: Project) -> MlflowClient:
 
 
 def runs(project: Project) -> list[Run]:
-    """All runs of all experiments but those that only hold others, the oldest first."""
+    """Return all runs, the oldest first, except those that only group runs."""
     client = store(project)
     experiments = [each.experiment_id for each in client.search_experiments()]
     found = client.search_runs(experiments, order_by=["attributes.start_time ASC"])
@@ -165,7 +165,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A tree's leaves by dotted key."""
+    """Return a tree's leaves by dotted key."""
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
         leaves |= (
@@ -175,7 +175,7 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def locked_md5(project: Project, *stages: str) -> dict[str, str]:
-    """The md5 of the data and the adapter that the stages wrote, by path, from dvc.lock."""
+    """Read the md5 of the stages' data and adapter outputs by path, from dvc.lock."""
     locked = load_yaml(project / "dvc.lock")["stages"]
     written = {out["path"]: out["md5"] for stage in stages for out in locked[stage]["outs"]}
     return {
@@ -190,7 +190,7 @@ def md5_tags(tags: dict[str, str]) -> dict[str, str]:
 
 
 def read_back(text: str) -> Any:
-    """A logged parameter's value: JSON, or else a plain string."""
+    """Parse a logged parameter: JSON, or else a plain string."""
     try:
         return json.loads(text)
     except ValueError:
@@ -198,7 +198,7 @@ def read_back(text: str) -> Any:
 
 
 def kind(value: Any) -> str:
-    """The type as YAML and JSON share it: 2 and 2.0 are both numbers, and true is not."""
+    """Return the type that YAML and JSON share: 2 and 2.0 are both numbers, and true is not."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return "number" if is_number else type(value).__name__
 
@@ -226,7 +226,7 @@ def test_metrics_have_the_named_keys(finished: Finished) -> None:
         split["dropped"].values()
     )
     assert set(train) >= TRAINING
-    measured = set(METRICS) - {"similarity"}  # which needs a model that is not shipped
+    measured = set(METRICS) - {"similarity"}  # needs a model that is not shipped
     assert set(evaluation["base"]) == set(evaluation["tuned"]) == measured >= QUALITY
     assert set(evaluation["improvement"]) == measured | {"perplexity_reduction"}
     for gain in evaluation["improvement"].values():
@@ -327,7 +327,7 @@ def test_the_adapter_and_the_tables_are_in_the_run(finished: Finished, tmp_path:
 
 
 def test_the_page_and_the_predictions_are_in_the_run(finished: Finished, tmp_path: Path) -> None:
-    """As a table that the run's page shows, with a row for each row of the file."""
+    """The run's page shows a table with a row for each row of the file."""
     run, client = run_of(finished.project), store(finished.project)
     page = Path(client.download_artifacts(run.info.run_id, "evaluation.html", str(tmp_path)))
     assert page.read_bytes() == (finished.project / "reports/evaluation.html").read_bytes()
@@ -385,7 +385,7 @@ def test_dvc_shows_metrics_plots_and_params(finished: Finished, tmp_path: Path) 
 
 
 def test_no_plotted_table_has_an_empty_cell(finished: Finished) -> None:
-    """DVC draws one as 0. The training's table has them, in columns that no plot takes from it."""
+    """DVC draws one as 0. The training curve has some, in columns that are not plotted from it."""
     for stage in load_yaml(finished.project / "dvc.yaml")["stages"].values():
         for path, options in ((p, o) for each in stage.get("plots", []) for p, o in each.items()):
             rows = list(csv.DictReader((finished.project / path).open()))
@@ -404,7 +404,7 @@ def documented_changes() -> dict[str, tuple[list[str], list[str]]]:
 
 
 def other(value: Any) -> Any:
-    """Another value than this one; DVC does not ask whether it makes sense."""
+    """Return a different value; DVC does not check whether it makes sense."""
     match value:
         case bool():
             return not value
@@ -429,7 +429,7 @@ def test_every_parameter_runs_the_stages_that_the_docs_name(
             with Repo() as repo:
                 assert set(repo.status()) == set(told[key.split(".")[0]][0]), key
             path.write_bytes(before)
-        project.set(train__learning_rate=0.003)  # the value it has, the file written anew
+        project.set(train__learning_rate=0.003)  # the same value, in a rewritten file
         assert json.loads(project.run("dvc", "status", "--json").stdout) == {}
     finally:
         path.write_bytes(before)
@@ -463,7 +463,7 @@ def test_an_experiment_is_a_second_run_in_the_same_file(
 
 
 def test_an_experiment_is_registered_with_its_own_lineage(experiment: Finished) -> None:
-    """Its version's hashes are its own, none of the run before."""
+    """Its version's hashes are its own, not those of the earlier run."""
     client = store(experiment.project)
     version = client.get_model_version_by_alias("financial-qa", "candidate")
     assert str(version.version) == "2"
@@ -506,7 +506,7 @@ def test_a_model_leads_back_to_its_run_data_and_commit(finished: Finished, model
 def test_the_commands_that_it_prints_rebuild_the_same_data(
     finished: Finished, copy: Callable[[], Project]
 ) -> None:
-    """The data stages alone; what training gives depends on the hardware, too."""
+    """Only the data stages are compared: training also depends on the hardware."""
     project = copy()
     told = project.run("python", "-m", "fintune", "lineage", "models/merged").stdout
     commands = [
@@ -515,7 +515,7 @@ def test_the_commands_that_it_prints_rebuild_the_same_data(
     assert [command[:2] for command in commands] == [["git", "checkout"], ["dvc", "repro"]]
     project.run("git", "stash", "--include-untracked")
     project.run(*commands[0])
-    assert not (project / "dvc.lock").exists()  # that commit is the one before the results
+    assert not (project / "dvc.lock").exists()  # this commit precedes the results
     project.run(*commands[1], "format")
     stages = ("fetch", "split", "format")
     assert locked_md5(project, *stages) == locked_md5(finished.project, *stages)
@@ -633,7 +633,7 @@ print("imported:", *(name for name in heavy if sys.modules.get(name)))
 
 @pytest.mark.parametrize("stage", ["fetch", "split", "format"])
 def test_the_data_stages_import_nothing_heavy(finished: Finished, stage: str) -> None:
-    """They start in under a second; torch alone takes longer, and MLflow as long."""
+    """They start in under a second; torch alone takes longer, and so does MLflow."""
     told = finished.project.run("python", "-c", WATCH_IMPORTS, stage)
     assert told.stdout.splitlines()[-1].strip() == "imported:"
     assert "PyTorch was not found" not in told.stderr

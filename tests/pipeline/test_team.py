@@ -1,6 +1,6 @@
 """Two people with one S3 remote and one MLflow server on PostgreSQL and S3, with users.
 
-And MLflow's pages in a real browser: what they see of their runs without setting anything up.
+Also MLflow's pages in a real browser: what they show of the runs without any setup.
 """
 
 import json
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.end_to_end
 
 @dataclass(frozen=True)
 class Team:
-    """Ann's project, trained and pushed; Bob's clone, pulled, in which he ran an experiment."""
+    """Ann's trained and pushed project, and Bob's pulled clone, in which he ran an experiment."""
 
     ann: Project
     bob: Project
@@ -41,7 +41,7 @@ class Team:
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str, Path]]:
-    """Addresses of S3 and MLflow, and the latter's log."""
+    """Run S3 and MLflow; yield their addresses and MLflow's log."""
     binaries = postgres_binaries()
     if binaries is None:
         pytest.skip("PostgreSQL is not installed (Debian: apt-get install postgresql)")
@@ -203,13 +203,13 @@ def test_no_credential_is_printed_logged_or_stored(team: Team, client: MlflowCli
 
 
 def test_the_compose_file_starts_what_the_tests_start() -> None:
-    """Docker is not needed to see that services, databases and settings are those used here."""
+    """Without Docker: the services, databases and settings are those used in these tests."""
     compose = YAML(typ="safe").load((ROOT / "deploy/compose.yaml").read_text())
     server = compose["services"]["mlflow"]
     assert all(port.startswith("127.0.0.1:") for port in server["ports"])
     for name in ("PGPASSWORD", "MLFLOW_AUTH_ADMIN_PASSWORD", "MLFLOW_FLASK_SERVER_SECRET_KEY"):
         assert server["environment"][name].startswith("${") and ":?" in server["environment"][name]
-    # the image makes a database of that name, and databases.sql would fail to make it again
+    # the image creates this database; for one in databases.sql, CREATE DATABASE would then fail
     assert compose["services"]["database"]["environment"]["POSTGRES_DB"] == "postgres"
     docker = (ROOT / "deploy/Dockerfile").read_text()
     for part in ("basic-auth", "postgresql+psycopg2:///mlflow", "s3://mlflow"):
@@ -222,7 +222,7 @@ def test_the_compose_file_starts_what_the_tests_start() -> None:
 
 @dataclass(frozen=True)
 class Site:
-    """A browser that is logged in, and the two runs: Ann's with everything and Bob's training."""
+    """A logged-in browser, and two runs: Ann's, with all results, and Bob's training."""
 
     page: webdriver.Chrome
     address: str

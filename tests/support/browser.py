@@ -1,4 +1,4 @@
-"""Headless Chromium for tests of pages; without the browser or its driver they are skipped."""
+"""Headless Chromium for tests of pages; without the browser or its driver, they are skipped."""
 
 import shutil
 from collections.abc import Iterator
@@ -45,10 +45,10 @@ def chromium(profile: Path, **capabilities: Any) -> Iterator[webdriver.Chrome]:
 
 
 def wait_for_texts(page: webdriver.Chrome, *texts: str) -> None:
-    """Wait until the page shows all of them.
+    """Wait until the page shows all texts.
 
     Raises:
-        AssertionError: a minute later one is missing; says which and what is shown.
+        AssertionError: one is missing after a minute; lists the missing ones and the page's text.
     """
 
     def shown() -> str:
@@ -62,7 +62,7 @@ def wait_for_texts(page: webdriver.Chrome, *texts: str) -> None:
 
 
 def names_of_role(page: webdriver.Chrome, role: str) -> set[str]:
-    """The texts of all elements with an ARIA role, explicit or the element's own."""
+    """Return the texts of all elements with an ARIA role, explicit or implicit."""
     own = {"heading": "h1,h2,h3,h4", "link": "a[href]", "tab": "[role=tab]"}.get(role, "")
     selector = ",".join(filter(None, [f"[role={role}]", own]))
     return {each.text.strip() for each in page.find_elements(By.CSS_SELECTOR, selector)}

@@ -1,9 +1,9 @@
-"""A local stand-in for the Hugging Face hub, so that downloads are tested without the network.
+"""A local stand-in for the Hugging Face hub, to test downloads without the network.
 
-It speaks the part of the protocol that huggingface_hub and transformers read whole repositories
-with: repository info, tree, auth-check and resolve (HEAD, GET, Range), and the part that models are
-pushed with: create, validate-yaml, preupload, LFS (what clients use without Xet) and commit. Point a
-client at it in a fresh process, because `HF_ENDPOINT` is read when huggingface_hub is imported:
+It implements what huggingface_hub and transformers need to read whole repositories (repository info,
+tree, auth-check and resolve: HEAD, GET, Range) and to push models (create, validate-yaml, preupload,
+commit, and LFS, which clients use without Xet). Point a client at it in a fresh process, because
+huggingface_hub reads `HF_ENDPOINT` on import:
 
     with Hub() as hub:
         hub.add("datasets", "acme/qa", folder, revision="a" * 40)
@@ -27,7 +27,7 @@ Kind = Literal["models", "datasets"]
 Files = dict[str, bytes]
 Entry = dict[str, object]
 
-# What a new repository's .gitattributes sends to LFS, as far as a test is likely to need it.
+# The part of a new repository's .gitattributes that tests are likely to need.
 LFS_SUFFIXES = {".bin", ".gguf", ".gz", ".model", ".parquet", ".safetensors", ".zip"}
 API = re.compile(
     r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+)(.*)|/(auth-check))?"
@@ -40,7 +40,7 @@ LFS_FILE = re.compile(r"/lfs/([0-9a-f]{64})")
 
 
 class Request(NamedTuple):
-    """One request as it arrived: the path unquoted, without its query."""
+    """One request as received: the path unquoted, without its query."""
 
     method: str
     path: str
@@ -48,7 +48,7 @@ class Request(NamedTuple):
 
 
 class Refusal(Exception):
-    """An answer other than success, with the hub's own error headers."""
+    """An error response with the hub's own headers."""
 
     def __init__(self, status: int, code: str | None, message: str, commit: str | None = None):
         super().__init__(message)
@@ -58,7 +58,7 @@ class Refusal(Exception):
 
 
 class Hub:
-    """Repositories served on 127.0.0.1 at `url` while the `with` block lasts."""
+    """Repositories served on 127.0.0.1 at `url` during the `with` block."""
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
@@ -84,7 +84,7 @@ class Hub:
         self._server.server_close()
 
     def add(self, kind: Kind, repo: str, folder: Path, *, revision: str) -> None:
-        """Commit the folder's files, read now, as `revision` (40 hex); `main` moves to it."""
+        """Commit the folder's current files as `revision` (40 hex digits); `main` moves to it."""
         if not re.fullmatch("[0-9a-f]{40}", revision):
             raise ValueError(f"{repo}: revision {revision!r} is not 40 hex digits")
         revisions = self._repos.setdefault((kind, repo), {})
@@ -93,19 +93,19 @@ class Hub:
         revisions[revision] = {p.relative_to(folder).as_posix(): p.read_bytes() for p in paths}
 
     def gate(self, kind: Kind, repo: str, *, token: str, accepted: bool) -> None:
-        """Gate the repo's files. `token` is a user's; `accepted`: the user is on the list.
+        """Gate the repository's files: `token` identifies a user, `accepted` puts the user on the list.
 
-        Call it again for another user. As on the real hub the info and the tree stay public, and
-        a token that no call named is refused for every repo, gated or not.
+        Call it once per user. As on the real hub, the info and the tree stay public, and an unknown token is
+        refused for every repository, gated or not.
         """
         self.gates.setdefault((kind, repo), {})[token] = accepted
 
     def allow(self, token: str, owner: str | None = None) -> None:
-        """Know this user's token; with it models of `owner` may be pushed, and private ones read."""
+        """Register a user's token; with it, models of `owner` may be pushed and private ones read."""
         self.writers.setdefault(token, set()).update({owner} if owner else ())
 
     def create(self, repo: str, *, private: bool, token: str | None) -> None:
-        """Make a model repository without files, as `writes` allows."""
+        """Create an empty model repository, if `writes` allows it."""
         self.writes(repo, token)
         if ("models", repo) in self._repos:
             there = {"error": "You already created this model repo", "url": f"{self.url}/{repo}"}
@@ -115,7 +115,7 @@ class Hub:
             self.private.add(("models", repo))
 
     def writes(self, repo: str, token: str | None) -> None:
-        """Refuse whoever may not write to the repository's owner's models."""
+        """Refuse a token that may not write to models of the repository's owner."""
         if token is None:
             raise Refusal(401, None, "Invalid username or password.")
         owner = repo.split("/")[0]
@@ -124,7 +124,7 @@ class Hub:
             raise Refusal(403, None, message)
 
     def push(self, repo: str, lines: list[dict[str, dict[str, str]]]) -> str:
-        """Make a commit of the client's lines on top of `main`; its name."""
+        """Commit the client's lines on top of `main`, and return the commit hash."""
         revisions = self._repos["models", repo]
         files = dict(revisions[next(reversed(revisions))])
         (header,) = [line["value"] for line in lines if line["key"] == "header"]  # type: ignore[comparison-overlap]
@@ -142,29 +142,29 @@ class Hub:
         return sha
 
     def files(self, repo: str) -> Files:
-        """The files of a model's newest commit."""
+        """Return the files of a model's newest commit."""
         revisions = self._repos["models", repo]
         return revisions[next(reversed(revisions))]
 
     def commits(self, repo: str) -> list[str]:
-        """The messages of a model's commits that were pushed, oldest first."""
+        """Return the messages of a model's pushed commits, oldest first."""
         return [self.messages[sha] for sha in self._repos["models", repo] if sha in self.messages]
 
     def cut(self, repo: str, file: str, *, after_bytes: int) -> None:
-        """Drop the connection before byte `after_bytes` of the file, in every try."""
+        """Drop the connection before byte `after_bytes` of the file, on every attempt."""
         self.cuts[repo, file] = after_bytes
 
     def mend(self) -> None:
-        """Undo every cut, and have room for uploads again."""
+        """Undo every cut, and accept uploads without limit again."""
         self.cuts.clear()
         self.room = None
 
     def environment(self, home: Path) -> dict[str, str]:
-        """Variables for a new process: read from here, cache in `home`, go nowhere else."""
+        """Return a new process's variables: this hub only, with the cache in `home`."""
         return {
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(home),
-            "HF_HUB_CACHE": str(home / "hub"),  # this and the next would win over HF_HOME
+            "HF_HUB_CACHE": str(home / "hub"),  # this and the next override HF_HOME
             "HF_DATASETS_CACHE": str(home / "datasets"),
             "HF_TOKEN": "",
             "HF_HUB_OFFLINE": "0",
@@ -176,12 +176,12 @@ class Hub:
         }
 
     def commit(self, kind: Kind, repo: str, revision: str, token: str | None) -> tuple[str, Files]:
-        """Find the commit that `revision` names: its full name and its files."""
+        """Find the commit that `revision` names: its hash and its files."""
         revisions = self._repos.get((kind, repo))
         secret = (kind, repo) in self.private
         if secret and repo.split("/")[0] not in self.writers.get(token or "", set()):
             revisions = None
-        if revisions is None:  # the hub does not tell a stranger whether it is private or missing
+        if revisions is None:  # strangers cannot tell private from missing
             status, message = (404, "Repository not found") if token else (401, "Invalid username")
             raise Refusal(status, "RepoNotFound", message)
         sha = next(reversed(revisions)) if revision == "main" else revision
@@ -190,11 +190,11 @@ class Hub:
         return sha, revisions[sha]
 
     def knows(self, token: str) -> bool:
-        """Whether this is a user's token."""
+        """Return whether this is a user's token."""
         return token in self.writers or any(token in users for users in self.gates.values())
 
     def pass_gate(self, kind: Kind, repo: str, token: str | None) -> None:
-        """Refuse the files of a gated repo to whoever is not on its list."""
+        """Refuse the files of a gated repository to users who are not on its list."""
         users = self.gates.get((kind, repo))
         if users is None or (token and users.get(token)):
             return
@@ -206,7 +206,7 @@ class Hub:
 
 
 def _entry(path: str, files: Files) -> Entry:
-    """Describe a file as the tree does."""
+    """Describe a file as in the tree's response."""
     data = files[path]
     git_id = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
     entry: Entry = {"type": "file", "path": path, "oid": git_id, "size": len(data)}
@@ -218,14 +218,14 @@ def _entry(path: str, files: Files) -> Entry:
 
 
 def _info(repo: str, sha: str, files: Files, *, private: bool) -> Entry:
-    """Describe a repository with the sizes of its files, asked for or not."""
+    """Describe a repository, always including file sizes."""
     entries = [_entry(file, files) for file in files]
     siblings = [{**e, "rfilename": e["path"], "blobId": e["oid"]} for e in entries]
     return {"_id": sha[:24], "id": repo, "sha": sha, "siblings": siblings, "private": private}
 
 
 def _mode(path: str, files: Files) -> Entry:
-    """How a file is to be pushed, and the hash of what is there under its name."""
+    """Describe the upload mode of a file, and the hash of the existing file of that name."""
     lfs = PurePosixPath(path).suffix in LFS_SUFFIXES
     entry: Entry = {"path": path, "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False}
     if path in files:
@@ -236,7 +236,7 @@ def _mode(path: str, files: Files) -> Entry:
 
 
 def _tree(folder: str, sha: str, files: Files, *, deep: bool) -> list[Entry]:
-    """List the files in a folder, without the entries for folders, which the clients pass over."""
+    """List the files in a folder; entries for folders are left out, since clients ignore them."""
     start = f"{folder}/" if folder else ""
     inside = [path for path in sorted(files) if path.startswith(start)]
     if folder and not inside:
@@ -245,11 +245,11 @@ def _tree(folder: str, sha: str, files: Files, *, deep: bool) -> list[Entry]:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """HTTP/1.0, one request a connection: a stopped hub leaves no connection that still answers."""
+    """HTTP/1.0 with one request per connection, so that a stopped hub leaves no open connection."""
 
     def __init__(self, hub: Hub, *args: object) -> None:
         self.hub = hub
-        super().__init__(*args)  # type: ignore[arg-type]  # socketserver's own three
+        super().__init__(*args)  # type: ignore[arg-type]  # socketserver's three arguments
 
     def log_message(self, format: str, *args: object) -> None:
         """Stay quiet: `Hub.requests` is the log."""
@@ -293,7 +293,7 @@ class _Handler(BaseHTTPRequestHandler):
             else:
                 private = (kind, match[2]) in self.hub.private
                 self._json(_info(match[2], sha, files, private=private))
-        else:  # 501: clients retry most other server errors, which would hide the gap for a while
+        else:  # 501: clients retry most other server errors, which would hide the gap
             raise Refusal(501, None, f"tests/hub.py does not serve {self.command} {path}")
 
     def _write(self, path: str, query: dict[str, list[str]], token: str | None) -> None:
@@ -325,14 +325,14 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refusal(501, None, f"tests/hub.py does not serve {self.command} {path}")
 
     def _validate(self, card: str) -> None:
-        """Refuse a model card whose base is a path, as far as the header's rules are known here."""
+        """Refuse a model card whose base is a path; no other rule of the hub is checked."""
         if path := re.search(r"^base_model: (/.*)$", card, re.MULTILINE):
             message = f'"base_model" with value "{path[1]}" is not valid. Use a model id.'
             raise Refusal(400, None, json.dumps({"errors": [{"message": message}]}))
         self._json({"errors": [], "warnings": []})
 
     def _lfs_batch(self, objects: list[dict[str, str]]) -> list[Entry]:
-        """Where to put each object; nowhere if it is here."""
+        """Return an upload address for each object that is not stored yet."""
         return [
             {**each, "actions": {"upload": {"href": f"{self.hub.url}/lfs/{each['oid']}"}}}
             if each["oid"] not in self.hub.stored
@@ -341,7 +341,7 @@ class _Handler(BaseHTTPRequestHandler):
         ]
 
     def _store(self, oid: str, body: bytes) -> None:
-        """Keep an object, if it came whole and there is room for one more."""
+        """Store an object if it is complete and there is room."""
         if hashlib.sha256(body).hexdigest() != oid:
             raise Refusal(400, None, "BadDigest")
         with self.hub.storing:  # clients send several at once
@@ -375,7 +375,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200, {"Content-Type": "application/json"}, json.dumps(value).encode())
 
     def _send(self, status: int, headers: dict[str, str], body: bytes, missing: int = 0) -> None:
-        """Announce the body with what a cut has taken from it; then the connection ends."""
+        """Send a response whose announced length includes the `missing` bytes, then close the connection."""
         self.send_response(status)
         for name, value in (headers | {"Content-Length": str(len(body) + missing)}).items():
             self.send_header(name, value)

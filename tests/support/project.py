@@ -11,7 +11,7 @@ from ruamel.yaml import YAML
 ROOT = Path(__file__).parents[2]
 COPIED = ("fintune", "stages", "recipes", "dvc.yaml", ".dvcignore", ".gitignore")
 
-# Small enough for seconds a stage, with every part of the real thing: 4 bits, LoRA, packing, a gate.
+# Small enough for seconds per stage, yet complete: 4 bits, LoRA, packing, a gate.
 SMALL = {
     "base.model": "base",
     "format.max_tokens": 192,
@@ -45,7 +45,7 @@ class Project:
         return self.folder / name
 
     def set(self, **values: Any) -> None:
-        """Change parameters; `__` in a name stands for the dot."""
+        """Change parameters; `__` in a name stands for a dot."""
         self.set_all({key.replace("__", "."): value for key, value in values.items()})
 
     def set_all(self, values: dict[str, Any]) -> None:
@@ -81,7 +81,7 @@ class Project:
         return done
 
     def commit_all(self) -> None:
-        """Make it a git repository with everything in its first commit."""
+        """Create a git repository, and commit everything."""
         (self / "data/source/.gitkeep").touch()
         self.run("git", "init", "--quiet")
         for key, value in {
@@ -96,5 +96,5 @@ class Project:
     def stage(
         self, name: str, check: bool = True, **extra: str
     ) -> subprocess.CompletedProcess[str]:
-        """Run one stage by itself."""
+        """Run one stage without DVC."""
         return self.run("python", "-m", f"stages.{name}", check=check, **extra)

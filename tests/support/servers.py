@@ -1,4 +1,4 @@
-"""Real servers on loopback for tests: S3 (moto's), PostgreSQL, and MLflow with users on both."""
+"""Real servers on loopback for tests: S3 (moto), PostgreSQL, and MLflow on both, with users."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ S3 = {
 
 
 def postgres_binaries() -> Path | None:
-    """Debian keeps them off the PATH, in a folder a version."""
+    """Find PostgreSQL's binaries, which Debian keeps off the PATH, in a folder per version."""
     found = shutil.which("initdb")
     if found:
         return Path(found).parent
@@ -38,7 +38,7 @@ def free_port() -> int:
 
 @contextmanager
 def s3_server(*buckets: str) -> Iterator[str]:
-    """The address of an S3 server with these buckets."""
+    """Run an S3 server with these buckets; yield its address."""
     import boto3
     from moto.server import ThreadedMotoServer
 
@@ -61,10 +61,10 @@ def s3_server(*buckets: str) -> Iterator[str]:
 
 @contextmanager
 def postgres(binaries: Path) -> Iterator[dict[str, str]]:
-    """PostgreSQL with the databases of deploy/databases.sql; yields libpq's environment."""
+    """Run PostgreSQL with the databases of deploy/databases.sql; yield libpq's environment."""
     import psycopg2
 
-    user = {"user": "postgres"} if os.geteuid() == 0 else {}  # it refuses to run as root
+    user = {"user": "postgres"} if os.geteuid() == 0 else {}  # PostgreSQL refuses to run as root
     folder = Path(tempfile.mkdtemp(prefix="pg-"))
     if user:
         shutil.chown(folder, "postgres")
@@ -99,7 +99,7 @@ def postgres(binaries: Path) -> Iterator[dict[str, str]]:
         connection = psycopg2.connect(
             host="127.0.0.1", port=port, user="mlflow", password=PASSWORD, dbname="postgres"
         )
-        connection.autocommit = True  # no database is made inside a transaction
+        connection.autocommit = True  # CREATE DATABASE cannot run in a transaction
         for statement in (ROOT / "deploy/databases.sql").read_text().splitlines():
             connection.cursor().execute(statement)
         connection.close()
@@ -117,7 +117,7 @@ def postgres(binaries: Path) -> Iterator[dict[str, str]]:
 
 @contextmanager
 def mlflow_server(database: dict[str, str], s3: str, log: Path) -> Iterator[str]:
-    """MLflow as deploy/ starts it; yields its address."""
+    """Run MLflow as deploy/ does; yield its address."""
     port = free_port()
     command = [str(Path(sys.executable).absolute().parent / "mlflow"), "server"]
     command += ["--app-name", "basic-auth", "--host", "127.0.0.1", "--port", str(port)]
@@ -141,7 +141,7 @@ def mlflow_server(database: dict[str, str], s3: str, log: Path) -> Iterator[str]
 def running_server(
     command: list[str], port: int, environment: dict[str, str], log: Path
 ) -> Iterator[str]:
-    """A program that serves `port` of loopback from its log's folder; yields its address."""
+    """Run a server on loopback `port` in its log's folder; yield its address."""
     address = f"http://127.0.0.1:{port}"
     with log.open("w") as file:
         server = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""The local hub pins, refuses and cuts in what it sends, whichever client asks."""
+"""The local hub pins, refuses and cuts off, whichever client is used."""
 
 import hashlib
 import json
@@ -26,13 +26,13 @@ class Answer(NamedTuple):
 
     @property
     def code(self) -> str | None:
-        """The hub's own name for a refusal."""
+        """Return the hub's own name for a refusal."""
         return self.headers["X-Error-Code"]
 
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[Hub]:
-    """A model at two revisions, and a gated copy of the first."""
+    """Serve a model at two revisions, and a gated copy of the first."""
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub/config.json").write_text("{}")
     with Hub() as hub:
@@ -76,7 +76,7 @@ def test_a_revision_is_pinned_and_main_is_the_last_one(hub: Hub) -> None:
     for revision, commit, weights in ((A, A, OLD), (B, B, NEW), ("main", B, NEW)):
         answer = ask(hub, f"/acme/tiny/resolve/{revision}/{WEIGHTS}")
         assert (answer.headers["X-Repo-Commit"], answer.body) == (commit, weights)
-        digest = hashlib.sha256(weights).hexdigest()  # the cache files large files under it
+        digest = hashlib.sha256(weights).hexdigest()  # the cache names large files by it
         assert answer.headers["X-Linked-ETag"] == f'"{digest}"'
         info = json.loads(ask(hub, f"/api/models/acme/tiny/revision/{revision}").body)
         sizes = {file["rfilename"]: file["size"] for file in info["siblings"]}
@@ -97,7 +97,7 @@ def test_what_is_not_there_is_refused_by_its_name(hub: Hub) -> None:
         assert (unknown.status, unknown.code) == (404, "RevisionNotFound")
     missing = ask(hub, f"/acme/tiny/resolve/{A}/other.json")
     assert (missing.status, missing.code) == (404, "EntryNotFound")
-    # A stranger does not learn whether the repository is private; a data set is no model.
+    # Strangers cannot tell private from missing; a data set is not a model.
     for token, status in ((None, 401), ("hf_listed", 404)):
         for path in ("/api/models/acme/nothing", "/api/datasets/acme/tiny"):
             answer = ask(hub, path, token)

@@ -1,11 +1,10 @@
-"""Stands in for the vllm program: the part of its command line and protocol that is used here.
+"""Stand-in for the vllm program: the part of its command line and protocol that is used here.
 
-STANDIN says what it does: `dies` at its start, `quits` at its first request, `stubborn` about being
-ended, `weights` answers with one token that depends on the weights alone; otherwise an answer is what
-its prompt says: a token, how often, and the token after that, over and over.
-STANDIN_TOGETHER: answers none before so many requests have come, and then the last one first.
-STANDIN_NOTES: a file for its process, its child's process, its command line and the requests, each a
-line of JSON.
+STANDIN selects the behaviour: `dies` at startup, `quits` at the first request, `stubborn` ignores
+SIGTERM, `weights` generates one token that depends only on the weights. Otherwise the answer follows
+from the prompt's three values: a token, its number of repeats, and the token after it, in a cycle.
+STANDIN_TOGETHER: respond only after this many requests have come, the last one first.
+STANDIN_NOTES: a file for its process ids, its command line and the requests, each a line of JSON.
 """
 
 import json
