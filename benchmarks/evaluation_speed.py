@@ -1,16 +1,16 @@
-"""How fast is an evaluation: answers, likelihood, and all that is measured for a table of questions.
+"""Measure the speed of an evaluation: answers, likelihood, and the evaluate stage on a table of questions.
 
     python benchmarks/random_base.py --tokenizer FOLDER --out base7b
-    python benchmarks/evaluation_speed.py --base base7b --source fiqa_qa.parquet \
+    python benchmarks/evaluation_speed.py --base base7b --source fiqa_qa.parquet \\
         --out benchmarks/evaluation_speed.json
 
-The base is in 4 bits with an adapter on all projections whose B is not zero. Answers: as many new tokens
-for each prompt as asked for, by this project in one go, cold (kernels compiled, decoding steps
-captured) and again, and by transformers' own loop in batches of 256. Agreement: how many of an answer's
-tokens, and of the first ones, are those of that loop; random weights give nearly equal
-probabilities to thousands of tokens, so that any rounding decides. Then the measuring of the evaluate
-stage, without its page and without MLflow: likelihood and answers of base and tuned model on the
-questions, and the texts' metrics. Random weights never end an answer, which is the longest it can take.
+The base is in 4 bits, with an adapter on all projections whose B is not zero. Answers: a fixed number of
+new tokens per prompt, by this project in one call, cold (compiling kernels, capturing CUDA graphs) and
+warm, and by transformers' own loop in batches of 256. Agreement: the share of answers, and of their first
+words, that equal those of that loop; random weights give nearly equal probabilities to thousands of
+tokens, so rounding error decides. Then the measurements of the evaluate stage, without its page and
+MLflow: likelihood and answers of base and tuned model, and the text metrics. Random weights never end an
+answer, so this is the worst case.
 """
 
 import argparse
@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def answers(model: Any, tokenizer: Any, prompts: list[list[int]], limit: int) -> dict[str, Any]:
-    """Tokens a second of each way, and how far they agree."""
+    """Measure tokens per second of each engine, and their agreement."""
     end, found = end_token_id(tokenizer), {}
     report: dict[str, Any] = {"prompts": len(prompts), "new_tokens": limit}
     for name, at_once, kernels, count in (
@@ -111,7 +111,7 @@ def answers(model: Any, tokenizer: Any, prompts: list[list[int]], limit: int) ->
 
 
 def stage(adapter: Path, rows: list[dict[str, Any]], params: Any) -> dict[str, Any]:
-    """Seconds of the parts that the evaluate stage measures with."""
+    """Time the measurements of the evaluate stage, by part."""
     took: dict[str, float] = {}
 
     def timed(name: str, call: Any) -> Any:

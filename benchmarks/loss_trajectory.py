@@ -1,12 +1,12 @@
-"""Does the fast path learn the same? The losses of its steps against those of padded rows and plain layers.
+"""Compare the training losses of the fused kernels with those of padded rows and plain layers.
 
     python benchmarks/loss_trajectory.py --out benchmarks/loss_trajectory.json
 
-Trains the demo (its base, questions and parameters) for 50 steps in each setting, from the same
-adapter and with the same rows in the same order. In float32 (a CPU) nothing but the order of sums
-differs. In bfloat16 (a GPU) plain layers differ from themselves when rows are packed instead of padded,
-which shows what the rounding alone does. Last, for the speed alone, TRL's trainer as it comes on padded
-rows. Run from the project's root.
+Trains the demo (its base, questions and parameters) for 50 steps in each setting, from the same adapter
+and with the same rows in the same order. In float32 (a CPU), only the order of summation differs. In
+bfloat16 (a GPU), plain layers on packed rows also differ from plain layers on padded ones, which shows
+the effect of rounding error alone. Finally measures the speed of TRL's own trainer on padded rows. Run
+from the project's root.
 """
 
 import argparse
@@ -108,7 +108,7 @@ def main() -> None:
 
 
 def trl_rows_per_second(params: Params, tokenizer: Any, rows: list[TokenRow], steps: int) -> float:
-    """Speed of TRL's SFTTrainer with PEFT's LoRA and the same effective batch."""
+    """Measure the speed of TRL's SFTTrainer with PEFT's LoRA and the same effective batch."""
     settings, dtype = params.train, compute_dtype(params.train.precision)
     data = [{"input_ids": p + c, "completion_mask": [0] * len(p) + [1] * len(c)} for p, c in rows]
     lora = settings.lora

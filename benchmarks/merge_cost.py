@@ -1,4 +1,4 @@
-"""What a merge takes, and what it changes: time, memory, losses, logits, greedy answers.
+"""Measure the cost of a merge and its effect: time, memory, losses, logits, greedy answers.
 
     python benchmarks/merge_cost.py --adapter models/adapter \\
         --rows data/formatted/test.parquet data/formatted/validation.parquet --out FILE
@@ -7,12 +7,11 @@ or, for a base of another size with a random adapter (see random_base.py):
 
     python benchmarks/merge_cost.py --base base7b --source fiqa_qa.parquet --out FILE
 
-The adapter is merged as `merge_export` does it, once for each way: into the weights that it was trained
-against and into the base's own, in each type. Each merge runs in a process of its own; its memory is the
-most that it held privately (RssAnon, sampled every 20 ms) and the most that lay in memory for it, pages of
-the mapped base included (VmHWM). The merged model is loaded by transformers and compared with the
-adapter on its base as trained: losses on the rows, logits of eight, and answers to the first
-prompts, decoded greedily, of which as many tokens are the same as the share says, place by place.
+The adapter is merged as in `merge_export`, into the weights that it was trained on and into the base's
+original ones, in each type. Each merge runs in a process of its own. Its memory is the peak of private
+memory (RssAnon, sampled every 20 ms) and of resident memory, mapped pages of the base included (VmHWM).
+The merged model is loaded by transformers and compared with the adapter on its base as trained: losses on
+the rows, logits of eight, and greedy answers to the first prompts, token by token.
 """
 
 import argparse
@@ -116,7 +115,7 @@ def main() -> None:
 
 
 def make_adapter(base_folder: Path, adapter: Path) -> None:
-    """A random adapter on a 4-bit base, saved."""
+    """Save a random adapter for a 4-bit base."""
     base = Base(model=str(base_folder), revision=None)
     tokenizer = load_tokenizer(base)
     model = random_adapter(load_base(base, tokenizer, "nf4", compute_dtype("auto")), tokenizer)
@@ -139,7 +138,7 @@ def formatted(tokenizer: Any, source: Path) -> list[dict[str, Any]]:
 def look_at(
     model: Any, tokenizer: Any, rows: Any, prompts: list[list[int]], limit: int
 ) -> dict[str, Any]:
-    """What is compared of a model."""
+    """Collect the loss, logits and answers of a model."""
     return {
         "loss": likelihood(model, rows, "loss").loss,
         "logits": answer_logits(model, rows[:LOGIT_ROWS]),
@@ -157,7 +156,7 @@ def merged(
     reference: dict[str, Any],
     *how: Any,
 ) -> dict[str, Any]:
-    """Merge once and compare."""
+    """Merge in a new process and compare the result with `reference`."""
     with tempfile.TemporaryDirectory(dir=".") as folder:
         nf4_compute_dtype = trained.nf4_compute_dtype if weights == "trained_on" else None
         context = multiprocessing.get_context("spawn")
@@ -167,7 +166,7 @@ def merged(
             args=(sender, trained, adapter, Path(folder), dtype, nf4_compute_dtype),
         )
         process.start()
-        sender.close()  # so that a process that fails is not waited for
+        sender.close()  # so that recv() fails if the process does
         cost = receiver.recv()
         process.join()
         sizes = [file.stat().st_size for file in Path(folder).glob("*.safetensors")]
@@ -194,7 +193,7 @@ def merge_and_measure(
     dtype: str,
     nf4_compute_dtype: torch.dtype | None,
 ) -> None:
-    """In its own process: seconds from an imported program to a whole folder, and memory."""
+    """Merge in this process and send the seconds, without imports, and the memory."""
     tokenizer = load_tokenizer(trained.base)
     torch.zeros(1, device=device())
     private, done = [status("RssAnon")], threading.Event()
@@ -221,13 +220,13 @@ def merge_and_measure(
 
 
 def status(name: str) -> float:
-    """A figure of /proc/self/status, in GiB."""
+    """Read a size from /proc/self/status, in GiB."""
     found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     return int(found[1]) * 1024 / GIB if found else 0.0
 
 
 def greedy(tokenizer: Any, answers: list[Answer]) -> list[Completion]:
-    """Answers as tokens, with -1 for the end of one that has stopped."""
+    """Convert answers to tokens, with -1 as the end token of a stopped one."""
     ids = [tokenizer(each.text, add_special_tokens=False)["input_ids"] for each in answers]
     return [
         Completion([], tokens + [-1] * each.stopped, each.text)

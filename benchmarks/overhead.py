@@ -1,8 +1,8 @@
-"""What DVC and MLflow add to a run, measured on a copy of the project with a short training.
+"""Measure the overhead of DVC and MLflow on a copy of the project with a short training.
 
 python benchmarks/overhead.py --out benchmarks/overhead.json
 
-Each figure is the median of `--repeats`, in seconds; MLflow's are milliseconds of a logged step.
+Each figure is the median of `--repeats`, in seconds; MLflow's are milliseconds per logged step.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def copy_project(folder: Path) -> Path:
-    """A clone of the last commit in which a short pipeline has run."""
+    """Clone the last commit and run a short pipeline in the clone."""
     run(ROOT, "git", "clone", "--quiet", "--no-hardlinks", str(ROOT), str(folder))
     changes = [part for key, value in SHORT.items() for part in ("-S", f"{key}={value}")]
     run(folder, "git", "config", "user.name", "benchmark")
@@ -63,7 +63,7 @@ def copy_project(folder: Path) -> Path:
 
 
 def measure(project: Path, repeats: int) -> dict[str, Any]:
-    """Every figure of the report."""
+    """Measure every figure of the report."""
 
     def seconds(*command: str) -> float:
         return median(lambda: run(project, *command), repeats)
@@ -97,7 +97,7 @@ load_tokenizer(read_params().base)("What is a bond?")
 
 
 def with_server(project: Path) -> float:
-    """Seconds a step with an MLflow server on loopback."""
+    """Measure the seconds per step with an MLflow server on loopback."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -143,7 +143,7 @@ def median(action: Callable[[], Any], repeats: int) -> float:
 
 
 def run(folder: Path, *command: str, **extra: str) -> str:
-    """Run a command of this environment and return what it prints."""
+    """Run a command of this environment and return its output."""
     here = Path(sys.executable).absolute().parent
     path = f"{here}{os.pathsep}{os.environ['PATH']}"
     tracking = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}

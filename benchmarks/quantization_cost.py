@@ -1,15 +1,15 @@
-"""Measure what a 4-bit base costs: LoRA on unquantised weights against QLoRA, over several seeds.
+"""Measure the cost of a 4-bit base: LoRA on unquantized weights against QLoRA, over several seeds.
 
-    python benchmarks/quantization_cost.py --recipe recipes/fiqa-small.yaml --seeds 0 1 2 \
+    python benchmarks/quantization_cost.py --recipe recipes/fiqa-small.yaml --seeds 0 1 2 \\
         --out benchmarks/quantization_cost.json
-    python benchmarks/quantization_cost.py --recipe recipes/fiqa-small.yaml --source qa.parquet \
+    python benchmarks/quantization_cost.py --recipe recipes/fiqa-small.yaml --source qa.parquet \\
         --seeds 0 --out try.json --set train.max_steps=8 evaluate.max_rows=16
 
-Run from the project's root; it writes the file named by --out, anew after every run, and no other.
-With one seed, both kinds start from the same adapter and see the same rows in the same order, so
-that they differ by the quantisation alone; the seed also draws the sampled answers. Unquantised
-weights have 16 bits on a GPU and 32 on a CPU. On a GPU, peak_memory_gib is a training's own; on a
-CPU it is the most that the process held so far and says nothing about one run.
+Run from the project's root; it only writes the file named by --out, after every run. With the same seed,
+both kinds start from the same adapter and see the same rows in the same order, so that only the
+quantization differs; the seed also draws the sampled answers. Unquantized weights have 16 bits on a GPU
+and 32 on a CPU. On a GPU, peak_memory_gib is that of the run; on a CPU it is the peak of the process so
+far, which says nothing about a single run.
 """
 
 import argparse
@@ -48,7 +48,7 @@ from stages.format import format_rows
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
 QUANTIZATIONS = ("none", "nf4")
-SAMPLING = {"temperature": 1.0, "top_p": 1.0}  # the model's own distribution, its tail included
+SAMPLING = {"temperature": 1.0, "top_p": 1.0}  # the model's full distribution
 OF_ANSWERS = ("rouge_l", "stop_rate", "mean_answer_tokens")
 WARM_UP_STEPS = 3  # the first steps also load kernels
 COLUMNS = {
@@ -105,10 +105,10 @@ def main() -> None:
 
 
 def describe_setting(params: Params, tokens: dict[str, list[TokenRow]]) -> dict[str, Any]:
-    """What the figures depend on: hardware, versions, parameters, rows.
+    """Describe the setting: hardware, versions, parameters, rows.
 
-    The share of the references that fit into max_new_tokens is the stop rate that a model which
-    samples like the data would reach.
+    The share of references that fit into max_new_tokens is the stop rate of a model that samples like
+    the data.
     """
     limit = params.evaluate.max_new_tokens
     fitting = sum(len(completion) <= limit for _, completion in tokens["test"])
@@ -125,10 +125,10 @@ def describe_setting(params: Params, tokens: dict[str, list[TokenRow]]) -> dict[
 
 
 def read_recipe(path: Path, changes: list[str]) -> Params:
-    """The recipe with `section.key=value` changes, validated like params.yaml.
+    """Read the recipe with `section.key=value` changes, validated like params.yaml.
 
     Raises:
-        UserError: the recipe is missing or wrong, or a change names no key of it or a wrong value.
+        UserError: the recipe is missing or invalid, or a change has an unknown key or an invalid value.
     """
     read_params(path)
     raw = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
@@ -148,12 +148,12 @@ def read_recipe(path: Path, changes: list[str]) -> Params:
 
 
 def vary(params: Params, **changes: Any) -> Params:
-    """The parameters with other values in `train`."""
+    """Replace values in `train`."""
     return params.model_copy(update={"train": params.train.model_copy(update=changes)})
 
 
 def read_splits(params: Params, tokenizer: Any) -> dict[str, list[dict[str, Any]]]:
-    """The formatted rows of train, validation and test, the last cut to `evaluate.max_rows`."""
+    """Read the formatted rows of train, validation and test, the last cut to `evaluate.max_rows`."""
     fetch, columns = params.fetch, params.fetch.columns.model_dump()
     selection = (columns, fetch.default_instruction, fetch.invalid_rows, fetch.source)
     records, _ = select_records(read_source(fetch.source), *selection)
@@ -167,7 +167,7 @@ def read_splits(params: Params, tokenizer: Any) -> dict[str, list[dict[str, Any]
 def fine_tune(
     params: Params, tokenizer: Any, tokens: dict[str, list[TokenRow]], folder: Path
 ) -> dict[str, float]:
-    """Train an adapter, write it to `folder`/adapter and give the keys of reports/train.json."""
+    """Train an adapter, write it to `folder`/adapter and return the keys of reports/train.json."""
     settings, dtype = params.train, compute_dtype(params.train.precision)
     model = load_base(params.base, tokenizer, settings.quantization, dtype)
     result = train(
@@ -194,10 +194,10 @@ def measure(
     test: list[dict[str, Any]],
     adapter: Path | None,
 ) -> dict[str, float]:
-    """The evaluate stage's metrics, and `sampled_*` of answers drawn at temperature 1.
+    """Compute the evaluate stage's metrics, and `sampled_*` of answers drawn at temperature 1.
 
-    The adapter is loaded from its folder as in that stage: a model that was just trained still
-    carries the trainer's autocast. Without a folder it is the base that is measured.
+    The adapter is loaded from its folder as in that stage: a model that was just trained still has the
+    trainer's autocast. Without a folder, the base is measured.
     """
     dtype = compute_dtype(params.train.precision)
     model: Any = load_base(params.base, tokenizer, params.train.quantization, dtype)
@@ -220,7 +220,7 @@ def measure(
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """The mean of each figure and, over several seeds, its lowest and highest value."""
+    """Format the mean of each figure and, over several seeds, its lowest and highest value."""
     lines = [f"{'':<27}" + "".join(f"{column:>30}" for column in COLUMNS)]
     for key in LINES:
         cells = []
@@ -237,7 +237,7 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 
 def spread(values: list[float]) -> str:
-    """Mean and range; the value alone where there is only one, nothing where there is none."""
+    """Format mean and range, a single value without a range, and no values as an empty string."""
     if not values:
         return ""
     mean = sum(values) / len(values)

@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def random_adapter(model: Any, tokenizer: Any) -> Any:
-    """Put an adapter of rank 16 on all projections whose B is random, too, so that it does something."""
+    """Add an adapter of rank 16 on all projections, with a random B instead of zeros."""
     from fintune.model.adapter import add_adapter
     from fintune.params import Lora
 

@@ -1,4 +1,4 @@
-"""When a Trainer's steps ended; training_speed.py's clock for other trainers than this project's.
+"""Time a Trainer's steps; training_speed.py's clock for trainers other than this project's.
 
 Imports no library but torch and transformers: unsloth_steps.py needs it after Unsloth has patched them.
 """
@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 
 class Times(TrainerCallback):
-    """When the training began and when each logged step ended, the device included."""
+    """Callback that records the start of training and the end of each logged step, after a device sync."""
 
     def __init__(self) -> None:
         self.ends: dict[int, float] = {}

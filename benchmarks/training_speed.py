@@ -1,4 +1,4 @@
-"""How fast is a training step, and what would the hardware allow: this project, TRL and Unsloth, the floor.
+"""Measure the speed of a training step in this project, TRL and Unsloth, and the floor set by the hardware.
 
     python benchmarks/random_base.py --tokenizer FOLDER --out base7b
     python benchmarks/training_speed.py --base base7b --out benchmarks/training_speed.json
@@ -6,16 +6,16 @@
     python benchmarks/training_speed.py --base base7b --out try.json --settings unsloth --unsloth-site FOLDER
 
 All settings see the same rows in steps of 32, with the lengths of FiQA's rows under Mistral's tokenizer
-(log-normal, 260 tokens in the mean, no more than 1,024; the tokens themselves are random). Tokens are the
-rows' own, without padding, and a step's time includes the optimizer's. As in a long training, the losses are
-not read at every step, which would wait for the device, but in the middle and at the end; the second half
-is timed. The floor are the base's matrix products alone, forward and for the gradient of the input, for
-as many tokens as a step has, in the unfused shapes; MFU is measured against one large matrix product.
-Losses of random weights mean nothing, except that settings which compute the same have the same.
+(log-normal, mean 260 tokens, maximum 1,024; the tokens themselves are random). Token counts exclude
+padding, and a step's time includes the optimizer's. As in a long training run, losses are not read at
+every step, which would force a device sync, but in the middle and at the end; the second half is timed.
+The floor is the base's matrix products alone, forward and for the gradient of the input, for the tokens of
+one step, in the unfused shapes; MFU is relative to one large matrix product. Losses of random weights mean
+nothing, except that equivalent settings have equal losses.
 
-Unsloth is measured where it is installed, in a process of its own (unsloth_steps.py). It wants older
+Unsloth is measured where it is installed, in a process of its own (unsloth_steps.py). It needs older
 libraries than this project: `pip install --target FOLDER unsloth` keeps them apart. It packs rows to
-8,192 tokens in its own order (`unsloth`) or is given the same 32 rows a step (`unsloth-rows`).
+8,192 tokens in its own order (`unsloth`) or gets the same 32 rows per step (`unsloth-rows`).
 """
 
 import argparse
@@ -74,7 +74,7 @@ OURS: dict[str, dict[str, Any]] = {
         "tokens_per_pass": "auto",
         "memory_gib": 8,
     },
-    "fused-oom": {"checkpointing": "full", "memory_gib": 8},  # too much at once: it has to halve
+    "fused-oom": {"checkpointing": "full", "memory_gib": 8},  # must halve its micro-batches
     "plain": {"checkpointing": "none", "kernels": "plain"},
     "plain-full": {"checkpointing": "full", "kernels": "plain"},
 }
@@ -132,13 +132,13 @@ def main() -> None:
             continue
         try:
             measured = measure(name, base, rows, arguments.steps, arguments.unsloth_site)
-        except Exception as error:  # one setting's failure is a result, too
+        except Exception as error:  # a failing setting is also a result
             log.exception("%s", name)
             measured = {"error": f"{type(error).__name__}: {error}"}
         else:
             speed = measured["tokens_per_second"]
             measured["of_floor"] = speed / report["floor_tokens_per_second"]
-            measured["mfu"] = speed * shape.flops(1000, 830) / 1000 / ceiling  # 83 % are answers'
+            measured["mfu"] = speed * shape.flops(1000, 830) / 1000 / ceiling  # 83 % answers
         report["settings"].append({"name": name} | measured)
         write_json(arguments.out, report)
         print(name, {k: v for k, v in measured.items() if k != "losses"}, flush=True)
@@ -152,7 +152,7 @@ def main() -> None:
 
 
 def draw_rows(count: int) -> list[TokenRow]:
-    """Random tokens in rows whose lengths are distributed like FiQA's."""
+    """Draw random tokens in rows whose lengths are distributed like FiQA's."""
     generator = torch.Generator().manual_seed(0)
     prompts = torch.empty(count).log_normal_(3.770, 0.171, generator=generator)
     answers = torch.empty(count).log_normal_(5.07, 0.78, generator=generator)
@@ -171,7 +171,7 @@ def shape_of(base: Base) -> ModelSize:
 
 
 def floor(shape: ModelSize, tokens: int) -> float:
-    """Tokens a second if there were nothing but the base's products, each in its own shape."""
+    """Measure tokens per second of the base's matrix products alone, each in its own shape."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     make = lambda *size: torch.randn(*size, device=device, dtype=torch.bfloat16)  # noqa: E731
     seconds = 0.0
@@ -182,7 +182,7 @@ def floor(shape: ModelSize, tokens: int) -> float:
 
 
 def timed(call: Callable[[], Any], repeats: int = 20) -> float:
-    """Seconds a call, in the median of three series."""
+    """Measure the seconds per call, the median of three series."""
     for _ in range(3):
         call()
     series = []
@@ -199,7 +199,7 @@ def timed(call: Callable[[], Any], repeats: int = 20) -> float:
 def measure(
     name: str, base: Base, rows: list[TokenRow], steps: int, unsloth_site: Path | None
 ) -> dict[str, Any]:
-    """Tokens and rows a second in the second half of the steps, what the first cost more, peak memory."""
+    """Measure tokens and rows per second in the second half of the steps, warm-up time and peak memory."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     if name in TRL:
@@ -239,7 +239,7 @@ def our_steps(
     dequantize: str = "always",
     memory_gib: float | None = None,
 ) -> tuple[dict[int, float], list[float], list[float], dict[str, Any]]:
-    """Train with this project's trainer; when each step ended, its tokens and its loss."""
+    """Train with this project's trainer; return the end, tokens and loss of each step."""
     total = torch.cuda.mem_get_info()[1] / GIB
     if memory_gib:
         torch.cuda.set_per_process_memory_fraction(memory_gib / total)
@@ -281,7 +281,7 @@ def our_steps(
     more = {
         "plan": str(result.plan),
         "largest_pass_tokens": result.largest_micro_batch,
-        "predicted_memory_gib": sum(predicted.values()),  # of that pass
+        "predicted_memory_gib": sum(predicted.values()),  # of that micro-batch
     }
     return {0: begun} | ends, result.step_tokens, losses, more
 
@@ -290,14 +290,14 @@ def trl_steps(
     base: Base, rows: list[TokenRow], steps: int, padding_free: bool, dropout: float,
     dtype: torch.dtype, at_once: int,
 ) -> tuple[dict[int, float], list[float], list[float], dict[str, Any]]:  # fmt: skip
-    """Train with TRL's own trainer; `at_once` rows go through the model together."""
+    """Train with TRL's own trainer in micro-batches of `at_once` rows."""
     four_bits = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )  # fmt: skip
     attention = (
         "packed" if padding_free else "sdpa"
-    )  # this project's, which runs torch's varlen kernels
+    )  # this project's attention, on torch's varlen kernels
     model = AutoModelForCausalLM.from_pretrained(
         base.model, dtype=dtype, quantization_config=four_bits, device_map={"": 0},
         attn_implementation=attention,
@@ -327,10 +327,10 @@ def trl_steps(
         )  # fmt: skip
         for parameter in trainer.model.parameters():
             if parameter.requires_grad and dtype == torch.float16:
-                parameter.data = parameter.data.float()  # the gradient scaler refuses others
+                parameter.data = parameter.data.float()  # required by the gradient scaler
         trainer.train()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    # of two halves, each as many steps; only their sums are read
+    # logged once per half of the steps, so only the sums are known
     seen = [0.0, *(float(entry["num_tokens"]) for entry in history)]
     halves = [(b - a) / (steps // 2) for a, b in pairwise(seen)]
     step_tokens = [tokens for tokens in halves for _ in range(steps // 2)]
@@ -339,17 +339,17 @@ def trl_steps(
 
 
 def unsloth_is_installed(site: Path | None) -> bool:
-    """Whether its process would find Unsloth; nothing is imported."""
+    """Return whether its process would find Unsloth, without importing it."""
     return find_spec("unsloth") is not None or bool(site and (site / "unsloth").is_dir())
 
 
 def unsloth_steps(
     base: Base, rows: list[TokenRow], steps: int, options: list[str], site: Path | None
 ) -> tuple[dict[int, float], list[float], list[float], dict[str, Any]]:
-    """Train with Unsloth in a process of its own, which sees `site` before the other libraries.
+    """Train with Unsloth in a process of its own, with `site` before the other libraries.
 
     Raises:
-        ChildProcessError: it failed; what it had to say is on the standard error stream.
+        ChildProcessError: it failed; its messages are on standard error.
     """
     paths = [str(site.resolve())] if site else []
     paths += [path for path in [os.environ.get("PYTHONPATH")] if path]
@@ -362,7 +362,7 @@ def unsloth_steps(
                 sys.executable, program, "--base", Path(base.model).resolve(), "--rows", given,
                 "--steps", str(steps), "--out", written, *options,
             ],
-            cwd=folder,  # it writes code that it has made
+            cwd=folder,  # Unsloth writes generated code here
             stdout=sys.stderr,
             env=os.environ
             | {"PYTHONPATH": os.pathsep.join(paths)}
@@ -377,7 +377,7 @@ def unsloth_steps(
 
 
 def table(report: dict[str, Any]) -> str:
-    """One line a setting."""
+    """Format one line per setting."""
     titles = ("tokens/s", "rows/s", "of floor", "MFU", "GiB", "predicted", "warm-up s")
     widths = (10, 8, 10, 7, 7, 11, 11)
     lines = [" " * 18 + "".join(f"{t:>{w}}" for t, w in zip(titles, widths, strict=True))]

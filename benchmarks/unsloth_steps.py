@@ -1,7 +1,7 @@
-"""Train with Unsloth and write when its steps ended; started by training_speed.py, in a process of its own.
+"""Train with Unsloth and record when its steps ended; run by training_speed.py in a process of its own.
 
-Unsloth patches torch, transformers and TRL when it is imported, which has to come before them, and wants
-older versions of some: so nothing of this project is imported here but the clock.
+Unsloth patches torch, transformers and TRL, so it must be imported before them, and it needs older
+versions of some, so nothing of this project is imported here but the clock.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from typing import Any
 from unsloth import FastLanguageModel  # isort: skip
 import torch
 from datasets import Dataset
-from step_times import Times  # this program's neighbour
+from step_times import Times  # beside this program
 from trl import SFTConfig, SFTTrainer
 
 LIBRARIES = (
@@ -22,7 +22,7 @@ LIBRARIES = (
     "triton", "xformers",
 )  # fmt: skip
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-TOKENS = 8192  # of a packed row; a step has one
+TOKENS = 8192  # of a packed row; one per step
 
 
 def main() -> None:
@@ -39,10 +39,10 @@ def main() -> None:
 
 
 def train(base: Path, rows: list[Any], steps: int, rows_per_step: int | None) -> dict[str, Any]:
-    """The tokens of every step, and when the first half and the second ended.
+    """Train; return the tokens of every step and the times when the first half and the second ended.
 
     Raises:
-        ValueError: Unsloth padded the rows; what it computed is not what was asked for.
+        ValueError: Unsloth turned packing off or padded the rows.
     """
     model, tokenizer = FastLanguageModel.from_pretrained(
         str(base), max_seq_length=TOKENS, dtype=torch.bfloat16, load_in_4bit=True,
@@ -75,7 +75,7 @@ def train(base: Path, rows: list[Any], steps: int, rows_per_step: int | None) ->
     trainer.train()
     if any(batch.lines != 1 for batch in batches):
         raise ValueError("Unsloth has padded the rows")
-    batches = batches[:steps]  # a loader is ahead of the training
+    batches = batches[:steps]  # the loader prefetches
     losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     return {
         "ends": times.ends,
@@ -91,7 +91,7 @@ def train(base: Path, rows: list[Any], steps: int, rows_per_step: int | None) ->
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step was given; packed rows lie in one line."""
+    """The size of a step's batch; packed rows are one line."""
 
     lines: int
     rows: int
@@ -100,7 +100,7 @@ class Batch:
 
 
 def watch_batches(collator: Any) -> list[Batch]:
-    """A list that grows by each batch that the collator makes, in their order."""
+    """Return a list that grows with each batch that the collator makes, in order."""
     batches: list[Batch] = []
     collate = collator.torch_call
 
@@ -117,13 +117,13 @@ def watch_batches(collator: Any) -> list[Batch]:
 def installed(library: str) -> bool:
     try:
         version(library)
-    except ImportError:  # PackageNotFoundError is one
+    except ImportError:  # PackageNotFoundError is a subclass
         return False
     return True
 
 
 def attention() -> str:
-    """Whose kernels Unsloth has chosen for packed rows."""
+    """Return the attention backend that Unsloth uses for packed rows."""
     from unsloth.utils.attention_dispatch import select_attention_backend
 
     return str(select_attention_backend(use_varlen=True))

@@ -1,1 +1,1 @@
-"""Programs that make the assets which ship with the project; no pipeline stage imports them."""
+"""Programs that generate the project's assets; no pipeline stage imports them."""

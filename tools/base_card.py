@@ -1,4 +1,4 @@
-"""The base model's card, written from what was measured."""
+"""Write the base model's card from its measurements."""
 
 import math
 from collections.abc import Mapping
@@ -98,7 +98,7 @@ of this folder.
 
 
 def score_rows(scores: Mapping[str, Score]) -> str:
-    """Rows of the card's table of figures, one for each named score."""
+    """Format one row of the card's score table for each named score."""
     return "\n".join(
         f"| {name} | {score.bits_per_byte:.4f} | {score.perplexity_per_byte:.3f} "
         f"| {score.perplexity_per_token:.2f} |"
@@ -107,12 +107,12 @@ def score_rows(scores: Mapping[str, Score]) -> str:
 
 
 def history_rows(history: list[tuple[int, float, float]], rows: int) -> str:
-    """At most ``rows`` evenly spaced table rows of (step, training loss, validation loss)."""
+    """Format at most ``rows`` evenly spaced table rows of (step, training loss, validation loss)."""
     stride = math.ceil(len(history) / rows)
-    chosen = history[::-1][::stride][::-1]  # backwards, so that the last row is always there
+    chosen = history[::-1][::stride][::-1]  # backwards, to include the last row
     return "\n".join(f"| {step:,} | {train:.4f} | {held:.4f} |" for step, train, held in chosen)
 
 
 def write_card(facts: Mapping[str, object]) -> str:
-    """The card's Markdown. Every name in ``CARD`` must be among the facts, else KeyError."""
+    """Render the card as Markdown; raise KeyError if a name in ``CARD`` is not among the facts."""
     return CARD.format_map(facts)

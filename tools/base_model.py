@@ -1,4 +1,4 @@
-"""The small base model: its shape, its random weights, and its surprise at a text."""
+"""Create and score the small base model."""
 
 import math
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ PROMPT = "Retail sales in the District"
 
 @dataclass(frozen=True)
 class Shape:
-    """The model's size; as shipped 7.9 million parameters, under 16 MiB in bf16."""
+    """The model's size; as shipped, 7.9 million parameters and less than 16 MiB in bf16."""
 
     vocab_size: int
     hidden_size: int
@@ -35,7 +35,7 @@ class Shape:
 
 
 def make_model(shape: Shape, tokenizer: PreTrainedTokenizerFast, seed: int) -> MistralForCausalLM:
-    """A float32 model with random weights that depend on the seed alone."""
+    """Create a float32 model with random weights that depend only on the seed."""
     config = MistralConfig(
         vocab_size=shape.vocab_size,
         hidden_size=shape.hidden_size,
@@ -57,7 +57,7 @@ def make_model(shape: Shape, tokenizer: PreTrainedTokenizerFast, seed: int) -> M
 def windows(stream: IntArray, context: int, bos_id: int) -> tuple[Tensor, Tensor]:
     """Cut a stream into inputs and targets, both int64 ``[rows, context]``, without overlap.
 
-    Every token but the first is the target exactly once. ``<s>`` and the padding of the last row
+    Every token but the first is a target exactly once. ``<s>`` and the padding of the last row
     are ``IGNORED``: a document's start is given, not predicted.
     """
     rows = math.ceil((len(stream) - 1) / context)
@@ -70,21 +70,21 @@ def windows(stream: IntArray, context: int, bos_id: int) -> tuple[Tensor, Tensor
 
 
 def head_loss(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    """Summed cross-entropy in nats of ``hidden [rows, context, width]`` against the targets."""
+    """Compute the summed cross-entropy in nats of ``hidden [rows, context, width]`` and the targets."""
     logits = F.linear(hidden, head).flatten(0, 1)
     return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
 def hidden_states(model: MistralForCausalLM, inputs: Tensor) -> Tensor:
-    """Final hidden states, ``[rows, context, width]``."""
-    # No mask is passed, so that attention runs as plain causal attention.
+    """Compute the final hidden states, ``[rows, context, width]``."""
+    # without a mask, attention uses the causal kernels
     states: Tensor = model.model(input_ids=inputs, use_cache=False).last_hidden_state
     return states
 
 
 @torch.no_grad()
 def summed_nats(model: MistralForCausalLM, inputs: Tensor, targets: Tensor) -> float:
-    """Sum of the nats of all targets ``[rows, context]`` that are not ``IGNORED``."""
+    """Sum the nats of all targets ``[rows, context]`` that are not ``IGNORED``."""
     model.train(False)
     device = model.device
     total = torch.zeros((), dtype=torch.float64, device=device)
@@ -98,7 +98,7 @@ def summed_nats(model: MistralForCausalLM, inputs: Tensor, targets: Tensor) -> f
 def score_folder(
     folder: Path, stream: IntArray, context: int, text_bytes: int, device: torch.device
 ) -> tuple[Score, str]:
-    """Score the saved weights, computed in float32, on a stream; and a sampled continuation."""
+    """Score the saved weights on a stream, in float32, and sample a continuation of ``PROMPT``."""
     model = MistralForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` without its types
     tokenizer = AutoTokenizer.from_pretrained(folder)

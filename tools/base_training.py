@@ -1,4 +1,4 @@
-"""Training and scoring of the small base model: tensors in, weights and figures out."""
+"""Train the small base model: tensors in, weights and figures out."""
 
 import math
 import time
@@ -15,13 +15,13 @@ from transformers import MistralForCausalLM
 from tools.base_model import IGNORED, head_loss, hidden_states, summed_nats, windows
 from tools.corpus import IntArray
 
-ESTIMATE_AT = 50  # steps after which the speed is known and the schedule may still be cut
-FINAL_RATE = 0.1  # the cosine ends at this part of the peak learning rate
+ESTIMATE_AT = 50  # steps after which speed is measured and the schedule may be shortened
+FINAL_RATE = 0.1  # of the peak learning rate, at the end of the cosine
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How to train; ``steps`` decides the schedule, ``minutes`` can only shorten it."""
+    """Training settings; ``steps`` sets the schedule, ``minutes`` can only shorten it."""
 
     steps: int
     minutes: float
@@ -38,7 +38,7 @@ class TrainingSettings:
 
 @dataclass
 class TrainingResult:
-    """What happened. ``history`` has (step, training loss, validation loss), nats a token."""
+    """The result; ``history`` has (step, training loss, validation loss) in nats per token."""
 
     steps_planned: int
     steps_done: int = 0
@@ -50,10 +50,10 @@ class TrainingResult:
 
 
 def learning_rate_at(step: int, steps: int, settings: TrainingSettings) -> float:
-    """Linear warm-up, then a cosine to ``FINAL_RATE`` of the peak; ``step`` counts from 0.
+    """Compute linear warm-up, then a cosine to ``FINAL_RATE`` of the peak; ``step`` counts from 0.
 
-    The warm-up does not depend on ``steps``: a schedule that is cut during it equals the run
-    that had asked for the shorter one from the start.
+    The warm-up does not depend on ``steps``: a schedule shortened during it equals the schedule of
+    a run with fewer steps from the start.
     """
     if step < settings.warmup_steps:
         return settings.learning_rate * (step + 1) / settings.warmup_steps
@@ -63,15 +63,15 @@ def learning_rate_at(step: int, steps: int, settings: TrainingSettings) -> float
 
 
 def steps_that_fit(planned: int, seconds_per_step: float, seconds_left: float) -> int:
-    """Steps of a run of ``planned`` for which the time is enough, ``ESTIMATE_AT`` being done."""
+    """Return the number of steps, at most ``planned``, that fit the time left after ``ESTIMATE_AT``."""
     return min(planned, ESTIMATE_AT + max(1, int(seconds_left / seconds_per_step)))
 
 
 def add_residual_dropout(model: MistralForCausalLM, probability: float) -> None:
-    """Drop parts of what is added to the residual stream, in training mode only.
+    """Add dropout to the embedding and to each residual branch, in training mode only.
 
-    Mistral's configuration has dropout for attention weights alone, and a small text seen for
-    many epochs needs more. Hooks leave the saved configuration as it is.
+    Mistral's config only has attention dropout, and a small text seen for many epochs needs more.
+    Hooks leave the saved config unchanged.
     """
 
     def drop(module: nn.Module, _: Any, output: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ def add_residual_dropout(model: MistralForCausalLM, probability: float) -> None:
 
 
 def make_optimizer(model: MistralForCausalLM, settings: TrainingSettings) -> torch.optim.AdamW:
-    """AdamW with weight decay on the matrices and none on the norms."""
+    """Create AdamW with weight decay on the matrices and none on the norms."""
     matrices = [weight for weight in model.parameters() if weight.ndim >= 2]
     vectors = [weight for weight in model.parameters() if weight.ndim < 2]
     groups = [
@@ -102,10 +102,10 @@ def train_model(
     settings: TrainingSettings,
     log: Callable[[str], None] = print,
 ) -> TrainingResult:
-    """Train in place on random windows of ``train``; the weights with the best validation loss.
+    """Train in place on random windows of ``train``; keep the weights with the best validation loss.
 
-    ``train`` and ``validation`` are streams ``[tokens]``. The whole data and all offsets lie on
-    the model's device, and the host waits for it every ``log_steps`` steps only.
+    ``train`` and ``validation`` are streams ``[tokens]``. All data and offsets are on the model's
+    device, and after the speed estimate the host syncs only every ``log_steps`` steps.
     """
     device = model.device
     torch.manual_seed(settings.seed)
@@ -113,8 +113,8 @@ def train_model(
         add_residual_dropout(model, settings.dropout)
     loss_of = head_loss
     if settings.compile:
-        # One layer is compiled and serves them all; compiling the whole model takes longer and
-        # makes transformers build a dense mask, which rules out the fast attention kernels.
+        # All layers share one compilation; compiling the whole model takes longer and makes
+        # transformers build a dense mask, which rules out the fast attention kernels.
         for layer in model.model.layers:
             layer.compile(dynamic=False)
         loss_of = torch.compile(head_loss, dynamic=False)
@@ -150,7 +150,7 @@ def train_model(
             since, since_step = clock.seconds(), step
         if step == ESTIMATE_AT:
             pace = (clock.seconds() - since) / (step - since_step)
-            # A tenth is kept for the validation and for a slower stretch.
+            # A tenth is reserved for validation and slow phases.
             left = settings.minutes * 60 * 0.9 - clock.seconds()
             result.steps_planned = steps_that_fit(settings.steps, pace, left)
             log(
@@ -185,14 +185,14 @@ def train_model(
 
 
 def autocast(device: torch.device) -> AbstractContextManager[object]:
-    """bf16 on a GPU; float32 on a CPU, where bf16 is often emulated and slow."""
+    """Use bf16 on a GPU and float32 on a CPU, where bf16 is often emulated and slow."""
     if device.type == "cuda":
         return torch.autocast("cuda", dtype=torch.bfloat16)
     return nullcontext()
 
 
 class _Clock:
-    """Seconds since it was made, once the device has done what it was given."""
+    """A clock that syncs the device before it is read."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer that gives back every Unicode string exactly."""
+"""Train a byte-level BPE tokenizer that round-trips every Unicode string."""
 
 from collections.abc import Sequence
 
@@ -7,19 +7,18 @@ from transformers import PreTrainedTokenizerFast
 
 from tools.corpus import BOS, EOS, PAD, UNK
 
-# Mistral's order, so that the first three ids mean what they mean there.
+# in Mistral's order, so that the first three ids have the same meaning
 SPECIALS = [UNK, BOS, EOS, PAD]
 
 
 def train_tokenizer(
     texts: Sequence[str], vocab_size: int, max_length: int
 ) -> PreTrainedTokenizerFast:
-    """Learn ``vocab_size`` entries (four specials and all 256 bytes among them) from the texts.
+    """Learn ``vocab_size`` entries from the texts, including four special tokens and all 256 bytes.
 
-    Encoding puts ``<s>`` in front, as Mistral's tokenizer does, unless it is called with
-    ``add_special_tokens=False``. There is no normaliser and no added space: decoding returns the
-    text exactly. Fewer entries are learnt when the texts have too few different words; unused
-    rows of the embedding then stay untrained.
+    Encoding prepends ``<s>``, as Mistral's tokenizer does, unless called with
+    ``add_special_tokens=False``. Without normalizer and prefix space, decoding returns the exact
+    text. Texts with too few different words give fewer entries; the other embedding rows are unused.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)

@@ -1,7 +1,7 @@
-"""Plain text in, split token streams out, and one way of scoring a model on held-out text.
+"""Read and split plain text, encode it, and score models on held-out text.
 
-The neural base model and the n-gram baseline both use this module, so that their figures are
-taken on the same tokens and the same bytes.
+The base model and the n-gram baseline both use this module, so that their figures refer to the
+same tokens and bytes.
 """
 
 import hashlib
@@ -20,16 +20,16 @@ IntArray = NDArray[np.int64]
 BOS, EOS, UNK, PAD = "<s>", "</s>", "<unk>", "<pad>"
 PARTS = ("train", "validation", "test")
 TRAIN_PERCENT, VALIDATION_PERCENT = 98, 1
-SHARED_LENGTH = 13  # tokens of a sequence that is unlikely to occur twice by chance
+SHARED_LENGTH = 13  # tokens; such sequences rarely occur twice by chance
 
 
 class InputError(ValueError):
-    """The user's input cannot be used; the message names it and the way out."""
+    """Unusable input; the message names it and the way out."""
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Different, non-empty documents, and how many were left out for which reason."""
+    """Distinct, non-empty documents, and how many were dropped for which reason."""
 
     texts: list[str]
     empty: int
@@ -57,7 +57,7 @@ def read_documents(path: Path) -> Documents:
 def _read(file: Path) -> list[str]:
     if file.suffix == ".txt":
         try:
-            # newline="" keeps the file's own line ends; read_text would change them.
+            # newline="" preserves line ends, which read_text would change
             with file.open(encoding="utf-8", newline="") as lines:
                 return [lines.read()]
         except UnicodeDecodeError as error:
@@ -69,12 +69,12 @@ def _read(file: Path) -> list[str]:
 
 
 def split_documents(texts: Iterable[str]) -> dict[str, list[str]]:
-    """Split 98/1/1 by a hash of each text; neither parts nor their order depend on input order.
+    """Split 98/1/1 by a hash of each text; parts and their order do not depend on the input order.
 
-    Each part is ordered by the hash, which also shuffles it once and for all.
+    Each part is sorted by the hash, which also shuffles it.
 
     Raises:
-        InputError: a part is empty, since then nothing could be trained or measured.
+        InputError: a part is empty.
     """
     parts: dict[str, list[tuple[bytes, str]]] = {name: [] for name in PARTS}
     for text in texts:
@@ -89,12 +89,12 @@ def split_documents(texts: Iterable[str]) -> dict[str, list[str]]:
 
 
 def byte_count(texts: Sequence[str]) -> int:
-    """Number of UTF-8 bytes in the texts together."""
+    """Count the UTF-8 bytes of the texts."""
     return sum(len(text.encode()) for text in texts)
 
 
 def token_id(tokenizer: Tokenizer, token: str) -> int:
-    """The id of a special token.
+    """Return the id of a special token.
 
     Raises:
         InputError: the tokenizer does not have it.
@@ -110,12 +110,12 @@ def encode_stream(tokenizer: Tokenizer, texts: Sequence[str]) -> IntArray:
 
     Text that merely looks like a special token (``<s>`` in a document) is encoded as bytes.
     """
-    # A copy, because the setting below would change how the caller's tokenizer encodes.
+    # a copy, since the setting below would affect the caller's tokenizer
     literal = Tokenizer.from_str(tokenizer.to_str())
     literal.encode_special_tokens = True
     bos, eos = token_id(literal, BOS), token_id(literal, EOS)
     ids: list[IntArray] = []
-    # In chunks, because an encoding takes many times the memory of its ids.
+    # in chunks, since an encoding takes many times the memory of its ids
     for start in range(0, len(texts), 512):
         chunk = list(texts[start : start + 512])
         encodings = literal.encode_batch_fast(chunk, add_special_tokens=False)
@@ -124,14 +124,14 @@ def encode_stream(tokenizer: Tokenizer, texts: Sequence[str]) -> IntArray:
 
 
 def shared_share(train: IntArray, held_out: IntArray) -> float:
-    """Share, 0 to 1, of the held-out sequences of ``SHARED_LENGTH`` tokens that ``train`` has."""
+    """Return the share of held-out sequences of ``SHARED_LENGTH`` tokens that also occur in ``train``."""
     if min(len(train), len(held_out)) < SHARED_LENGTH:
         return 0.0
     return float(np.isin(_hashes(held_out), _hashes(train)).mean())
 
 
 def _hashes(stream: IntArray) -> NDArray[np.uint64]:
-    """A 64-bit polynomial hash of each sequence; arithmetic wraps round on purpose."""
+    """Compute a 64-bit polynomial hash of each sequence; overflow is intended."""
     count = len(stream) - SHARED_LENGTH + 1
     hashes = np.zeros(count, dtype=np.uint64)
     for offset in range(SHARED_LENGTH):
@@ -142,10 +142,10 @@ def _hashes(stream: IntArray) -> NDArray[np.uint64]:
 
 @dataclass(frozen=True)
 class Score:
-    """A model's total surprise at a held-out text.
+    """A model's negative log-likelihood of a held-out text.
 
     ``tokens`` counts every token of the documents and each ``</s>``; ``<s>`` is given, not
-    predicted. ``bytes`` counts the text alone, so predicting the ends is paid for by the text.
+    predicted. ``bytes`` counts the text alone, so the nats of ``</s>`` are attributed to the text.
     """
 
     nats: float
@@ -159,10 +159,10 @@ class Score:
 
     @property
     def perplexity_per_byte(self) -> float:
-        """Two to the bits per byte."""
+        """Two to the power of the bits per byte."""
         return float(2**self.bits_per_byte)
 
     @property
     def perplexity_per_token(self) -> float:
-        """Exponential of the mean nats per token; comparable with the same tokenizer only."""
+        """Exponential of the mean nats per token; only comparable with the same tokenizer."""
         return math.exp(self.nats / self.tokens)

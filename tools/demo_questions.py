@@ -2,9 +2,9 @@
 
     python -m tools.demo_questions --out assets/demo-questions.jsonl
 
-The core (demo_questions_core.jsonl) is prose. Each kind of computed rows is a function in
-demo_questions_kinds.py, which draws numbers and works out the answer, and a table of wordings with
-the same name in demo_questions_wordings.toml. The same sources give the same file, byte for byte.
+The core (demo_questions_core.jsonl) is prose. Each kind of computed rows has a function in
+demo_questions_kinds.py, which draws numbers and computes the answer, and wordings under the same
+name in demo_questions_wordings.toml. The output is deterministic, byte for byte.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ WORDINGS = HERE / "demo_questions_wordings.toml"
 
 SEED = 20
 ROWS_PER_KIND = 54  # three rounds of the 6 x 3 pairs of question and answer wordings
-DRAWS_PER_ROW = 20  # on average, before a kind is said to have too few distinct numbers
+DRAWS_PER_ROW = 20  # on average, before a kind is rejected for too few distinct numbers
 
 TOPICS = (
     "budgeting",
@@ -51,21 +51,21 @@ Wordings = dict[str, dict[str, list[str]]]
 
 
 def folded(text: str) -> str:
-    """The text without case and punctuation, to see whether two questions are really distinct."""
+    """Fold case and remove punctuation, to compare questions."""
     return " ".join("".join(c for c in text.casefold() if c.isalnum() or c == " ").split())
 
 
 def row(question: str, answer: str) -> Row:
-    """The record; the instruction hangs on the question alone, so equal questions share it."""
+    """Build a record; the instruction depends only on the question, so equal questions share it."""
     digest = hashlib.sha256(question.encode()).digest()
     instruction = INSTRUCTIONS[int.from_bytes(digest[:8], "big") % len(INSTRUCTIONS)]
     return {"instruction": instruction, "input": question, "output": answer}
 
 
 def core_rows(lines: Iterable[str]) -> Iterator[Row]:
-    """Every question with each of its answers.
+    """Yield every question with each of its answers.
 
-    A question has one wording only: two wordings with one answer would land on two sides of the split.
+    A question has only one wording: two wordings with the same answer could leak across the split.
 
     Raises:
         ValueError: a line that is not JSON, lacks a text or a known topic, or repeats a question.
@@ -90,12 +90,12 @@ def core_rows(lines: Iterable[str]) -> Iterator[Row]:
 
 
 def kind_rows(kind: Kind, wordings: dict[str, list[str]]) -> Iterator[Row]:
-    """Draw rows of one kind; no two share their numbers or their question.
+    """Draw rows of one kind, without repeated numbers or questions.
 
     Raises:
         ValueError: the kind's ranges have too few distinct numbers.
     """
-    draw = Draw(random.Random(f"{SEED} {kind.__name__}"))  # so that kinds do not affect each other
+    draw = Draw(random.Random(f"{SEED} {kind.__name__}"))  # kinds do not affect each other
     questions, answers = wordings["questions"], wordings["answers"]
     seen: set[str] = set()
     made = 0
@@ -114,10 +114,10 @@ def kind_rows(kind: Kind, wordings: dict[str, list[str]]) -> Iterator[Row]:
 
 
 def demo_rows(core: Iterable[str], wordings: Wordings) -> list[Row]:
-    """All rows: the core in its order, then each kind in the order of KINDS.
+    """Return all rows: the core in its order, then each kind in the order of KINDS.
 
     Raises:
-        ValueError: a kind without wordings, wordings without a kind, or what the parts raise.
+        ValueError: a kind without wordings, wordings without a kind, or see the parts.
     """
     unmatched = {kind.__name__ for kind in KINDS} ^ set(wordings)
     if unmatched:
@@ -129,14 +129,14 @@ def demo_rows(core: Iterable[str], wordings: Wordings) -> list[Row]:
 
 
 def render() -> str:
-    """The whole file as text, from the sources beside this module."""
+    """Render the whole file from the sources beside this module."""
     core = CORE.read_text(encoding="utf-8").splitlines()
     rows = demo_rows(core, tomllib.loads(WORDINGS.read_text(encoding="utf-8")))
     return "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in rows)
 
 
 def main() -> None:
-    """Write the file whole or not at all."""
+    """Write the file completely or not at all."""
     parser = argparse.ArgumentParser(description="Write the demo's finance questions.")
     parser.add_argument("--out", type=Path, required=True, help="the JSON Lines file to write")
     out: Path = parser.parse_args().out

@@ -1,8 +1,7 @@
-"""The kinds of computed questions: each draws its numbers and works out the answer.
+"""Kinds of computed questions: each draws its numbers and computes the answer.
 
-A kind returns the fields of its wordings, which stand in demo_questions_wordings.toml under the
-kind's name: those that the question names and those that the answer adds, as they are printed.
-Numbers are decimals, and whatever is rounded is rounded half up.
+A kind returns the fields of its wordings in demo_questions_wordings.toml, formatted for printing:
+those of the question and those that the answer adds. Numbers are decimals, rounded half up.
 """
 
 from __future__ import annotations
@@ -15,22 +14,22 @@ Fields = dict[str, str]
 
 
 class Draw:
-    """Picks that do not change between Python versions: `random()` alone keeps its sequence."""
+    """Random choices that are stable across Python versions: only `random()` guarantees its sequence."""
 
     def __init__(self, rng: random.Random) -> None:
-        """Take every pick from this generator."""
+        """Draw from this generator."""
         self._rng = rng
 
     def number(self, low: int, high: int, step: int) -> Decimal:
-        """One of low, low + step, ..., up to and including high."""
+        """Draw one of low, low + step, ..., up to and including high."""
         return Decimal(self._pick(range(low, high + 1, step)))
 
     def quarters(self, low: int, high: int) -> Decimal:
-        """A rate in percent between low and high, in steps of a quarter."""
+        """Draw a rate in percent between low and high, in steps of a quarter."""
         return self.number(4 * low, 4 * high, 1) / 4
 
     def word(self, *options: str) -> str:
-        """One of the options."""
+        """Draw one of the options."""
         return options[self._pick(range(len(options)))]
 
     def _pick(self, options: range) -> int:
@@ -41,17 +40,17 @@ Kind = Callable[[Draw], Fields]
 
 
 def rounded(value: Decimal, places: int) -> str:
-    """The value with exactly so many decimals, halves up."""
+    """Format the value with this number of decimals, rounded half up."""
     return f"{value.quantize(Decimal(1).scaleb(-places), ROUND_HALF_UP):,}"
 
 
 def cents(value: Decimal) -> str:
-    """Dollars rounded to the cent; always with cents."""
+    """Format dollars with cents, rounded."""
     return f"${rounded(value, 2)}"
 
 
 def money(value: Decimal) -> str:
-    """Dollars that need no rounding; cents only where there are any.
+    """Format an exact amount in dollars, with cents only if there are any.
 
     Raises:
         ValueError: the value is finer than a cent.
@@ -62,17 +61,17 @@ def money(value: Decimal) -> str:
 
 
 def percent(value: Decimal) -> str:
-    """A percentage as given, without trailing zeros."""
+    """Format a percentage exactly, without trailing zeros."""
     return f"{value.normalize():f}%"
 
 
 def count(value: Decimal) -> str:
-    """A whole number."""
+    """Format a whole number."""
     return f"{value:,}"
 
 
 def compound_interest(draw: Draw) -> Fields:
-    """Principal times one plus the rate of a period, to the power of the periods."""
+    """Compute principal times (1 + rate per period) to the power of the periods."""
     principal, rate = draw.number(500, 20_000, 500), draw.quarters(2, 9)
     years, compounding = draw.number(2, 25, 1), draw.word("annually", "quarterly", "monthly")
     periods = {"annually": 1, "quarterly": 4, "monthly": 12}[compounding]
@@ -88,7 +87,7 @@ def compound_interest(draw: Draw) -> Fields:
 
 
 def simple_interest(draw: Draw) -> Fields:
-    """Principal times rate times years."""
+    """Compute principal times rate times years."""
     principal, rate = draw.number(400, 20_000, 200), draw.quarters(2, 12)
     years = draw.number(2, 10, 1)
     yearly = principal * rate / 100
@@ -102,14 +101,14 @@ def simple_interest(draw: Draw) -> Fields:
 
 
 def monthly_payment(principal: Decimal, rate: Decimal, months: Decimal) -> Decimal:
-    """The payment, to the cent, that repays a loan with equal payments at the end of each month."""
+    """Compute the payment, to the cent, that repays a loan in equal payments at the end of each month."""
     monthly_rate = rate / 1200
     payment = principal * monthly_rate / (1 - (1 + monthly_rate) ** -months)
     return payment.quantize(Decimal("0.01"), ROUND_HALF_UP)
 
 
 def loan_payment(draw: Draw) -> Fields:
-    """The equal monthly payment on a fixed-rate loan."""
+    """Compute the equal monthly payment on a fixed-rate loan."""
     loan = draw.word("car loan", "personal loan", "student loan", "mortgage")
     if loan == "mortgage":
         principal, years = draw.number(100_000, 600_000, 5_000), draw.number(15, 30, 5)
@@ -127,7 +126,7 @@ def loan_payment(draw: Draw) -> Fields:
 
 
 def loan_interest(draw: Draw) -> Fields:
-    """All payments on a fixed-rate loan, each rounded to the cent, less the principal."""
+    """Compute all payments on a fixed-rate loan, each rounded to the cent, less the principal."""
     principal, rate = draw.number(5_000, 80_000, 1_000), draw.quarters(3, 12)
     years = draw.number(2, 15, 1)
     months = years * 12
@@ -144,7 +143,7 @@ def loan_interest(draw: Draw) -> Fields:
 
 
 def savings_goal(draw: Draw) -> Fields:
-    """The missing amount spread over the months, without interest."""
+    """Spread the missing amount over the months, without interest."""
     goal, saved = draw.number(2_000, 30_000, 500), draw.number(100, 1_500, 100)
     months = draw.number(6, 48, 1)
     return {
@@ -157,7 +156,7 @@ def savings_goal(draw: Draw) -> Fields:
 
 
 def percent_change(draw: Draw) -> Fields:
-    """Change over starting value."""
+    """Compute change over starting value."""
     old, share = draw.number(20, 400, 4), draw.number(5, 60, 1)
     change = (old * share / 100).quantize(Decimal(1), ROUND_CEILING)
     direction = draw.word("an increase", "a decrease")
@@ -171,7 +170,7 @@ def percent_change(draw: Draw) -> Fields:
 
 
 def rule_of_72(draw: Draw) -> Fields:
-    """72 over the rate in percent: the years to double."""
+    """Compute the years to double: 72 over the rate in percent."""
     amount, rate = draw.number(1_000, 50_000, 1_000), draw.quarters(2, 12)
     return {
         "amount": money(amount),
@@ -182,7 +181,7 @@ def rule_of_72(draw: Draw) -> Fields:
 
 
 def dividend_yield(draw: Draw) -> Fields:
-    """Dividend of a year over share price."""
+    """Compute annual dividend over share price."""
     price, share = draw.number(12, 240, 1), draw.number(10, 70, 1)
     dividend = (price * share / 1000).quantize(Decimal("0.01"), ROUND_HALF_UP)
     return {
@@ -193,7 +192,7 @@ def dividend_yield(draw: Draw) -> Fields:
 
 
 def bond_current_yield(draw: Draw) -> Fields:
-    """Coupon of a year over the price of the bond."""
+    """Compute annual coupon over the price of the bond."""
     face, coupon = Decimal(1_000) * draw.number(1, 10, 1), draw.quarters(2, 8)
     price, income = face * draw.number(85, 112, 1) / 100, face * coupon / 100
     return {
@@ -206,14 +205,14 @@ def bond_current_yield(draw: Draw) -> Fields:
 
 
 def earnings_per_share(draw: Draw) -> Fields:
-    """Net profit over shares."""
+    """Compute net profit over shares."""
     profit = draw.number(200_000, 9_000_000, 50_000)
     shares = draw.number(100_000, 2_000_000, 50_000)
     return {"profit": money(profit), "shares": count(shares), "earnings": cents(profit / shares)}
 
 
 def price_to_earnings(draw: Draw) -> Fields:
-    """Share price over earnings per share."""
+    """Compute share price over earnings per share."""
     earnings, multiple = draw.number(50, 900, 5) / 100, draw.number(7, 38, 1)
     price = (earnings * multiple).to_integral_value(ROUND_CEILING)
     return {
@@ -224,7 +223,7 @@ def price_to_earnings(draw: Draw) -> Fields:
 
 
 def inflation_value(draw: Draw) -> Fields:
-    """A later amount in today's dollars."""
+    """Compute a later amount in today's dollars."""
     amount, inflation = draw.number(1_000, 50_000, 500), draw.quarters(1, 6)
     years = draw.number(3, 30, 1)
     return {
@@ -236,7 +235,7 @@ def inflation_value(draw: Draw) -> Fields:
 
 
 def break_even_units(draw: Draw) -> Fields:
-    """Fixed costs over contribution per unit, rounded up."""
+    """Compute fixed costs over contribution per unit, rounded up."""
     fixed, cost = draw.number(500, 9_000, 100), draw.number(2, 40, 1)
     contribution = draw.number(3, 35, 1)
     return {
@@ -249,7 +248,7 @@ def break_even_units(draw: Draw) -> Fields:
 
 
 def profit_margin(draw: Draw) -> Fields:
-    """Profit over revenue."""
+    """Compute profit over revenue."""
     revenue, share = draw.number(2_000, 90_000, 500), draw.number(40, 95, 1)
     cost = revenue * share // 5000 * 50
     return {
@@ -261,7 +260,7 @@ def profit_margin(draw: Draw) -> Fields:
 
 
 def markup(draw: Draw) -> Fields:
-    """Gain over cost."""
+    """Compute gain over cost."""
     cost, gain = draw.number(4, 90, 1), draw.number(2, 45, 1)
     return {
         "cost": money(cost),
@@ -272,7 +271,7 @@ def markup(draw: Draw) -> Fields:
 
 
 def card_interest(draw: Draw) -> Fields:
-    """One month of interest: balance times APR over twelve."""
+    """Compute one month of interest: balance times APR over twelve."""
     balance, apr = draw.number(200, 9_000, 100), draw.quarters(14, 30)
     yearly = balance * apr / 100
     return {
@@ -284,7 +283,7 @@ def card_interest(draw: Draw) -> Fields:
 
 
 def debt_to_income(draw: Draw) -> Fields:
-    """Monthly debt payments over gross monthly income."""
+    """Compute monthly debt payments over gross monthly income."""
     housing, other = draw.number(700, 2_500, 50), draw.number(50, 900, 25)
     income = draw.number(3_500, 11_000, 100)
     return {
@@ -297,7 +296,7 @@ def debt_to_income(draw: Draw) -> Fields:
 
 
 def net_worth(draw: Draw) -> Fields:
-    """Assets minus debts; always positive here."""
+    """Compute assets minus debts; always positive here."""
     cash, investments = draw.number(1_000, 30_000, 500), draw.number(5_000, 200_000, 1_000)
     debt = (cash + investments) * draw.number(5, 90, 1) // 50_000 * 500
     return {
@@ -310,7 +309,7 @@ def net_worth(draw: Draw) -> Fields:
 
 
 def sales_tax(draw: Draw) -> Fields:
-    """Price plus tax."""
+    """Compute price plus tax."""
     item = draw.word("bike", "laptop", "table", "phone", "camera", "sofa")
     price, rate = draw.number(80, 1_500, 5), draw.quarters(4, 10)
     tax = (price * rate / 100).quantize(Decimal("0.01"), ROUND_HALF_UP)
@@ -324,7 +323,7 @@ def sales_tax(draw: Draw) -> Fields:
 
 
 def tip_total(draw: Draw) -> Fields:
-    """Bill plus tip."""
+    """Compute bill plus tip."""
     bill, rate = draw.number(1_200, 16_000, 25) / 100, draw.number(10, 25, 1)
     tip = (bill * rate / 100).quantize(Decimal("0.01"), ROUND_HALF_UP)
     return {
@@ -336,7 +335,7 @@ def tip_total(draw: Draw) -> Fields:
 
 
 def tax_saving(draw: Draw) -> Fields:
-    """Deduction times marginal rate."""
+    """Compute deduction times marginal rate."""
     deduction, rate = draw.number(400, 15_000, 100), draw.number(10, 37, 1)
     return {
         "deduction": money(deduction),
@@ -346,13 +345,13 @@ def tax_saving(draw: Draw) -> Fields:
 
 
 def emergency_fund(draw: Draw) -> Fields:
-    """Monthly expenses times months."""
+    """Compute monthly expenses times months."""
     expenses, months = draw.number(1_200, 6_500, 50), draw.number(3, 12, 1)
     return {"expenses": money(expenses), "months": count(months), "fund": money(expenses * months)}
 
 
 def annual_pay(draw: Draw) -> Fields:
-    """Hourly wage times weekly hours times 52."""
+    """Compute hourly wage times weekly hours times 52."""
     wage, hours = draw.number(48, 240, 1) / 4, draw.number(16, 48, 2)
     return {
         "wage": money(wage),
@@ -363,7 +362,7 @@ def annual_pay(draw: Draw) -> Fields:
 
 
 def currency_conversion(draw: Draw) -> Fields:
-    """Dollars times the given exchange rate."""
+    """Compute dollars times the given exchange rate."""
     currency = draw.word("euros", "pounds", "Swiss francs", "Canadian dollars", "Mexican pesos")
     low, high = {
         "euros": (80, 98),
@@ -382,7 +381,7 @@ def currency_conversion(draw: Draw) -> Fields:
 
 
 def straight_line_depreciation(draw: Draw) -> Fields:
-    """Cost minus salvage value, over the years of use."""
+    """Compute cost minus salvage value, over the years of use."""
     cost, years = draw.number(2_000, 60_000, 500), draw.number(3, 12, 1)
     salvage = cost * draw.number(5, 30, 1) // 10_000 * 100
     return {
@@ -395,13 +394,13 @@ def straight_line_depreciation(draw: Draw) -> Fields:
 
 
 def mileage_deduction(draw: Draw) -> Fields:
-    """Miles times the given rate in cents."""
+    """Compute miles times the given rate in cents."""
     miles, rate = draw.number(200, 15_000, 50), draw.number(45, 75, 1)
     return {"miles": count(miles), "cents": count(rate), "deduction": money(miles * rate / 100)}
 
 
 def after_fee_return(draw: Draw) -> Fields:
-    """Amount times return minus fee, for one year."""
+    """Compute amount times return minus fee, for one year."""
     amount, growth = draw.number(2_000, 90_000, 1_000), draw.number(30, 120, 5) / 10
     fee = draw.number(5, 150, 5) / 100
     return {

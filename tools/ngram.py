@@ -1,10 +1,10 @@
-"""Interpolated modified Kneser-Ney n-grams over token ids: the baseline for the base model.
+"""Score interpolated modified Kneser-Ney n-grams over token ids: the baseline for the base model.
 
     python -m tools.ngram --text .cache/text/beige_book.parquet --tokenizer assets/demo-base
 
 S. F. Chen and J. Goodman, "An Empirical Study of Smoothing Techniques for Language Modeling"
 (1998), equations 26 to 29. The lowest order is interpolated with the uniform distribution, so
-every token has a probability above zero. The corpus is one stream; n-grams cross its documents.
+every token has a probability above zero. The corpus is one stream; n-grams cross documents.
 """
 
 import argparse
@@ -35,19 +35,19 @@ ORDERS = (3, 4, 5)
 
 @dataclass(frozen=True)
 class _Level:
-    """Everything needed to interpolate one order; contexts are indices of (n-1)-grams."""
+    """The data to interpolate one order; contexts are indices of (n-1)-grams."""
 
-    counts: IntArray  # [n-grams], raw at the highest order, else the number of left neighbours
-    discounts: FloatArray  # [4], what a count of 0, 1, 2, 3 or more loses
+    counts: IntArray  # [n-grams], raw at the highest order, else distinct left neighbours
+    discounts: FloatArray  # [4], subtracted from counts of 0, 1, 2, 3 or more
     totals: IntArray  # [contexts], sum of counts
-    backoff: FloatArray  # [contexts], the mass left for the next lower order
+    backoff: FloatArray  # [contexts], the probability mass of the next lower order
 
 
 class KneserNey:
     """Counts of all n-grams of up to ``max_order`` tokens of one stream.
 
     An n-gram is the number ``context * vocab_size + last token``, where ``context`` is the index
-    of its first n-1 tokens among the sorted (n-1)-grams: any order fits into 64 bits.
+    of its first n-1 tokens among the sorted (n-1)-grams, so that any order fits into 64 bits.
     """
 
     def __init__(self, stream: IntArray, vocab_size: int, max_order: int) -> None:
@@ -56,13 +56,13 @@ class KneserNey:
         self._keys: list[IntArray] = [np.arange(vocab_size, dtype=np.int64)]
         self._raw: list[IntArray] = [np.bincount(stream, minlength=vocab_size)]
         self._continuations: list[IntArray] = []
-        ending_at = stream  # index of the n-gram that ends at each position, from position n-1
+        ending_at = stream  # index of the n-gram ending at each position, from n-1 on
         for order in range(2, max_order + 1):
             packed = ending_at[:-1] * vocab_size + stream[order - 1 :]
             keys, first, index, counts = np.unique(
                 packed, return_index=True, return_inverse=True, return_counts=True
             )
-            # Each different n-gram gives its last n-1 tokens one more different left neighbour.
+            # Each distinct n-gram adds a distinct left neighbour to its last n-1 tokens.
             suffixes = ending_at[1:][first]
             neighbours = np.bincount(suffixes, minlength=len(self._keys[-1]))
             self._continuations.append(neighbours)
@@ -71,7 +71,7 @@ class KneserNey:
             ending_at = index
 
     def probabilities(self, stream: IntArray, order: int) -> FloatArray:
-        """Probability ``[tokens]`` of each token given the ``order - 1`` tokens before it.
+        """Compute the probability ``[tokens]`` of each token given the ``order - 1`` tokens before it.
 
         The first tokens of the stream have shorter contexts. Unknown contexts back off.
         """
@@ -104,10 +104,10 @@ class KneserNey:
 
 
 def discounts_of(counts: IntArray) -> FloatArray:
-    """Chen and Goodman's discounts ``[4]`` for counts of 0, 1, 2, 3 or more.
+    """Compute Chen and Goodman's discounts ``[4]`` for counts of 0, 1, 2, 3 or more.
 
-    Kept within [0, count], so that no probability is negative and each distribution sums to one;
-    a corpus too small to have n-grams seen once to four times gets half of each count.
+    They are clipped to [0, count], so that no probability is negative and each distribution sums to
+    one. If one of the counts 1 to 4 does not occur, they are 0, 0.5, 1 and 1.5.
     """
     seen = np.bincount(np.minimum(counts, 5), minlength=6)[1:5]
     if (seen == 0).any():
@@ -121,7 +121,7 @@ def discounts_of(counts: IntArray) -> FloatArray:
 def score_ngrams(
     train: IntArray, held_out: IntArray, vocab_size: int, bos_id: int, text_bytes: int
 ) -> dict[int, Score]:
-    """Score every order of ``ORDERS`` on the held-out stream, ``<s>`` being given."""
+    """Score every order of ``ORDERS`` on the held-out stream; ``<s>`` is given, not predicted."""
     model = KneserNey(train, vocab_size, max(ORDERS))
     predicted = held_out != bos_id
     scores = {}

@@ -3,9 +3,9 @@
     python -m tools.pretrain_base --text .cache/text/beige_book.parquet \\
         --out assets/demo-base --minutes 3.5 --compile
 
-Takes about five minutes on a data-centre GPU. The folder is a Hugging Face model with tokenizer
-and card, put in place when all of it is done. Text: a .parquet file with a ``text`` column, a
-.txt file, or a folder of such files.
+Takes about five minutes on a data-centre GPU. The output is a Hugging Face model folder with
+tokenizer and card, moved into place when complete. Text: a .parquet file with a ``text`` column,
+a .txt file, or a folder of such files.
 """
 
 import argparse
@@ -60,9 +60,9 @@ def pretrain(
     source: str,
     command: str,
 ) -> TrainingResult:
-    """Make tokenizer, model, figures and card, and put them at ``out`` when all are done.
+    """Train and score a model, write its card, and move the folder to ``out`` when complete.
 
-    ``source`` (what the text is) and ``command`` are for the card.
+    ``source`` (a description of the text) and ``command`` are for the card.
 
     Raises:
         InputError: too little text, a loss that is not finite, or see ``check_out``.
@@ -87,7 +87,7 @@ def pretrain(
     trained = train_model(model, streams["train"], streams["validation"], bos_id, settings, log)
     if not trained.best_weights:
         raise InputError("the validation loss was never finite; lower --learning-rate")
-    # A fresh model, because the trained one carries hooks and compiled layers.
+    # a fresh model, since the trained one has hooks and compiled layers
     final = make_model(shape, tokenizer, settings.seed)
     final.load_state_dict(trained.best_weights)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -136,7 +136,7 @@ def pretrain(
         }
         (made / "README.md").write_text(write_card(facts), encoding="utf-8")
         for file in made.iterdir():
-            file.chmod(0o644)  # safetensors leaves its file readable by the owner alone
+            file.chmod(0o644)  # safetensors makes its file readable only by the owner
         if out.exists():
             out.rename(Path(temporary) / "former")
         made.rename(out)
@@ -145,14 +145,14 @@ def pretrain(
 
 
 def hardware(device: torch.device) -> str:
-    """The kind of device, for the card."""
+    """Name the device, for the card."""
     if device.type == "cuda":
         return f"one {torch.cuda.get_device_name(device)}"
     return f"a CPU, {torch.get_num_threads()} threads"
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line; the defaults are the settings of the model as shipped."""
+    """Parse the command line; the defaults are the settings of the shipped model."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--text", type=Path, required=True, help="a file or a folder")
     parser.add_argument("--out", type=Path, required=True, help="folder; replaced when done")
@@ -191,7 +191,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Read the text, make the model, say what is wrong without a traceback."""
+    """Read the text and pretrain the model; report input errors without a traceback."""
     given = sys.argv[1:] if argv is None else argv
     args = parse(given)
     source = args.source

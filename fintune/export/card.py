@@ -1,4 +1,4 @@
-"""The model card: what a model was made from and how well it does, from records and measurements."""
+"""Write model cards from a model's records and measurements."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from fintune.params import MergeExport
 
 
 def read_records() -> dict[str, dict[str, Any]]:
-    """Read the records that a card is written from: `run`, `evaluation` and `manifest`."""
+    """Read the records for a card: `run`, `evaluation` and `manifest`."""
     files = {"run": paths.RUN, "evaluation": paths.EVALUATION, "manifest": paths.MANIFEST}
     return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items()}
 
@@ -28,10 +28,10 @@ def write_card(
     measured: dict[str, Any] | None,
     params: MergeExport,
 ) -> None:
-    """Write `README.md` for a merged model, or for an adapter where there is no `measured` merge.
+    """Write `README.md` for a merged model, or for an adapter if `measured` is None.
 
     Args:
-        records: as `read_records` gives them.
+        records: as returned by `read_records`.
         measured: the losses of merged model, adapter and base.
     """
     run, evaluation, manifest = (records[name] for name in ("run", "evaluation", "manifest"))
@@ -84,7 +84,7 @@ def write_card(
 
 
 def _lines(evaluation: dict[str, Any]) -> Any:
-    """Title, base, tuned and the difference with its interval, a line a metric."""
+    """Yield title, base, tuned model, and the difference with its interval for each metric."""
     for key, metric in METRICS.items():
         if key not in evaluation["tuned"]:
             continue
@@ -100,7 +100,7 @@ def _lines(evaluation: dict[str, Any]) -> Any:
 
 def _template() -> Any:
     loader = FileSystemLoader(Path(__file__).parent)
-    plain = Environment(  # Markdown, which nothing here is put into as markup
+    plain = Environment(  # Markdown: no HTML escaping
         loader=loader, undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False
     )
     return plain.get_template("card.md.jinja")

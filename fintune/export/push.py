@@ -20,18 +20,17 @@ WEIGHTS = (".safetensors", ".gguf", ".safetensors.index.json")
 
 
 def push(name: str, folder: Path, public: bool, settings: MergeExport | None = None) -> str:
-    """Make the repository unless it is there, and commit the folder's files to it.
+    """Create the repository if necessary and commit the folder's files to it.
 
-    An adapter that was evaluated gets its card on the way: training wrote the folder before.
-
-    Weights of the repository that the folder does not have are deleted: beside new shards, an older
-    model.safetensors would be what transformers loads.
+    An evaluated adapter gets its card here, because training wrote its folder before the evaluation. Weights
+    that only the repository has are deleted: transformers would load an old model.safetensors in
+    preference to new shards.
 
     Returns:
-        Where it is and which commit.
+        The repository's address and the commit.
 
     Raises:
-        UserError: no token or one that may not write, a repository that is public without `public` or
+        UserError: no token or one without write access, a repository that is public without `public` or
             private with it, a folder without weights or with files that can run code, no hub.
     """
     _check_name(name)
@@ -65,9 +64,9 @@ def push(name: str, folder: Path, public: bool, settings: MergeExport | None = N
         )
     except UserError:
         raise
-    except ValueError as error:  # the hub read README.md's header and refuses it
+    except ValueError as error:  # the hub rejects README.md's metadata
         raise UserError(f"{name}: {error}; mend it and push again") from error
-    except Exception as error:  # the hub's client raises its transport's own kinds
+    except Exception as error:  # the client also raises its HTTP library's errors
         raise UserError(explain_push_error(error, name)) from error
     for path in stale:
         log.info("%s: deleted there, the folder does not have it", path)
@@ -76,10 +75,10 @@ def push(name: str, folder: Path, public: bool, settings: MergeExport | None = N
 
 
 def files_to_push(folder: Path) -> dict[str, Path]:
-    """The files by their names in the repository; hidden and unfinished ones stay here.
+    """Collect the files to push, by their names in the repository, without hidden and unfinished ones.
 
     Raises:
-        UserError: no folder, no weights, or a file that runs code where it is loaded.
+        UserError: no folder, no weights, or a file that can run code when loaded.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: not found; `dvc repro` makes models/merged and models/adapter")
@@ -105,7 +104,7 @@ def files_to_push(folder: Path) -> dict[str, Path]:
 
 
 def adapter_card(adapter: Path, settings: MergeExport) -> bytes | None:
-    """The model card, if the reports that lie here are about this adapter."""
+    """Return the model card, or None if the reports are missing or of another adapter."""
     if not all(file.is_file() for file in (paths.RUN, paths.EVALUATION, paths.MANIFEST)):
         return None
     from fintune.export.card import read_records, write_card  # these import torch
@@ -121,7 +120,7 @@ def adapter_card(adapter: Path, settings: MergeExport) -> bytes | None:
 
 
 def warn_of_local_base(folder: Path) -> None:
-    """Say so if others could not load this adapter, because its base is a folder here."""
+    """Warn if others could not load this adapter because its base is a local folder."""
     config = _read(folder / "adapter_config.json")
     base = config.get("base_model_name_or_path")
     trained_on = _read(folder / "training.json").get("base", {})
@@ -135,7 +134,7 @@ def warn_of_local_base(folder: Path) -> None:
 
 
 def commit_message(folder: Path) -> str:
-    """Name the registered version and its run, if the folder is this project's."""
+    """Name the registered version and its run if the folder is this project's."""
     version = _read(paths.EXPORT)
     ours = folder.resolve() in (paths.MERGED.resolve(), paths.ADAPTER.resolve())
     if not ours or not {"registered_model", "version"} <= set(version):
@@ -169,7 +168,7 @@ def _check_visibility(page: str, is_private: bool, public: bool) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A JSON file, or nothing where it is missing."""
+    """Read a JSON file; empty if it is missing."""
     if not path.is_file():
         return {}
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -177,7 +176,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def explain_push_error(error: BaseException, name: str) -> str:
-    """Why a model could not be pushed, with the way out; never shows a token."""
+    """Explain why a push failed and what to do; never shows a token."""
     from huggingface_hub.constants import ENDPOINT
 
     owner = name.split("/")[0]
@@ -193,7 +192,7 @@ def explain_push_error(error: BaseException, name: str) -> str:
                 f"{tokens}, or push to a name of your own if {owner} is somebody else"
             )
     said = ": ".join(" ".join(str(each).split()) for each in (error, error.__cause__) if each)
-    reason = re.sub(r"\?\S+", "", said)[:300]  # an upload's address may hold a signature
+    reason = re.sub(r"\?\S+", "", said)[:300]  # an upload's URL may contain a signature
     return (
         f"{name}: {type(error).__name__} while pushing to {ENDPOINT}: {reason}\n"
         "  no commit was made; run it again: files that arrived whole are not sent again"

@@ -1,9 +1,9 @@
-"""The adapter as an MLflow model: a data frame of questions in, a data frame of answers out.
+"""Package the adapter as an MLflow model that maps a data frame of questions to one of answers.
 
     mlflow.pyfunc.load_model("models:/financial-qa@champion").predict(questions)
 
-The model consists of the adapter, the code that answers with it and the exact packages; its base is
-named by revision and fetched from where it was trained from, not copied.
+The model contains the adapter, the code that generates answers and the pinned packages. Its base is
+referenced by revision, not copied.
 """
 
 import importlib.metadata
@@ -50,16 +50,16 @@ class TunedModel:
         self.model, self.tokenizer = load_tuned(folder)
 
     def predict(self, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> Any:
-        """Answer each row's `question`, with its `instruction` where there is one.
+        """Answer each row's `question`, with its `instruction` if it has one.
 
         Args:
-            params: `temperature` (0 is greedy, the default), `top_p`, `max_new_tokens`, `seed`.
+            params: `temperature` (default 0, greedy), `top_p`, `max_new_tokens`, `seed`.
 
         Returns:
             A data frame with the column `answer` and the input's index.
 
         Raises:
-            MlflowException: a question is empty or holds a token of the prompt; the row is named.
+            MlflowException: a question is empty or contains a special token; the message names the row.
         """
         from fintune.generation.decoding import Decoding
         from fintune.generation.generate import generate
@@ -90,12 +90,12 @@ class TunedModel:
 
 
 def _load_pyfunc(path: str) -> TunedModel:
-    """MLflow's entry: `path` is the folder of the model, which is the adapter's own."""
+    """Load the model for MLflow; `path` is the model's folder, which is also the adapter's."""
     return TunedModel(Path(path))
 
 
 def write_model_files(folder: Path, generation: Generation, run_id: str) -> None:
-    """Write what makes a folder with an adapter an MLflow model: `MLmodel`, packages, code, example."""
+    """Add the files that make an adapter's folder an MLflow model: `MLmodel`, packages, code, example."""
     signature = ModelSignature(
         inputs=Schema(
             [ColSpec("string", "question"), ColSpec("string", "instruction", required=False)]
@@ -122,4 +122,4 @@ def write_model_files(folder: Path, generation: Generation, run_id: str) -> None
 
 
 def _version(package: str) -> str:
-    return importlib.metadata.version(package).split("+")[0]  # +cpu and +cu130 are of a build
+    return importlib.metadata.version(package).split("+")[0]  # without the build's +cpu or +cu130

@@ -19,7 +19,7 @@ from fintune.registry.results import log_results
 from fintune.registry.versions import register
 
 log = logging.getLogger("fintune")
-REGISTERED = ("registered_model", "version", "run_id", "aliases")  # of export.json, not measured
+REGISTERED = ("registered_model", "version", "run_id", "aliases")  # not measurements
 
 
 def register_adapter(
@@ -30,10 +30,10 @@ def register_adapter(
     hashes: dict[str, str],
     params: MergeExport,
 ) -> tuple[str, list[str]]:
-    """Make the run's adapter loadable by MLflow, register it and move the aliases.
+    """Log the run's adapter as an MLflow model, register it and move the aliases.
 
     Args:
-        records: as `card.read_records` gives them.
+        records: as returned by `card.read_records`.
         hashes: the md5 of the data and the adapter, as tags.
 
     Returns:
@@ -54,9 +54,9 @@ def register_adapter(
 
 
 def restore_export(client: Any, run_id: str, hashes: dict[str, str]) -> str:
-    """Add the export's results and the registered version where they are missing.
+    """Restore the export's results and the registered version where they are missing.
 
-    The version may have another number than `reports/export.json` says: a new registry counts anew.
+    The version number may differ from `reports/export.json`: a new registry starts from 1.
 
     Returns:
         The version as NAME/VERSION.

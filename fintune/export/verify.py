@@ -1,4 +1,4 @@
-"""Write the merged model and verify that it is the model that was trained."""
+"""Write the merged model and verify that it matches the trained adapter."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -23,21 +23,21 @@ from fintune.model.likelihood import answer_logits, likelihood
 from fintune.params import MergeExport
 
 TEST = paths.rows(paths.FORMATTED, "test")
-GGUF_PROMPTS, GGUF_TOKENS = 8, 32  # that llama.cpp answers, on the CPU
-GGUF_MIN_EQUAL = {"f16": 0.97, "q8_0": 0.93}  # of its choices after equal tokens
-LOGIT_ROWS = 8  # their answers' logits are held in memory: rows x tokens x vocabulary
+GGUF_PROMPTS, GGUF_TOKENS = 8, 32  # answered by llama.cpp on the CPU
+GGUF_MIN_EQUAL = {"f16": 0.97, "q8_0": 0.93}  # minimum share of equal choices
+LOGIT_ROWS = 8  # few, since their logits are in memory: rows x tokens x vocabulary
 
 
 def export(folder: Path, trained: AdapterInfo, params: MergeExport) -> dict[str, Any]:
     """Write the merged model to `folder` and compare it with the adapter on test rows.
 
     Returns:
-        `base_loss` and `adapter_loss` of the base without and with its adapter, both as trained (in
-        4 bits where it was), `merged_loss` of the folder as plain transformers loads it, and
-        `max_logit_difference` between the adapter and the folder.
+        `base_loss` and `adapter_loss` of the base without and with its adapter, both as trained (in 4 bits
+        if it was), `merged_loss` of the folder as loaded by transformers, `max_logit_difference` between
+        adapter and folder, the number of `rows`, and `gguf` if GGUF files were written.
 
     Raises:
-        UserError: the two losses differ by more than `max_loss_difference`.
+        UserError: the two losses differ by more than `max_loss_difference`, or a GGUF file's answers differ.
     """
     tokenizer = load_tokenizer(trained.base)
     add_chat_template(tokenizer, trained.instruction)
@@ -53,7 +53,7 @@ def export(folder: Path, trained: AdapterInfo, params: MergeExport) -> dict[str,
     after = answer_logits(plain, tokens[:LOGIT_ROWS])
     difference = max(float((a - b).abs().max()) for a, b in zip(before, after, strict=True))
     apart = abs(merged_loss - measured["adapter_loss"])
-    if not apart <= params.max_loss_difference:  # nan is no number to accept
+    if not apart <= params.max_loss_difference:  # also rejects nan
         raise UserError(
             f"merge_export: the merged model's loss is {merged_loss:.4f} and the adapter's "
             f"{measured['adapter_loss']:.4f}, further apart than merge_export.max_loss_difference: "
@@ -76,10 +76,10 @@ def export(folder: Path, trained: AdapterInfo, params: MergeExport) -> dict[str,
 def check_files(
     files: Mapping[Any, Path], model: Any, tokenizer: Tokenizer, prompts: list[str]
 ) -> dict[str, Any]:
-    """Compare llama.cpp's answers from each GGUF file with those of the folder that it was made of.
+    """Compare llama.cpp's answers from each GGUF file with those of the merged folder.
 
     Raises:
-        UserError: a file is another model.
+        UserError: a file's answers differ too much.
     """
     expected = transformers_answers(model, tokenizer, prompts, GGUF_TOKENS)
     report = {}

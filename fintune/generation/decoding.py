@@ -1,14 +1,13 @@
-"""The settings of decoding, as one value."""
+"""Decoding settings."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How answers are decoded: greedily at temperature 0, else sampled.
+    """Decoding settings: greedy at temperature 0, else sampling.
 
-    `end_id` is the token that ends an answer. `top_p` keeps the likeliest tokens that make up this
-    probability. `seed` is of the samples.
+    `end_id` is the end token of an answer. `top_p` is the probability mass to sample from.
     """
 
     end_id: int
@@ -19,5 +18,5 @@ class Decoding:
 
     @property
     def is_greedy(self) -> bool:
-        """Tell whether the most likely token is always taken."""
+        """True if the most likely token is always taken."""
         return self.temperature == 0

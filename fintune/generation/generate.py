@@ -18,7 +18,7 @@ log = logging.getLogger("fintune")
 
 @dataclass(frozen=True)
 class Answer:
-    """A generated answer without its end token; `stopped` says that the end token came in time."""
+    """A generated answer without its end token; `stopped` is true if it ended with the trained end token."""
 
     text: str
     tokens: int
@@ -36,17 +36,17 @@ def generate(
 ) -> list[Answer]:
     """Generate an answer to each prompt, up to the end token.
 
-    The base's own end-of-text token ends an answer too, but such an answer did not stop by itself in
-    the way that was taught. Greedy answers do not depend on each other; sampled ones are drawn
-    together, and are the same again for the same prompts, settings and hardware.
+    The base's own end-of-text token also ends an answer, but does not count as stopped. Greedy answers are
+    independent of each other; sampled ones are drawn together, and are reproducible for the same prompts,
+    settings and hardware.
 
     Args:
         title: of the progress bar.
-        rows_at_once: at most; `auto` takes as many as the memory holds, up to some hundreds.
+        rows_at_once: maximum batch size; `auto` takes as many as memory allows, up to a few hundred.
         kernels: `fused`, `plain` (transformers' own loop) or `auto`, as for training.
 
     Returns:
-        One answer a prompt, in the order of the prompts.
+        One answer per prompt, in the order of the prompts.
     """
     model.eval()
     ends = end_tokens(tokenizer, decoding.end_id)
@@ -76,7 +76,7 @@ def generate(
 
 
 def end_tokens(tokenizer: Any, end_id: int) -> list[int]:
-    """Return the tokens that end an answer: the one that was taught, then the base's own."""
+    """Return the tokens that end an answer: the trained end token, then the base's own."""
     return [end_id] + [tokenizer.eos_token_id] * (tokenizer.eos_token_id not in (None, end_id))
 
 
@@ -97,7 +97,7 @@ def _generate_with_transformers(
     rows: int | str,
     finish: Callable[[int, list[int]], None],
 ) -> None:
-    """Pad prompts on the left, longest first; a batch goes on until its last answer ends."""
+    """Generate in batches padded on the left, longest first; a batch runs until its last answer ends."""
     options: dict[str, Any] = {
         "do_sample": False,
         "temperature": None,

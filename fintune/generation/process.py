@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-PATIENCE = 20  # seconds that the server has to end by itself
+PATIENCE = 20  # seconds that the server has to shut down
 DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux's prctl
 
 
@@ -19,11 +19,14 @@ DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux's prctl
 def running(
     command: Sequence[str], environment: dict[str, str], written: Path
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A program whose output goes to a file; all of its processes end with the block, or with ours."""
+    """Run a program with its output in a file; end its process group with the block.
+
+    On Linux the program also gets SIGTERM if this process dies.
+    """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
     def end_with_us() -> None:
-        if libc:  # elsewhere it outlives a stage that is killed outright
+        if libc:  # elsewhere it outlives a stage that is killed
             libc.prctl(DIE_WITH_PARENT, signal.SIGTERM)
 
     with written.open("wb") as file:
@@ -33,7 +36,7 @@ def running(
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # a group of its own; Ctrl-C reaches us alone
+            start_new_session=True,  # a separate group: Ctrl-C reaches only us
             preexec_fn=end_with_us,
         )
     try:
@@ -48,11 +51,11 @@ def running(
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            psutil.wait_procs(left, PATIENCE)  # the next server is to find their memory free
+            psutil.wait_procs(left, PATIENCE)  # the next server needs their memory
 
 
 def _group(leader: int) -> list[psutil.Process]:
-    """The processes of a group, whether or not the one that leads it is still alive."""
+    """Find the processes of a group, even if its leader is dead."""
     found = []
     for process in psutil.process_iter():
         with suppress(ProcessLookupError, PermissionError):

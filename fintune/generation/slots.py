@@ -1,4 +1,4 @@
-"""Continuous batching: a slot that is free takes the next prompt."""
+"""Continuous batching: a free slot takes the next prompt."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,10 +13,10 @@ from fintune.model.attention import PackedSequences, attend
 from fintune.model.base import base_of
 from fintune.model.fused.model import FusedModel, cached_weights_gib
 
-MOST_ROWS = {"cuda": 512, "cpu": 64}  # at once, where memory allows; more hardly add to the speed
+MOST_ROWS = {"cuda": 512, "cpu": 64}  # if memory allows; more are hardly faster
 FEWEST_ROWS = 32  # smaller batches are padded to this size
-STEPS_BETWEEN_CHECKS = 8  # checking which answers have ended is a device sync
-PREFILL_TOKENS = 16_384  # of prompts that are read together
+STEPS_BETWEEN_CHECKS = 8  # checking which answers have ended forces a device sync
+PREFILL_TOKENS = 16_384  # of prompts in one prefill
 
 
 @torch.no_grad()
@@ -28,7 +28,7 @@ def generate_with_slots(
     rows: int | str,
     finish: Callable[[int, list[int]], None],
 ) -> None:
-    """Decode longest prompts first; a slot that is free takes the next one."""
+    """Generate answers, longest prompts first; a free slot takes the next one."""
     waiting = sorted(prompts, key=lambda prompt: len(prompt[1]))
     length = len(waiting[-1][1]) + decoding.max_new_tokens
     count, cache = _room(model, length, min(len(prompts), _most(model, rows)))
@@ -40,7 +40,7 @@ def generate_with_slots(
     owner: dict[int, int] = {}
     while waiting or owner:
         free = [slot for slot in range(count) if slot not in owner]
-        # a pass through the prompts costs as much as some steps: not for every single slot
+        # a prefill costs as much as several decode steps: wait until several slots are free
         if waiting and len(free) >= min(len(waiting), max(1, count // 8)):
             taken = [(slot, *waiting.pop()) for slot in free[: len(waiting)]]
             owner.update({slot: i for slot, i, _ in taken})
@@ -55,7 +55,7 @@ def _most(model: Any, rows: int | str) -> int:
 
 
 def _room(model: Any, length: int, wanted: int) -> tuple[int, bool]:
-    """How many slots of `length` tokens fit, and whether the weights are cached in 16 bits beside them."""
+    """Return how many slots of `length` tokens fit, and whether 16-bit weights can be cached beside them."""
     config = base_of(model).config
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     values = 2 * config.num_hidden_layers * config.num_key_value_heads * size
@@ -80,17 +80,17 @@ def _sampler(decoding: Decoding) -> Callable[[Tensor], Tensor]:
     def draw(logits: Tensor) -> Tensor:
         nothing: Any = None
         probabilities = cut(nothing, warm(nothing, logits.float())).softmax(dim=-1)
-        # the first of exponential clocks with these rates: unlike multinomial, without a device sync
+        # exponential race: unlike torch.multinomial, without a device sync
         return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(dim=-1)
 
     return draw
 
 
 class DecodingSlots:
-    """Rows that are being answered: the keys and values of their tokens, and where each one is.
+    """KV cache and state of the rows being decoded.
 
-    The last_token token of a row is not among its keys yet: the next step reads it, and finds the one
-    after it. One slot more than asked for takes what is computed to fill up a batch.
+    The last token of a row is not in the cache yet: the next decode step adds it and predicts the one after.
+    One spare slot absorbs the padding of smaller batches.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class DecodingSlots:
             return torch.zeros(*sizes, dtype=torch.long, device=table.device)
 
         self.last_token, self.positions, self.num_generated = (numbers(count + 1) for _ in range(3))
-        self.answers = numbers(count + 1, limit + 1)  # the last column is no answer's
+        self.answers = numbers(count + 1, limit + 1)  # last column: overflow
         self.active = numbers(count + 1).bool()
         self.ends = torch.tensor(ends, device=table.device)
         self.chosen = numbers(count) + self.spare
@@ -119,7 +119,7 @@ class DecodingSlots:
         self._graphs: dict[int, Any] = {}
 
     def read(self, prompts: Sequence[tuple[int, list[int]]]) -> None:
-        """Start rows in the slots named: all tokens of their prompts but the last become keys and values."""
+        """Start rows in the given slots: prefill all tokens of their prompts but the last."""
         device = self.last_token.device
         where = torch.tensor([slot for slot, _ in prompts], device=device)
         self.last_token[where] = torch.tensor([prompt[-1] for _, prompt in prompts], device=device)
@@ -159,7 +159,7 @@ class DecodingSlots:
             x = layer.infer(x, cos, sin, cached_attention)
 
     def advance(self, slots: Sequence[int], steps: int) -> None:
-        """Give the rows in these slots up to `steps` more tokens; those that have ended stay as they are."""
+        """Run `steps` decode steps on these slots; those that have ended do not change."""
         size = self.spare
         while size // 2 >= max(len(slots), FEWEST_ROWS):
             size //= 2
@@ -170,7 +170,7 @@ class DecodingSlots:
             step()
 
     def _graph(self, size: int) -> Callable[[], None]:
-        """The step of so many rows as a CUDA graph; run before only on the spare slot, to compile."""
+        """Capture the decode step for this batch size as a CUDA graph, after warm-up on the spare slot."""
         if size not in self._graphs:
             rows = self.chosen[:size].clone()
             self.chosen[:size] = self.spare
@@ -189,7 +189,7 @@ class DecodingSlots:
         return self._graphs[size].replay  # type: ignore[no-any-return]
 
     def _step(self, slots: Tensor) -> None:
-        """One token for each of `slots`, (rows,)."""
+        """Decode one token for each of `slots`, (rows,)."""
         positions, num_generated, active = (
             self.positions[slots],
             self.num_generated[slots],
@@ -219,7 +219,7 @@ class DecodingSlots:
         self.active[slots] = active & ~ended
 
     def ended(self, slots: Sequence[int] | dict[int, int]) -> list[tuple[int, list[int]]]:
-        """Which of these slots have ended, and their answers' tokens, the end token included."""
+        """Return those of these slots that have ended, with their answers' tokens, end token included."""
         active, num_generated = self.active.tolist(), self.num_generated.tolist()
         done = [slot for slot in slots if not active[slot]]
         answers = self.answers[torch.tensor(done, dtype=torch.long)].tolist() if done else []

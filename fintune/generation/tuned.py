@@ -1,4 +1,4 @@
-"""A tuned model for use: an adapter on its base or a merged folder, and the prompt that it was trained on."""
+"""Load a tuned model, an adapter on its base or a merged folder, and encode questions for it."""
 
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,10 @@ from fintune.params import Generation
 def load_tuned(folder: Path) -> tuple[Any, Tokenizer]:
     """Load an adapter on the base that it was trained on, or a merged model.
 
-    Without a GPU all is computed in float32, which there is faster and exact.
+    Without a GPU, everything is computed in float32, which is faster there, and exact.
 
     Raises:
-        UserError: the folder holds neither, or its base is not to be had.
+        UserError: the folder contains neither, or its base cannot be loaded.
     """
     if (folder / "adapter_config.json").is_file():
         return _load_tuned_base(folder)
@@ -40,13 +40,13 @@ def _load_tuned_base(adapter: Path) -> tuple[Any, Tokenizer]:
     quantization = trained.train["quantization"]
     base: PreTrainedModel = load_base(trained.base, tokenizer, quantization, trained.dtype)
     if quantization == "nf4" and device().type == "cpu":
-        base = base.dequantize()  # products in 4 bits are computed in bfloat16 there
+        base = base.dequantize()  # 4-bit products are computed in bfloat16 on a CPU
     base.config.use_cache = True
     return load_adapter(base, adapter), tokenizer
 
 
 def generation_config(tokenizer: Tokenizer, generation: Generation) -> GenerationConfig:
-    """How transformers, and servers that read its files, let the model answer: sampling, and its end."""
+    """Build the generation config of the tuned model: sampling and end tokens."""
     return GenerationConfig(
         do_sample=True,
         temperature=generation.temperature,
@@ -60,10 +60,10 @@ def generation_config(tokenizer: Tokenizer, generation: Generation) -> Generatio
 
 
 def prompt_tokens(tokenizer: Tokenizer, question: str, instruction: str | None) -> list[int]:
-    """The tokens of a question's prompt; without an instruction, that of most training rows.
+    """Encode a question's prompt, by default with the most frequent training instruction.
 
     Raises:
-        UserError: there is no question, or the text holds a token of the prompt itself.
+        UserError: the question is empty, or the text contains a special token of the prompt.
     """
     if not question.strip():
         raise UserError("the question is empty")

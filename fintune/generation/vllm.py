@@ -1,7 +1,7 @@
-"""Answers from vLLM, run as a server for as long as it is asked; an optional extra.
+"""Generate answers with a temporary vLLM server; an optional extra.
 
-vLLM pins other versions than this project, so it is installed in an environment of its own and never
-imported. It refuses adapters with rows for tokens, so it is given the model as a plain folder.
+vLLM pins other versions than this project, so it has an environment of its own and is never imported. It
+rejects adapters with token rows, so it gets the model as a plain folder.
 """
 
 import asyncio
@@ -32,19 +32,19 @@ from fintune.hardware import device, free_memory
 log = logging.getLogger("fintune")
 
 VARIABLE = "FINTUNE_VLLM"
-AT_ONCE = 512  # requests that the server holds; how many it computes together is its own choice
-SHARE = 0.9  # of the GPU's memory that is free
-CPU_CACHE_GIB = "2"  # for keys and values; by itself vLLM takes nearly all of the machine's memory
+AT_ONCE = 512  # concurrent requests; the server chooses its own batch size
+SHARE = 0.9  # of the GPU's free memory
+CPU_CACHE_GIB = "2"  # for the KV cache; the default is nearly all of the machine's memory
 LAST_LINES, TELLING_LINES = 10, 5
 
 
 class Refused(Exception):
-    """The server's own words on a request that it did not answer."""
+    """A rejected request, with the server's message."""
 
 
 @dataclass(frozen=True)
 class Server:
-    """A running server with one model, whose name there is its folder's."""
+    """A running server with one model, whose name there is its folder."""
 
     process: subprocess.Popen[bytes]
     address: str
@@ -55,16 +55,16 @@ class Server:
     def generate(
         self, tokenizer: Any, prompts: Sequence[list[int]], decoding: Decoding, title: str
     ) -> list[Answer]:
-        """Generate answers as `generate.generate` does; each sampled one is drawn from its own seed.
+        """Generate answers as `generate.generate` does, but sample each from a seed of its own.
 
         Raises:
-            UserError: the server has died or has refused a request.
+            UserError: the server has died or has rejected a request.
         """
         body = {
             "model": str(self.folder),
             "max_tokens": decoding.max_new_tokens,
             "stop_token_ids": end_tokens(tokenizer, decoding.end_id),
-            "ignore_eos": True,  # vLLM's own idea of what ends a text; those above do
+            "ignore_eos": True,  # only stop_token_ids end an answer
             "return_token_ids": True,
             "temperature": decoding.temperature,
             **({} if decoding.is_greedy else {"top_p": decoding.top_p}),
@@ -78,7 +78,7 @@ class Server:
             except Refused as error:
                 raise self.failure(str(error)) from error
             except aiohttp.ClientError as error:
-                with suppress(subprocess.TimeoutExpired):  # it is about to write why
+                with suppress(subprocess.TimeoutExpired):  # give it time to log the reason
                     self.process.wait(process.PATIENCE)
                 raise self.failure(f"died while it answered ({error})") from error
         return [to_answer(tokenizer, new, decoding.end_id) for new in tokens]
@@ -86,7 +86,7 @@ class Server:
     async def _ask(
         self, bodies: Sequence[dict[str, Any]], done: Callable[[], Any]
     ) -> list[list[int]]:
-        # a kept connection may be closed by the server just when it is used again
+        # the server may close a kept-alive connection just as it is reused
         connector = aiohttp.TCPConnector(limit=self.at_once, force_close=True)
         forever = aiohttp.ClientTimeout(total=None)
         async with aiohttp.ClientSession(connector=connector, timeout=forever) as session:
@@ -104,10 +104,10 @@ class Server:
             return await asyncio.gather(*(one(body) for body in bodies))
 
     async def version(self) -> str:
-        """The server's version, as soon as it is ready; loading and compiling may take minutes.
+        """Wait until the server is ready and return its version; loading and compiling may take minutes.
 
         Raises:
-            UserError: it has ended instead.
+            UserError: the server has exited.
         """
         async with aiohttp.ClientSession() as session:
             while True:
@@ -122,13 +122,13 @@ class Server:
                 return str((await response.json())["version"])
 
     def failure(self, what: str) -> UserError:
-        """An error with what the log says; the whole log is kept."""
+        """Build an error with excerpts of the log, and save the whole log."""
         text = self.log.read_text(encoding="utf-8", errors="replace")
         number, kept = tempfile.mkstemp(prefix="fintune-vllm-", suffix=".log")
         with os.fdopen(number, "w", encoding="utf-8") as file:
             file.write(text)
         lines = [line for line in text.splitlines() if line.strip()]
-        # the last lines of several processes often say no more than that another one has died
+        # with several processes, the last lines often only report that another one has died
         telling = [line for line in lines if re.search(r"\w(Error|Exception)\b", line)]
         shown = [*telling[:TELLING_LINES], *lines[-LAST_LINES:]]
         quoted = "".join(f"\n  {line[:300]}" for line in dict.fromkeys(shown))
@@ -139,7 +139,7 @@ class Server:
 
 
 def find_vllm() -> Path:
-    """The program that FINTUNE_VLLM names, or else the first vllm on the PATH.
+    """Return the program named by FINTUNE_VLLM, or else the first vllm on the PATH.
 
     Raises:
         UserError: there is none.
@@ -164,16 +164,16 @@ def serving(
     rows_at_once: int | str,
     title: str,
 ) -> Iterator[tuple[Server, str]]:
-    """A vLLM server on loopback and its version; it ends with the block.
+    """Run a vLLM server on loopback for the block; yield it and its version.
 
-    Our model stays where it is. A GPU must have room for the weights once more, in 16 bits, and vLLM
-    may take most of what is free there for them and its cache.
+    Our own model stays loaded. A GPU needs room for a second copy of the weights in 16 bits; vLLM may use
+    most of its free memory for them and the KV cache.
 
     Args:
-        write: puts the model into a folder, as a plain one.
-        dtype: what products are computed in.
+        write: writes the model to a folder, as a plain one.
+        dtype: of the matrix products.
         max_tokens: of a prompt and its answer together.
-        rows_at_once: that are computed together, at most; `auto` leaves it to vLLM.
+        rows_at_once: maximum batch size; `auto` leaves it to vLLM.
 
     Raises:
         UserError: vLLM is not installed or does not start, or there is no room for the folder.
@@ -188,7 +188,7 @@ def serving(
         command = [str(program), "serve", str(folder), "--host", "127.0.0.1", "--port", str(port)]
         command += ["--dtype", str(dtype).removeprefix("torch.")]
         command += ["--max-model-len", str(max_tokens)]
-        # a request says how to sample, not what the makers of the base recommend
+        # requests set the sampling, not the base's generation config
         command += ["--generation-config", "vllm", "--disable-uvicorn-access-log"]
         if rows_at_once != "auto":
             command += ["--max-num-seqs", str(rows_at_once)]
@@ -217,7 +217,7 @@ def _environment(program: Path) -> dict[str, str]:
         "VLLM_CPU_KVCACHE_SPACE": CPU_CACHE_GIB,
         **ours,
         "PATH": f"{program.resolve().parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
-        "HF_HUB_OFFLINE": "1",  # all that it needs is in the folder
+        "HF_HUB_OFFLINE": "1",  # the folder is complete
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # accept the same prompt lengths as the built-in engine
     }

@@ -1,4 +1,4 @@
-"""An adapter's change to the base's weights, weight by weight."""
+"""Read an adapter's changes to the base's weights and apply them, weight by weight."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from fintune.errors import UserError
 from fintune.hardware import device
 
-PREFIX = "base_model.model."  # what PEFT puts before a module's name
+PREFIX = "base_model.model."  # PEFT's prefix of module names
 
 
 @dataclass
 class Update:
-    """What an adapter does to one weight: `scale` B A is added, and rows of some tokens are replaced."""
+    """An adapter's change to one weight: `scale` B A is added, and the rows of some tokens are replaced."""
 
     down: torch.Tensor | None = None
     up: torch.Tensor | None = None
@@ -27,10 +27,10 @@ class Update:
 
 
 def read_updates(adapter: Path) -> dict[str, Update]:
-    """An adapter's LoRA matrices and token rows, by the name of the base's weight.
+    """Read an adapter's LoRA matrices and token rows, by the name of the base's weight.
 
     Raises:
-        UserError: there is no adapter, or it is one that this project does not make.
+        UserError: the adapter is missing or damaged, or of a kind that this project does not make.
     """
     file = adapter / "adapter_model.safetensors"
     try:
@@ -63,7 +63,7 @@ def read_updates(adapter: Path) -> dict[str, Update]:
 
 
 def nf4_round_trip(weight: torch.Tensor) -> torch.Tensor:
-    """What a weight is after NF4 with double quantisation, by the way that loading in 4 bits takes."""
+    """Quantize a weight to NF4 with double quantization, as loading in 4 bits does, and dequantize it."""
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn.modules import Params4bit
 
@@ -75,7 +75,11 @@ def nf4_round_trip(weight: torch.Tensor) -> torch.Tensor:
 
 
 def apply_update(weight: torch.Tensor, update: Update | None, name: str) -> torch.Tensor:
-    """The weight with an adapter's update, in float32."""
+    """Return the weight with an adapter's update, in float32; unchanged without an update.
+
+    Raises:
+        UserError: the adapter does not fit its base.
+    """
     if update is None:
         return weight
     whole = weight.float()

@@ -1,4 +1,4 @@
-"""Fold an adapter into its base, shard by shard: a plain Hugging Face folder that needs no PEFT.
+"""Merge an adapter into its base, shard by shard: a plain Hugging Face folder that needs no PEFT.
 
 Memory stays near one shard and the adapter: the base is never loaded as a model.
 """
@@ -33,16 +33,15 @@ def merge_into_folder(
     dtype: torch.dtype,
     nf4_compute_dtype: torch.dtype | None,
 ) -> None:
-    """Write the base, with the two tokens' rows and an adapter folded in, as a plain folder.
+    """Write the base, with the two tokens' rows and an adapter merged in, as a plain folder.
 
-    Sums are computed in float32 and rounded once, to `dtype`; nothing goes through 4 bits again.
+    Sums are computed in float32 and rounded once, to `dtype`; weights are not quantized again.
 
     Args:
-        adapter: a folder as training writes it; None for the base alone.
-        dtype: what the weights are written in.
-        nf4_compute_dtype: None adds the adapter to the base's own weights. The type that a 4-bit base was
-            computed in adds it to those weights that it was trained against: what NF4 with double
-            quantisation made of the base's, dequantised.
+        adapter: a folder written by training; None for the base alone.
+        dtype: of the written weights.
+        nf4_compute_dtype: None adds the adapter to the base's original weights. The compute type of a 4-bit
+            base adds it to the weights that it was trained on: the base's after an NF4 round trip.
 
     Raises:
         UserError: a shard is missing, cut off or damaged, the disk is too small, or the adapter does
@@ -55,7 +54,7 @@ def merge_into_folder(
     shapes = dict(skeleton.state_dict())
     table, head = _tables(skeleton)
     if config.tie_word_embeddings:
-        del shapes[head]  # the embedding's own
+        del shapes[head]  # same as the embedding
     quantized = _linear_weights(skeleton) - {head} if nf4_compute_dtype else set()
     updates = read_updates(adapter) if adapter else {}
     rows = max(len(tokenizer), shapes[table].shape[0])
@@ -95,7 +94,7 @@ def merge_into_folder(
 
 
 def write_checksums(folder: Path) -> None:
-    """`SHA256SUMS` of all files, as `sha256sum --check SHA256SUMS` reads it."""
+    """Write `SHA256SUMS` of all files, for `sha256sum --check SHA256SUMS`."""
     lines = []
     for path in sorted(folder.iterdir()):
         with path.open("rb") as file:
@@ -114,26 +113,26 @@ def _save(shard: dict[str, torch.Tensor], file: Path) -> None:
 
 
 def _tables(model: PreTrainedModel) -> tuple[str, str]:
-    """The names of the embedding's and the head's weight."""
+    """Return the names of the embedding's and the head's weight."""
     names = {id(module): f"{name}.weight" for name, module in model.named_modules()}
     return names[id(model.get_input_embeddings())], names[id(model.get_output_embeddings())]
 
 
 def _linear_weights(model: PreTrainedModel) -> set[str]:
-    """The names of the weights that loading in 4 bits quantises, and the head's, which it leaves."""
+    """Return the names of the weights that loading in 4 bits quantizes, and the head's, which it does not."""
     linear = torch.nn.Linear
     return {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, linear)}
 
 
 def _with_rows(weight: torch.Tensor, rows: int, dtype: torch.dtype) -> torch.Tensor:
-    """New rows at the end, each the mean of the others, rounded as training rounds it."""
+    """Append rows, each the mean of the others, rounded as in training."""
     old = weight.to(dtype)
     mean = old.float().mean(dim=0, keepdim=True).to(dtype)
     return torch.cat([old, mean.expand(rows - len(old), -1)])
 
 
 class Checkpoint:
-    """The weights of a folder's safetensors files, read one by one."""
+    """Reader of the weights in a folder's safetensors files, one at a time."""
 
     def __init__(self, folder: Path) -> None:
         index = folder / "model.safetensors.index.json"

@@ -1,4 +1,4 @@
-"""The LoRA adapter and its folder: weights, tokenizer and what it was trained on."""
+"""Create, write and load LoRA adapters: weights, tokenizer and training record."""
 
 import json
 from dataclasses import dataclass
@@ -19,10 +19,7 @@ from fintune.params import Base, Lora
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """What an adapter's folder says of its training: `base` and `train` parameters, and more.
-
-    `instruction` is the one that most of its training rows had.
-    """
+    """The training record of an adapter: its base, `train` parameters, and the most frequent instruction."""
 
     base: Base
     train: dict[str, Any]
@@ -30,12 +27,12 @@ class AdapterInfo:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What its matrix products are computed in here."""
+        """Type of the matrix products on this hardware."""
         return compute_dtype(self.train["precision"])
 
     @property
     def nf4_compute_dtype(self) -> torch.dtype | None:
-        """What the products of its 4-bit base are computed in; None where the base is in 16 bits."""
+        """Compute type of the 4-bit base; None where the base is not quantized."""
         return self.dtype if self.train["quantization"] == "nf4" else None
 
 
@@ -52,11 +49,10 @@ def write_training(adapter: Path, base: Base, train: dict[str, Any], instruction
 
 
 def read_training(adapter: Path) -> AdapterInfo:
-    """Read an adapter's `training.json` and make sure that its base is still the one it was trained on.
+    """Read an adapter's `training.json` and check that its base has not changed since.
 
     Raises:
-        UserError: there is no adapter, or an older version's; its base is not here, or holds other
-            weights now.
+        UserError: the adapter is missing or from an older version; its base is missing or has other weights.
     """
     file = adapter / "training.json"
     if not file.is_file():
@@ -88,13 +84,13 @@ def read_training(adapter: Path) -> AdapterInfo:
 def add_adapter(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lora: Lora, seed: int
 ) -> PeftModel:
-    """Put a new LoRA adapter, drawn from `seed`, on the base and make the two tokens' rows trainable.
+    """Add a new LoRA adapter, initialized from `seed`, and make the two new tokens' rows trainable.
 
     LoRA alone would leave the new tokens untrained (artidoro/qlora#214): the model could not learn to
     end an answer.
 
     Raises:
-        UserError: a name in train.lora.target_modules is no linear layer of this model.
+        UserError: a name in train.lora.target_modules is not a linear layer of this model.
     """
     names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
     if unknown := [name for name in lora.target_modules if name not in names]:
@@ -125,14 +121,14 @@ def _is_linear(module: torch.nn.Module) -> bool:
 def write_adapter(
     model: PeftModel, folder: Path, base: Base, train: dict[str, Any], instruction: str
 ) -> None:
-    """Write an adapter's whole folder: weights, `training.json`, and the tokenizer with its chat template.
+    """Write an adapter's folder: weights, `training.json`, and the tokenizer with its chat template.
 
     Args:
-        train: the section with which it was trained.
-        instruction: the one that most of its training rows had.
+        train: the `train` parameters used.
+        instruction: the most frequent one among the training rows.
     """
     save_adapter(model, folder)
-    (folder / "README.md").unlink()  # PEFT's form to be filled in
+    (folder / "README.md").unlink()  # PEFT's model card template
     tokenizer = load_tokenizer(base)
     add_chat_template(tokenizer, instruction)
     tokenizer.save_pretrained(folder)
@@ -148,8 +144,8 @@ def describe_adapter(model: PeftModel) -> str:
 def save_adapter(model: PeftModel, folder: Path) -> None:
     """Write LoRA weights and the two tokens' rows, not the whole resized embedding.
 
-    PEFT keeps names in sets and writes them in the order of a hash that each process draws anew; sorted,
-    equal adapters are equal files.
+    PEFT stores names in sets, whose order differs between processes. They are sorted here so that equal
+    adapters give identical files.
     """
     for config in model.peft_config.values():
         for name, value in vars(config).items():
@@ -159,10 +155,10 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """Put a saved adapter on its base, for use, not for training.
+    """Load a saved adapter onto its base for inference.
 
     Raises:
-        UserError: the folder holds no adapter, or one of another shape.
+        UserError: the folder has no adapter, or the adapter does not fit the base.
     """
     if not (folder / "adapter_model.safetensors").is_file():
         raise UserError(
@@ -176,10 +172,10 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
 
 
 def load_another_adapter(model: PeftModel, folder: Path, name: str) -> None:
-    """Put a second saved adapter beside the first, which stays the active one; `set_adapter` switches.
+    """Load a second adapter beside the first, which stays active; `set_adapter` switches.
 
-    To be called before the model has computed anything: PEFT reads the model's state here, and on some
-    CPUs bitsandbytes rounds the 4-bit weights' scales once more when its state is read after a pass.
+    Call it before any forward pass: PEFT reads the model's state here, and on some CPUs bitsandbytes rounds
+    the scales of 4-bit weights again when their state is read after a forward pass.
 
     Raises:
         UserError: the adapter does not fit this base.

@@ -1,4 +1,4 @@
-"""Causal attention on packed rows, registered with transformers."""
+"""Causal attention on packed sequences, registered with transformers."""
 
 import inspect
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 @dataclass(frozen=True)
 class PackedSequences:
-    """The boundaries of documents laid end to end.
+    """The boundaries of documents packed end to end.
 
-    `cu_seqlens`: int32, (documents + 1,), where each document starts, then the end. `max_seqlen`: tokens
-    of the longest document.
+    `cu_seqlens`: int32, (documents + 1,), the start of each document, then the end. `max_seqlen`: tokens of
+    the longest document.
     """
 
     cu_seqlens: torch.Tensor
@@ -35,14 +35,14 @@ def packed_attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Compute causal attention within each document of a packed row; other inputs go to sdpa.
+    """Compute causal attention within each document of a packed row; other inputs go to SDPA.
 
-    A packed row through sdpa takes a dense mask and time in the square of its length. Here a GPU runs
-    torch's variable-length flash kernels, and a CPU runs sdpa on the documents side by side.
+    SDPA would need a dense mask and quadratic time in the packed length. A GPU runs torch's varlen flash
+    kernels instead, a CPU one SDPA call on the documents, padded.
 
     Args:
         query: (1, heads, tokens, head size); `key` and `value` may have fewer heads.
-        cu_seq_lens_q: as `PackedSequences.cu_seqlens`; callers pass it where rows are packed.
+        cu_seq_lens_q: as `PackedSequences.cu_seqlens`; None where rows are not packed.
 
     Returns:
         (1, tokens, heads, head size), and no attention weights.
@@ -68,12 +68,12 @@ def attend(
 
     Args:
         query: (tokens, heads, head size); `key` and `value` may have fewer heads.
-        window: how many tokens each one sees, itself included; None for all before it.
+        window: the number of tokens that each one attends to, itself included; None for all before it.
 
     Returns:
         (tokens, heads, head size).
     """
-    if query.is_cuda and query.dtype != torch.float32:  # flash kernels take 16 bits alone
+    if query.is_cuda and query.dtype != torch.float32:  # flash kernels only take 16 bits
         return _varlen(query, key, value, packed, window, scale)
     return _padded(query, key, value, packed, window, scale)
 
@@ -86,12 +86,12 @@ def _padded(
     window: int | None,
     scale: float | None,
 ) -> torch.Tensor:
-    """Run one sdpa call on documents padded at their ends, which causal attention never reads.
+    """Run one SDPA call on documents padded at their ends, which causal attention never reads.
 
-    Neither a CPU nor float32 on a GPU has a variable-length kernel, and a call for each document costs
-    more than the padding.
+    Neither a CPU nor float32 on a GPU has a varlen kernel, and one call per document costs more than the
+    padding.
     """
-    repeats = query.shape[1] // key.shape[1]  # enable_gqa would take the slow path of a CPU
+    repeats = query.shape[1] // key.shape[1]  # enable_gqa takes a slow path on a CPU
     key, value = (states.repeat_interleave(repeats, dim=1) for states in (key, value))
     cu_seqlens, max_seqlen = packed.cu_seqlens, packed.max_seqlen
     place = torch.arange(max_seqlen, device=cu_seqlens.device)
@@ -118,7 +118,7 @@ def _varlen(
     window: int | None,
     scale: float | None,
 ) -> torch.Tensor:
-    """Run torch's flash kernels; before torch 2.12 they take fewer key heads without an option."""
+    """Run torch's varlen flash kernels; before torch 2.12 they support GQA without an option."""
     from torch.nn.attention.varlen import varlen_attn
 
     options: Any = {"enable_gqa": True} if _needs_enable_gqa() else {}
@@ -147,9 +147,9 @@ def _needs_enable_gqa() -> bool:
 
 
 def _mask_unless_packed(*args: Any, **kwargs: Any) -> torch.Tensor | None:
-    """Return no mask for packed rows, which `packed_attention` keeps apart by their cu_seqlens.
+    """Return no mask for packed rows, whose documents `packed_attention` separates by cu_seqlens.
 
-    transformers recognises them by their positions and then does not allow skipping the mask.
+    transformers recognizes packed rows by their positions, and then does not allow skipping the mask.
     """
     if kwargs.get("attention_mask") is None and not kwargs.get("allow_is_causal_skip", True):
         return None

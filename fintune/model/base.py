@@ -1,6 +1,6 @@
-"""The base model: load it, in 4 bits or whole, and add rows for the new tokens.
+"""Load the base model, in 4 bits or unquantized, and add rows for the new tokens.
 
-Only safetensors weights are read and no code from a model's folder is run.
+Reads only safetensors weights and runs no code from a model's folder.
 """
 
 from pathlib import Path
@@ -28,17 +28,17 @@ def load_base(
     dtype: torch.dtype,
     on: torch.device | None = None,
 ) -> PreTrainedModel:
-    """Load the base and give it rows for the new tokens in embedding and head.
+    """Load the base and extend its embedding and head for the new tokens.
 
     Args:
-        quantization: `nf4` for 4-bit weights with double quantisation (QLoRA, Dettmers et al. 2023);
+        quantization: `nf4` for 4-bit weights with double quantization (QLoRA, Dettmers et al. 2023);
             embedding, norms and head stay in `dtype`. `none` keeps every weight in `dtype`.
-        dtype: what weights are kept in and products are computed in.
-        on: where to put it; the first GPU, or the CPU, when left out.
+        dtype: type of the unquantized weights and of the matrix products.
+        on: the device; by default the first GPU, or else the CPU.
 
     Returns:
-        The model with `max(rows of the base, len(tokenizer))` rows; new ones start as the mean of
-        the base's, which is the same in every stage and on every device to rounding.
+        The model with `max(rows of the base, len(tokenizer))` rows. New rows are the mean of the base's,
+        so that every stage and device starts from the same values up to rounding.
     """
     config = None
     if quantization == "nf4":
@@ -81,15 +81,15 @@ def _add_rows(model: PreTrainedModel, rows: int) -> None:
 
 
 def head_weight(model: PreTrainedModel) -> torch.Tensor:
-    """The head's weight, (vocabulary, hidden); the embedding's own where the two are tied."""
+    """Return the head's weight, (vocabulary, hidden); with tied weights this is the embedding."""
     weight: torch.Tensor = model.get_output_embeddings().weight
     return weight
 
 
 def load_plain(folder: Path) -> PreTrainedModel:
-    """Load a merged folder as any user of transformers would: in its own type, or without a GPU in float32.
+    """Load a merged folder as any transformers user would: in its own type on a GPU, in float32 on a CPU.
 
-    There float32 is faster than 16 bits, and exact.
+    On a CPU, float32 is faster than 16 bits, and exact.
     """
     dtype = "auto" if device().type == "cuda" else torch.float32
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
@@ -99,5 +99,5 @@ def load_plain(folder: Path) -> PreTrainedModel:
 
 
 def base_of(model: Any) -> Any:
-    """transformers' own model, whose layers an adapter may sit in."""
+    """Return the underlying transformers model, which may contain adapter layers."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

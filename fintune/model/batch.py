@@ -1,4 +1,4 @@
-"""Batches of token rows: packed end to end, or padded."""
+"""Batches of token rows, packed end to end or padded."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import torch
 from fintune.model.attention import PackedSequences
 
 TokenRow = tuple[list[int], list[int]]  # prompt ids, completion ids
-CHUNK = 1024  # answer tokens whose logits are held at once
+CHUNK = 1024  # answer tokens whose logits are in memory at once
 
 
 def batches_by_length(lengths: Sequence[int], tokens: int, rows: int) -> Iterator[list[int]]:
@@ -26,11 +26,11 @@ def batches_by_length(lengths: Sequence[int], tokens: int, rows: int) -> Iterato
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows that go through the model together, on the device.
+    """The rows of one forward pass, on the device.
 
-    Packed: `ids` and `positions` are (1, tokens), and there is no mask. Padded: (rows, longest row) with a
-    mask. `predicting` are the places, in the flattened ids, of the tokens whose next one is an answer's,
-    and `targets` those next ones.
+    Packed: `ids` and `positions` are (1, tokens), without a mask. Padded: (rows, longest row), with a mask.
+    `predicting` are the indices, in the flattened ids, of the tokens that predict an answer token; `targets`
+    are those answer tokens.
     """
 
     ids: torch.Tensor
@@ -42,7 +42,7 @@ class MicroBatch:
 
 
 def pack(rows: Sequence[TokenRow], device: torch.device) -> MicroBatch:
-    """Lay rows end to end; nothing waits for the device."""
+    """Pack rows end to end, without a device sync."""
     lengths = _lengths(rows)
     starts = [0, *accumulate(lengths)]
     ids = torch.tensor([token for prompt, completion in rows for token in prompt + completion])
@@ -59,7 +59,7 @@ def pack(rows: Sequence[TokenRow], device: torch.device) -> MicroBatch:
 
 
 def pad(rows: Sequence[TokenRow], device: torch.device) -> MicroBatch:
-    """Lay rows side by side, padded at their ends; nothing waits for the device."""
+    """Pad rows at their ends to the longest one, without a device sync."""
     lengths = _lengths(rows)
     width = max(lengths)
     padded = [p + c + [0] * (width - n) for (p, c), n in zip(rows, lengths, strict=True)]
@@ -81,7 +81,7 @@ def _lengths(rows: Sequence[TokenRow]) -> list[int]:
 
 
 def _predicting(rows: Sequence[TokenRow], starts: Sequence[int]) -> torch.Tensor:
-    """Places of the tokens whose next one is an answer's, given where each row starts."""
+    """Return the indices of the tokens that predict an answer token, given the start of each row."""
     places = [
         torch.arange(start + len(prompt) - 1, start + len(prompt) + len(completion) - 1)
         for (prompt, completion), start in zip(rows, starts, strict=True)

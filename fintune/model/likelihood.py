@@ -1,4 +1,4 @@
-"""How likely a model finds the answers to question-answer rows, and how sure it is of itself."""
+"""Measure the likelihood of the answers under a model, and its calibration."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,21 +13,18 @@ from fintune.model.base import base_of
 from fintune.model.batch import CHUNK, MicroBatch, TokenRow, batches_by_length, pack, pad
 from fintune.model.fused.model import FusedModel, cached_weights_gib, unsupported
 
-TOKENS_PER_BATCH = (
-    8192  # padded; bounds the memory of a batch, and changes no result beyond rounding
-)
-ROOM_GIB = 6  # left for a batch, before weights are kept in 16 bits
-BINS = 10  # of the calibration, equally wide
+TOKENS_PER_BATCH = 8192  # padding included; bounds memory, affects results only by rounding
+ROOM_GIB = 6  # reserved for a batch before weights are cached in 16 bits
+BINS = 10  # of the calibration, of equal width
 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Sums over each row's answer tokens, in the order of the rows; arrays of shape (rows,).
+    """Sums over each row's answer tokens, (rows,), in the order of the rows.
 
-    `nll` is the negative log-likelihood in nats, `correct` counts the tokens that were the most
-    likely ones, `tokens` counts all of them, the end token included. `calibration`, shape (BINS, 3),
-    has all rows' tokens by the probability that the model gave to its own favourite: their number,
-    the sum of those probabilities, and how often the favourite was right.
+    `nll` is the negative log-likelihood in nats, `correct` the number of tokens with the highest probability,
+    `tokens` the number of all of them, end token included. `calibration`, (BINS, 3), bins all tokens by the
+    probability of the model's top prediction: count, sum of those probabilities, correct top predictions.
     """
 
     nll: np.ndarray
@@ -37,12 +34,12 @@ class Likelihood:
 
     @property
     def loss(self) -> float:
-        """Nats per answer token, each token counted alike."""
+        """Nats per answer token, weighted by token."""
         return float(self.nll.sum() / self.tokens.sum())
 
     @property
     def accuracy(self) -> float:
-        """Share of the answer tokens that were the most likely ones."""
+        """Share of the answer tokens that had the highest probability."""
         return float(self.correct.sum() / self.tokens.sum())
 
 
@@ -50,15 +47,14 @@ class Likelihood:
 def likelihood(
     model: Any, rows: Sequence[TokenRow], title: str, kernels: str = "auto"
 ) -> Likelihood:
-    """How likely the model finds the answers, given their prompts.
+    """Compute the likelihood of the answers given their prompts.
 
-    Only the answers' positions go through the head, in chunks, so memory does not grow with the prompt and
-    the vocabulary together.
+    Only answer positions go through the head, in chunks, so that no logits are computed for the prompts.
 
     Args:
         model: a causal model, with or without an adapter; left in evaluation mode.
         title: of the progress bar.
-        kernels: `fused`, on packed rows, `plain`, on padded ones, or `auto`, as for training.
+        kernels: `fused` on packed rows, `plain` on padded ones, or `auto`, as for training.
     """
     forward = _Forward(model, kernels)
     nll, correct = np.zeros(len(rows)), np.zeros(len(rows))
@@ -88,14 +84,14 @@ def likelihood(
 def token_figures(
     logits: torch.Tensor, labels: torch.Tensor
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What is measured at each answer token.
+    """Compute loss, correctness and confidence for each answer token.
 
     Args:
         logits: float32, (tokens, vocabulary), that predict the labels; labels: (tokens,).
 
     Returns:
-        The losses in nats, 1 where the most likely token was the right one and else 0, and the
-        probability of the most likely token; float64, each of shape (tokens,).
+        The losses in nats, 1 where the top prediction is correct and else 0, and the probability of the
+        top prediction; float64, (tokens,) each.
     """
     total = logits.logsumexp(dim=-1)
     losses = total - logits.gather(-1, labels[:, None])[:, 0]
@@ -106,7 +102,7 @@ def token_figures(
 
 
 def calibration_sums(confidence: np.ndarray, hits: np.ndarray) -> np.ndarray:
-    """Tokens by confidence: number, sum of confidence, number right; shape (BINS, 3)."""
+    """Bin tokens by confidence: count, sum of confidence, number correct; (BINS, 3)."""
     places = np.clip(np.nan_to_num(confidence) * BINS, 0, BINS - 1).astype(int)
     columns = (np.ones_like(confidence), confidence, hits)
     return np.stack([np.bincount(places, each, minlength=BINS) for each in columns], axis=1)
@@ -114,14 +110,14 @@ def calibration_sums(confidence: np.ndarray, hits: np.ndarray) -> np.ndarray:
 
 @torch.no_grad()
 def answer_logits(model: Any, rows: Sequence[TokenRow]) -> list[torch.Tensor]:
-    """The logits that predict each row's answer tokens; float32 on the CPU, (answer tokens, vocabulary)."""
+    """Return the logits that predict each row's answer; float32 on the CPU, (answer tokens, vocabulary)."""
     forward = _Forward(model, "auto")
     parts = [forward.lay_out([row], model.device) for row in rows]
     return [forward.logits(forward.answer_states(part)).float().cpu() for part in parts]
 
 
 class _Forward:
-    """A model's states at the places that predict answers, by the fused layers or the model's own."""
+    """A forward pass to the hidden states that predict answers, with the fused or the model's own layers."""
 
     def __init__(self, model: Any, kernels: str) -> None:
         model.eval()
@@ -137,7 +133,7 @@ class _Forward:
         self.logits = self.fused.logits if self.fused else self.head
 
     def answer_states(self, part: MicroBatch) -> torch.Tensor:
-        """(answer tokens, hidden), normalised."""
+        """Return the normalized hidden states that predict answers, (answer tokens, hidden)."""
         if self.fused:
             assert part.packed is not None
             hidden = self.fused.hidden_states(part.ids[0], part.positions[0], part.packed)

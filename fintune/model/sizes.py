@@ -1,4 +1,4 @@
-"""The sizes of a model that time and memory depend on."""
+"""Compute the model sizes that time and memory depend on."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ class ModelSize:
 
     @classmethod
     def of(cls, config: Any, lora: Lora) -> "ModelSize":
-        """Read from a transformers config and the parameters."""
+        """Read the sizes from a transformers config and the LoRA parameters."""
         heads = config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // heads
         return cls(
@@ -39,7 +39,7 @@ class ModelSize:
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
-        """Inputs and outputs of a layer's linear layers."""
+        """Inputs and outputs of each linear layer in a decoder layer."""
         return {
             "q_proj": (self.hidden, self.q_dim),
             "k_proj": (self.hidden, self.kv_dim),
@@ -60,11 +60,11 @@ class ModelSize:
         return self.layers * self.rank * sum(a + b for a, b in tuned)
 
     def flops(self, tokens: int, answer_tokens: int) -> float:
-        """Of one training step, without what is computed twice to save memory.
+        """Return the FLOPs of one training step, without recompute.
 
-        A frozen weight takes part in the product forward and in the gradient of the input, 4
-        operations a token; a trained one in its own gradient as well, 6. The head sees answer tokens
-        alone. Attention's scores are left out: rows of some hundred tokens make them a hundredth.
+        A frozen weight costs 4 FLOPs per token (forward pass and input gradient), a trained one 6 (its own
+        gradient as well). The head only sees answer tokens. Attention scores are left out: with rows of a few
+        hundred tokens they are about a hundredth.
         """
         body = 4 * self.linear_weights + 6 * self.adapter_weights
         return float(tokens) * body + 4.0 * answer_tokens * self.vocabulary * self.hidden

@@ -1,4 +1,4 @@
-"""Timing, logging and progress of a training."""
+"""Trainer callbacks: timing, logging and a progress bar."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -10,10 +10,10 @@ from transformers import ProgressCallback, TrainerCallback
 
 
 class StepTimer(TrainerCallback):
-    """Times the steps, hands each logged value on, and validates and saves at the very end.
+    """Callback that times the steps, forwards logged values, and validates and saves at the very end.
 
-    `seconds` are those of the steps, from the beginning of the first one. The device is waited for only
-    where something else begins, so that it never idles in order to be timed.
+    `seconds` is the time from the beginning of the first step, without validations and checkpoints. The
+    timer syncs the device only there, so that timing never stalls training.
     """
 
     def __init__(self, on_log: Callable[[int, dict[str, float]], None]) -> None:
@@ -46,14 +46,14 @@ class StepTimer(TrainerCallback):
 
 
 def _synced_time() -> float:
-    """Seconds, when the device has done what it was given."""
+    """Return the time in seconds after a device sync."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 class Bar(ProgressCallback):
-    """The Trainer's progress bar with the losses in it, instead of a printed line a step."""
+    """The Trainer's progress bar, with the losses in it instead of a printed line per log."""
 
     def __init__(self) -> None:
         super().__init__()

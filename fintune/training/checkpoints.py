@@ -1,4 +1,4 @@
-"""Checkpoints of a training: the folder they belong to, and the newest whole one."""
+"""Fingerprint a training run and find its last complete checkpoint."""
 
 import hashlib
 import json
@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 log = logging.getLogger("fintune")
-CODE = ("data", "model", "training")  # packages that decide what is learned
+CODE = ("data", "model", "training")  # packages that affect the training result
 
 
 def fingerprint(inputs: Sequence[Path], settings: dict[str, Any]) -> str:
-    """Name a training run by what determines it: inputs, parameters, code and library versions."""
+    """Hash everything that determines a training run: inputs, parameters, code and library versions."""
     import peft
     import transformers
     import trl
@@ -31,11 +31,11 @@ def fingerprint(inputs: Sequence[Path], settings: dict[str, Any]) -> str:
 
 
 def last_checkpoint(scratch: Path) -> str | None:
-    """The newest whole checkpoint; what a kill left half written is removed."""
+    """Return the newest complete checkpoint; remove newer ones that were only partly written."""
     found = sorted(scratch.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     for folder in reversed(found):
         try:
-            json.loads((folder / "trainer_state.json").read_text())  # the last file of a save
+            json.loads((folder / "trainer_state.json").read_text())  # written last
         except (OSError, ValueError):
             shutil.rmtree(folder)
         else:

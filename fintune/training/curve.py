@@ -1,4 +1,4 @@
-"""The training's values step by step, as rows and as CSV."""
+"""The training curve, as rows and as CSV."""
 
 import csv
 import io
@@ -10,7 +10,7 @@ Curve = list[dict[str, float | None]]
 
 
 def curve_of(history: list[dict[str, Any]]) -> Curve:
-    """Merge the Trainer's log entries to a row a step; None where a value was not measured."""
+    """Merge the Trainer's log entries into one row per step; None where a value was not measured."""
     by_step: dict[int, dict[str, float]] = {}
     for entry in history:
         values = {name: entry[key] for key, name in CURVE.items() if key in entry}
@@ -23,7 +23,7 @@ def curve_of(history: list[dict[str, Any]]) -> Curve:
 
 
 def validations(curve: Curve) -> Curve:
-    """Select the steps after which the validation loss was measured, and the loss."""
+    """Select the steps with a validation loss, and the loss."""
     names = ("step", "validation_loss")
     return [
         {name: point[name] for name in names}
@@ -33,7 +33,7 @@ def validations(curve: Curve) -> Curve:
 
 
 def as_csv(curve: Curve) -> str:
-    """Format a curve as CSV, an empty cell where a value was not measured at that step."""
+    """Format a curve as CSV, with empty cells where a value was not measured."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(curve[0]), lineterminator="\n")
     writer.writeheader()

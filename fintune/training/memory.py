@@ -1,12 +1,12 @@
-"""Estimate the peak memory of a training."""
+"""Estimate the peak memory of a training run."""
 
 from fintune.hardware import GIB
 from fintune.model.batch import CHUNK
 from fintune.model.sizes import ModelSize
 
-# per weight: 4 bits, and a doubly quantised scale for every 64 (Dettmers et al. 2023)
+# per weight: 4 bits, and a doubly quantized scale for every 64 (Dettmers et al. 2023)
 NF4_BYTES = 0.516
-ACTIVATION_BYTES = 44  # of plain kernels: a token, layer and hidden unit in 16 bits, measured
+ACTIVATION_BYTES = 44  # of plain kernels: per token, layer and hidden unit in 16 bits; measured
 
 
 def estimate_memory_gib(
@@ -18,12 +18,12 @@ def estimate_memory_gib(
     cache_weights: bool,
     tokens: int,
 ) -> dict[str, float]:
-    """Estimate the peak of a training's memory in GiB, by part.
+    """Estimate the peak memory of a training run in GiB, by part.
 
     Args:
-        bytes_per_value: of an activation and of an unquantised weight.
-        cache_weights: a 4-bit base is held dequantised as well.
-        tokens: that go through the model at once, padding included.
+        bytes_per_value: of an activation and of an unquantized weight.
+        cache_weights: a dequantized copy of the 4-bit base is cached.
+        tokens: of a micro-batch, padding included.
     """
     s, size = model, bytes_per_value
     per_weight = NF4_BYTES if quantization == "nf4" else size
@@ -40,7 +40,7 @@ def estimate_memory_gib(
             "selective": layer_full + attention,
             "full": layer_full,
         }[checkpointing] * s.layers
-        # the feed-forward layer's backward pass: gradients of gate and up, values and gradients between
+        # backward pass of the feed-forward block: gradients of gate and up, intermediate values and gradients
         working = (4 * s.intermediate_size + 4 * s.hidden) * size
         if checkpointing == "selective":
             working += 2 * s.intermediate_size * size
@@ -54,7 +54,7 @@ def estimate_memory_gib(
         kept = ACTIVATION_BYTES * s.hidden * (s.layers if checkpointing == "none" else 1)
         if checkpointing == "full":
             kept += 2 * s.layers * s.hidden
-        # PEFT copies both tables to change two rows
+        # PEFT copies embedding and head to change two rows
         activations = tokens * kept * size // 2 + 3 * table
         adapter = s.adapter_weights * 16
     dequantized = s.linear_weights * size if cache_weights else 0

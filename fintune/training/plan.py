@@ -15,12 +15,12 @@ from fintune.training.memory import estimate_memory_gib
 
 log = logging.getLogger("fintune")
 
-SAFE_SHARE = 0.92  # of the free memory; the rest is for fragments
-# measured on an H100 and an H200, in the time of one token: of a token, of dequantising all weights once, and
-# the least that a pass takes, since the host needs as long to launch it
+SAFE_SHARE = 0.92  # of the free memory; the rest allows for fragmentation
+# measured on an H100 and an H200, in units of one token's time: a token, dequantizing all weights once, and
+# the minimum of a micro-batch, which launching its kernels takes
 TIME = {"none": 1.0, "selective": 1.2, "full": 1.31}
 DEQUANTIZE_TOKENS, LEAST_TOKENS = 160, 2600
-DEQUANTIZATIONS = {"none": 2, "selective": 3, "full": 3}  # in a pass: forward, again, backward
+DEQUANTIZATIONS = {"none": 2, "selective": 3, "full": 3}  # forward, recompute, backward
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,12 @@ def plan_execution(
     Args:
         lengths: tokens of each training row.
         bytes_per_value: of an activation, 2 or 4.
-        free_gib: what the training may take, the base's weights included.
-        unsupported: why the fused kernels cannot compute this base, if so.
+        free_gib: memory available for training, including the base's weights.
+        unsupported: why the fused kernels do not support this base, if so.
 
     Raises:
-        UserError: fused kernels are asked for and cannot compute this base, varlen attention without
-            a GPU, or the weights alone do not fit.
+        UserError: fused kernels are required but do not support this base, varlen attention without a GPU,
+            `dequantize: once` where it is not possible, or weights that alone do not fit.
     """
     if params.kernels == "fused" and unsupported:
         raise UserError(
@@ -135,7 +135,7 @@ def _time(plan: Plan, tokens: int) -> float:
 
 
 def _step_tokens(lengths: Sequence[int], rows: int, padded: bool) -> int:
-    """Estimate the tokens of a large step: longer than 99 in 100, when rows are drawn by chance."""
+    """Estimate the tokens of a large step, the 99th percentile for randomly drawn rows."""
     if padded:
         return max(lengths) * min(rows, len(lengths))
     if rows >= len(lengths):

@@ -1,4 +1,4 @@
-"""Fine-tune with TRL: packed rows, checkpoints that survive a kill."""
+"""Fine-tune with TRL: packed rows, resumable after a kill."""
 
 import logging
 import math
@@ -24,17 +24,17 @@ from fintune.training.trainer import AnswerTrainer, to_float32
 
 log = logging.getLogger("fintune")
 
-POINTS = 100  # of the loss curve, at least, where there are as many steps
+POINTS = 100  # minimum of the loss curve, if there are as many steps
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """The tuned model, its loss curve and what the run cost.
+    """The tuned model, its loss curve and the cost of the run.
 
-    `curve` holds one row a logged step: step, loss, validation_loss, learning_rate (None where not
-    measured at that step). `step_tokens` are those of each step's rows, `largest_micro_batch` the most tokens
-    that went through the model at once. `metrics` are the keys of reports/train.json.
+    `curve` has one row per logged step: step, loss, validation_loss, learning_rate (None where not
+    measured). `step_tokens` are the tokens of each step, `largest_micro_batch` is the largest number of
+    tokens in a micro-batch. `metrics` are the keys of reports/train.json.
     """
 
     model: PeftModel
@@ -55,17 +55,17 @@ def train(
     scratch: Path,
     on_log: Callable[[int, dict[str, float]], None],
 ) -> TrainingResult:
-    """Fine-tune an adapter; goes on from the last checkpoint in `scratch` where there is one.
+    """Fine-tune an adapter; resume from the last checkpoint in `scratch` if there is one.
 
-    Each optimizer step sees `rows_per_step` rows and its loss is the mean over their answer tokens,
-    however the rows are divided into passes and whether they are packed or padded.
+    Each optimizer step sees `rows_per_step` rows. Its loss is the mean over their answer tokens, no matter
+    how the rows are split into micro-batches and whether they are packed or padded.
 
     Args:
         model: the base with a new adapter.
         rows: prompt and completion token ids of the training rows.
-        dtype: autocast type of the matrix products; float32 for none.
-        validate: gives the model's loss on the validation rows, in nats per answer token.
-        scratch: where checkpoints go; removed by the caller once the adapter is safe.
+        dtype: autocast type of the matrix products; float32 disables autocast.
+        validate: returns the model's loss on the validation rows, in nats per answer token.
+        scratch: folder for checkpoints; the caller removes it once the adapter is saved.
         on_log: called with the step and the values measured there.
     """
     plan = make_plan(model, params, rows, dtype)
@@ -126,7 +126,7 @@ def train(
 def make_plan(
     model: PeftModel, params: Train, rows: Sequence[TokenRow], dtype: torch.dtype
 ) -> Plan:
-    """How to compute the steps with this model on this hardware; nothing is allocated."""
+    """Plan the steps for this model and hardware, without allocating memory."""
     return plan_execution(
         _size(model, params),
         params,
@@ -143,7 +143,7 @@ def _size(model: PeftModel, params: Train) -> ModelSize:
 
 
 def total_steps(params: Train, rows: int) -> int:
-    """Optimizer steps of a run: `epochs` over the rows, or `max_steps` where that ends earlier."""
+    """Return the optimizer steps of a run: `epochs` over the rows, or `max_steps` if that is fewer."""
     steps = math.ceil(params.epochs * math.ceil(rows / params.rows_per_step))
     return min(steps, params.max_steps or steps)
 
@@ -155,7 +155,7 @@ def _arguments(
     on_gpu = torch.cuda.is_available()
     return SFTConfig(
         output_dir=str(scratch),
-        per_device_train_batch_size=params.rows_per_step,  # a step's passes are made in the step
+        per_device_train_batch_size=params.rows_per_step,  # the step splits them into micro-batches
         max_steps=steps,
         learning_rate=params.learning_rate,
         lr_scheduler_type=SCHEDULES[params.schedule],
@@ -165,7 +165,7 @@ def _arguments(
         optim="adamw_torch_fused" if on_gpu else "adamw_torch",
         max_length=None,
         gradient_checkpointing=plan.kernels == "plain" and plan.checkpointing == "full",
-        logging_nan_inf_filter=False,  # it waits for the device at every step
+        logging_nan_inf_filter=False,  # a device sync at every step
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
         use_cpu=not on_gpu,
@@ -177,18 +177,18 @@ def _arguments(
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
-        logging_steps=max(1, steps // POINTS),  # each waits for the device
+        logging_steps=max(1, steps // POINTS),  # each forces a device sync
         report_to="none",
         seed=params.seed,
         data_seed=params.seed,
         dataset_kwargs={"skip_prepare_dataset": True},
         remove_unused_columns=False,
-        dataloader_pin_memory=False,  # each pass pins its own
+        dataloader_pin_memory=False,  # each micro-batch is pinned separately
     )
 
 
 def _step_weighted_mean(losses: list[tuple[int, float]]) -> float:
-    """The mean loss over all steps, from means logged over runs of steps."""
+    """Compute the mean loss over all steps from means logged over several steps each."""
     total, previous = 0.0, 0
     for step, loss in losses:
         total += loss * (step - previous)

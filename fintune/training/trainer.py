@@ -22,12 +22,12 @@ log = logging.getLogger("fintune")
 
 
 def split_into_micro_batches(lengths: Sequence[int], limit: int, padded: bool) -> list[list[int]]:
-    """Split a step's rows into micro-batches of at most `limit` tokens, padding included, of equal size.
+    """Split a step's rows into micro-batches of similar size, at most `limit` tokens, padding included.
 
-    A longer row is a micro-batch of its own; no row is cut.
+    A longer row is a micro-batch of its own; no row is truncated.
 
     Returns:
-        Indices of the rows of each micro-batch.
+        Row indices of each micro-batch.
     """
     if padded:
         return list(batches_by_length(lengths, limit, rows=len(lengths)))
@@ -46,7 +46,7 @@ def split_into_micro_batches(lengths: Sequence[int], limit: int, padded: bool) -
 
 
 class AnswerTrainer(SFTTrainer):
-    """SFTTrainer whose step costs less, with token-weighted validation and small checkpoints."""
+    """SFTTrainer with a cheaper step, token-weighted validation and small checkpoints."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class AnswerTrainer(SFTTrainer):
         super().__init__(
             **kwargs,
             train_dataset=numbers,
-            eval_dataset=numbers.take(1),  # not read, but the Trainer wants one to validate
+            eval_dataset=numbers.take(1),  # never read, but required by the Trainer for validation
             data_collator=lambda chosen: {"step": Step([rows[each["row"]] for each in chosen])},
         )
         self._validate = validate
@@ -72,17 +72,17 @@ class AnswerTrainer(SFTTrainer):
         self.step_tokens: list[int] = []
         self.largest_micro_batch = 0
         self.answer_tokens = 0
-        self.model.train()  # here and after a validation: it takes milliseconds
+        self.model.train()  # not in every step, because it takes milliseconds
         self.fused = None
         if plan.kernels == "fused":
             cache = plan.dequantize == "once"
             self.fused = FusedModel(self.model, dtype, plan.checkpointing, cache)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *_: Any) -> torch.Tensor:
-        """One optimizer step's gradients: the mean over the answer tokens of all its rows.
+        """Compute the gradients of one optimizer step: the mean over the answer tokens of all its rows.
 
-        If memory runs out, the step begins again with passes of half the size, and so do all later ones;
-        rows and loss stay the same.
+        If memory runs out, the step restarts with micro-batches of half the size, as do all later ones; rows
+        and loss stay the same.
         """
         rows: list[TokenRow] = inputs["step"].rows
         answers = sum(len(completion) for _, completion in rows)
@@ -133,10 +133,10 @@ class AnswerTrainer(SFTTrainer):
         return self.fused.answer_loss(states.index_select(0, part.predicting), part.targets)
 
     def _plain_loss(self, part: MicroBatch) -> torch.Tensor:
-        """Summed nats through transformers' and PEFT's own layers.
+        """Compute the summed loss in nats with transformers' and PEFT's own layers.
 
-        The head is applied to the answer's positions in chunks that are computed again in the backward
-        pass, so that the logits never lie in memory together.
+        The head is applied to chunks of answer positions and recomputed in the backward pass, so that only
+        one chunk's logits are in memory.
         """
         plain = self.model.get_base_model()
         body, head = plain.get_decoder(), plain.get_output_embeddings()
@@ -165,7 +165,7 @@ class AnswerTrainer(SFTTrainer):
             ).sum()
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """The validation loss per token; the Trainer's own averages batches of unequal size."""
+        """Compute the validation loss per token; the Trainer's own averages batches of unequal size."""
         with self.timer.pause():
             metrics = {"eval_loss": self._validate(self.model)}
         self.model.train()
@@ -180,25 +180,25 @@ class AnswerTrainer(SFTTrainer):
             super()._save_checkpoint(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Adapter and token rows only: no whole embedding, and no pickled arguments."""
+        """Save adapter and token rows only, without the whole embedding and pickled arguments."""
         self.model.save_pretrained(output_dir or self.args.output_dir, save_embedding_layers=False)
 
 
 @dataclass(frozen=True)
 class Step:
-    """The rows of one optimizer step; accelerate leaves it alone, so lengths stay known to the host."""
+    """The rows of one optimizer step; accelerate does not move it, so the host still knows the lengths."""
 
     rows: list[TokenRow]
 
 
 def _summed_loss(head: Any, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Nats over the targets; `states` is (tokens, hidden)."""
+    """Compute the summed loss in nats; `states` is (tokens, hidden)."""
     logits = head(states).float()
     return torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
 
 
 def to_float32(model: torch.nn.Module) -> None:
-    """TRL casts an adapter on a 4-bit base to bfloat16, where small steps round to nothing."""
+    """Cast trainable parameters back to float32: in TRL's bfloat16, small updates round to zero."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -1,4 +1,4 @@
-"""What ships: the demo base loads and speaks, its tokenizer loses nothing, its questions split cleanly."""
+"""The shipped assets: the demo base predicts text, its tokenizer is lossless, its questions split cleanly."""
 
 import random
 import sys
@@ -52,7 +52,7 @@ def test_the_base_prefers_prose_to_its_words_in_disorder(params: Params) -> None
             return float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
 
     assert nats(PROSE) < min(map(nats, shuffled)) - 20
-    assert nats(PROSE) / 0.6931 / len(PROSE) < 1.5  # bits a byte; 8 for one that knows nothing
+    assert nats(PROSE) / 0.6931 / len(PROSE) < 1.5  # bits per byte; 8 without any knowledge
 
 
 @pytest.mark.parametrize("seed", range(4))

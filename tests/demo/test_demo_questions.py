@@ -1,10 +1,10 @@
-"""The demo questions: what is in the file, and that every computed answer is right.
+"""The demo questions: the content of the file, and the correctness of every computed answer.
 
-The arithmetic is checked from the text alone. The wordings serve as patterns, which give back the
-numbers of a question and of its answer; each number of the answer is then worked out again with
-fractions, month by month or year by year where the generator uses a formula.
-A wording that calls a field by the wrong name ("a tip of {total}") is the one mistake that this
-cannot see: read new wordings.
+The arithmetic is checked from the text alone. The wordings serve as patterns that extract the numbers of
+a question and of its answer; each number of the answer is then recomputed with fractions, month by
+month or year by year where the generator uses a formula.
+A wording that gives a field the wrong name ("a tip of {total}") is the only mistake that this cannot
+detect: proofread new wordings.
 """
 
 from __future__ import annotations
@@ -40,31 +40,31 @@ PERIODS = {"annually": 1, "quarterly": 4, "monthly": 12}
 
 @cache
 def rows() -> list[dict[str, str]]:
-    """The rows of the file that ships."""
+    """Read the rows of the shipped file."""
     return [json.loads(line) for line in FILE.read_text(encoding="utf-8").splitlines()]
 
 
 @cache
 def core() -> list[dict[str, Any]]:
-    """The entries of the hand-written core."""
+    """Read the entries of the hand-written core."""
     return [json.loads(line) for line in CORE.read_text(encoding="utf-8").splitlines()]
 
 
 @cache
 def computed() -> list[dict[str, str]]:
-    """The rows whose question is not in the core."""
+    """Select the rows whose question is not in the core."""
     written = {entry["question"] for entry in core()}
     return [row for row in rows() if row["input"] not in written]
 
 
 @cache
 def wordings() -> dict[str, dict[str, list[str]]]:
-    """The wordings by kind."""
+    """Read the wordings by kind."""
     return tomllib.loads(WORDINGS.read_text(encoding="utf-8"))
 
 
 def folded(text: str) -> str:
-    """The text as lower-case words, without punctuation."""
+    """Fold to lower-case words without punctuation."""
     return " ".join(re.sub(r"[^\w\s]|_", "", text.casefold()).split())
 
 
@@ -73,7 +73,7 @@ def folded(text: str) -> str:
 
 @cache
 def pattern(wording: str) -> re.Pattern[str]:
-    """The wording with a group for each field; a field that comes twice must read the same."""
+    """Compile a wording with a group for each field; repeated fields must have the same text."""
     parts: list[str] = []
     for place, part in enumerate(re.split(r"{(\w+)}", wording)):
         if place % 2 == 0:
@@ -86,7 +86,7 @@ def pattern(wording: str) -> re.Pattern[str]:
 
 
 def readings(text: str, column: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """Every kind that has a wording which the whole text fits, with the fields as printed."""
+    """Yield every kind with a wording that matches the whole text, with its fields as printed."""
     for kind, texts in wordings().items():
         for wording in texts[column]:
             match = pattern(wording).fullmatch(text)
@@ -95,7 +95,7 @@ def readings(text: str, column: str) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def numbers(printed: dict[str, str]) -> Numbers:
-    """The fields as numbers: plain, in dollars or in percent, and periods a year for a word."""
+    """Parse fields as numbers: plain, in dollars or in percent, and periods per year for a word."""
     values = {
         name: str(PERIODS.get(text, text)).strip("$%").replace(",", "")
         for name, text in printed.items()
@@ -107,27 +107,27 @@ def numbers(printed: dict[str, str]) -> Numbers:
 
 
 def show(value: Fraction, places: int) -> str:
-    """The value rounded half up to so many decimals."""
+    """Format the value with this number of decimals, rounded half up."""
     whole, rest = divmod(floor(value * 10**places + Fraction(1, 2)), 10**places)
     return f"{whole:,}.{rest:0{places}d}" if places else f"{whole:,}"
 
 
 def cents(value: Fraction) -> str:
-    """Dollars with cents, rounded."""
+    """Format dollars with cents, rounded."""
     return "$" + show(value, 2)
 
 
 def exact(value: Fraction) -> str:
-    """Dollars that are whole, or else a whole number of cents."""
+    """Format whole dollars, or else a whole number of cents."""
     assert (value * 100).denominator == 1, f"{value} was printed as if it were exact"
     return "$" + show(value, 0 if value.denominator == 1 else 2)
 
 
-# --- The arithmetic again, one function a kind, from the question's numbers to what is printed
+# --- Independent arithmetic, one function per kind, from the question's numbers to the printed fields
 
 
 def grown(amount: Fraction, rate: Fraction, periods: Fraction) -> Fraction:
-    """The amount after adding the rate, in percent a period, period by period."""
+    """Add the rate, in percent per period, period by period."""
     for _ in range(int(periods)):
         amount += amount * rate / 100
     return amount
@@ -135,9 +135,9 @@ def grown(amount: Fraction, rate: Fraction, periods: Fraction) -> Fraction:
 
 @cache
 def instalment(principal: Fraction, rate: Fraction, months: int) -> Fraction:
-    """The monthly payment that leaves nothing owed, from the loan's account month by month.
+    """Compute the monthly payment that pays off a loan, month by month.
 
-    What is owed is always (loan) - (paid) x payment; both parts earn the month's interest.
+    The debt is always (loan) - (paid) x payment; both parts accrue the month's interest.
     """
     loan, paid = principal, Fraction(0)
     for _ in range(months):
@@ -147,14 +147,14 @@ def instalment(principal: Fraction, rate: Fraction, months: int) -> Fraction:
 
 
 def compound_interest(n: Numbers) -> Fields:
-    """Every period by itself."""
+    """Compound period by period."""
     each_year = n["compounding"]
     total = grown(n["principal"], n["rate"] / each_year, n["years"] * each_year)
     return {"total": cents(total), "interest": cents(total - n["principal"])}
 
 
 def simple_interest(n: Numbers) -> Fields:
-    """A sum over the years."""
+    """Sum over the years."""
     yearly = n["rate"] * n["principal"] / 100
     return {
         "yearly": exact(yearly),
@@ -163,7 +163,7 @@ def simple_interest(n: Numbers) -> Fields:
 
 
 def loan_payment(n: Numbers) -> Fields:
-    """From the loan's account."""
+    """Derive the payment from the loan's account."""
     months = int(n["years"]) * 12
     return {
         "months": str(months),
@@ -172,7 +172,7 @@ def loan_payment(n: Numbers) -> Fields:
 
 
 def loan_interest(n: Numbers) -> Fields:
-    """The printed payment, as often as it is made."""
+    """Sum the printed payments."""
     printed = loan_payment(n)
     payment = numbers(printed)["payment"]
     paid = sum([payment] * int(printed["months"])) + Fraction()
@@ -180,13 +180,13 @@ def loan_interest(n: Numbers) -> Fields:
 
 
 def savings_goal(n: Numbers) -> Fields:
-    """What is missing, in equal parts."""
+    """Divide the missing amount into equal parts."""
     missing = n["goal"] - n["saved"]
     return {"missing": exact(missing), "monthly": cents(missing / n["months"])}
 
 
 def percent_change(n: Numbers) -> Fields:
-    """The ratio of the two values against one."""
+    """Compute the ratio of the two values, minus one."""
     ratio = n["new"] / n["old"] - 1
     return {
         "change": exact(abs(n["new"] - n["old"])),
@@ -196,38 +196,38 @@ def percent_change(n: Numbers) -> Fields:
 
 
 def rule_of_72(n: Numbers) -> Fields:
-    """The number of times that the rate fits into 72."""
+    """Divide 72 by the rate."""
     return {"double": exact(n["amount"] + n["amount"]), "years": show(1 / (n["rate"] / 72), 1)}
 
 
 def dividend_yield(n: Numbers) -> Fields:
-    """Dividends on a hundred dollars of shares."""
+    """Compute the dividends on a hundred dollars of shares."""
     return {"yield": show(100 / n["price"] * n["dividend"], 2) + "%"}
 
 
 def bond_current_yield(n: Numbers) -> Fields:
-    """The coupon rate, scaled from face value to price."""
+    """Scale the coupon rate from face value to price."""
     income = n["face"] / 100 * n["coupon"]
     return {"income": exact(income), "yield": show(n["coupon"] * n["face"] / n["price"], 2) + "%"}
 
 
 def earnings_per_share(n: Numbers) -> Fields:
-    """Profit times the part that one share is."""
+    """Multiply the profit by one share's part."""
     return {"earnings": cents(n["profit"] * (1 / n["shares"]))}
 
 
 def price_to_earnings(n: Numbers) -> Fields:
-    """The inverse of the earnings of a dollar of shares."""
+    """Invert the earnings per dollar of shares."""
     return {"ratio": show(1 / (n["earnings"] / n["price"]), 1)}
 
 
 def inflation_value(n: Numbers) -> Fields:
-    """What grows to the amount with prices, year by year."""
+    """Divide the amount by the growth of prices, year by year."""
     return {"value": cents(n["amount"] / grown(Fraction(1), n["inflation"], n["years"]))}
 
 
 def break_even_units(n: Numbers) -> Fields:
-    """The first number of units without a loss; one unit less has one."""
+    """Find the smallest number of units without a loss."""
     units = ceil(n["fixed"] / (n["price"] - n["cost"]))
     results = [k * n["price"] - k * n["cost"] - n["fixed"] for k in (units - 1, units)]
     assert results[0] < 0 <= results[1]
@@ -235,31 +235,31 @@ def break_even_units(n: Numbers) -> Fields:
 
 
 def profit_margin(n: Numbers) -> Fields:
-    """What is left of a hundred dollars of revenue."""
+    """Compute the remainder of a hundred dollars of revenue."""
     margin = 100 - n["cost"] / n["revenue"] * 100
     return {"profit": exact(n["revenue"] - n["cost"]), "margin": show(margin, 1) + "%"}
 
 
 def markup(n: Numbers) -> Fields:
-    """The ratio of price to cost against one."""
+    """Compute the ratio of price to cost, minus one."""
     ratio = n["price"] / n["cost"] - 1
     return {"gain": exact(n["price"] - n["cost"]), "markup": show(ratio * 100, 1) + "%"}
 
 
 def card_interest(n: Numbers) -> Fields:
-    """The monthly rate on the balance."""
+    """Apply the monthly rate to the balance."""
     interest = n["apr"] / 12 / 100 * n["balance"]
     return {"yearly": exact(interest * 12), "interest": cents(interest)}
 
 
 def debt_to_income(n: Numbers) -> Fields:
-    """Each payment's share of income, added up."""
+    """Add up each payment's share of income."""
     ratio = n["housing"] / n["income"] + n["other"] / n["income"]
     return {"debts": exact(n["housing"] + n["other"]), "ratio": show(ratio * 100, 1) + "%"}
 
 
 def net_worth(n: Numbers) -> Fields:
-    """What is owned less what is owed."""
+    """Subtract debts from assets."""
     return {
         "assets": exact(n["cash"] + n["investments"]),
         "worth": exact(n["cash"] - n["debt"] + n["investments"]),
@@ -267,52 +267,52 @@ def net_worth(n: Numbers) -> Fields:
 
 
 def sales_tax(n: Numbers) -> Fields:
-    """The price scaled up; what was added is the tax."""
+    """Scale the price up; the difference is the tax."""
     total = n["price"] * (100 + n["rate"]) / 100
     return {"total": cents(total), "tax": cents(total - n["price"])}
 
 
 def tip_total(n: Numbers) -> Fields:
-    """The bill scaled up; what was added is the tip."""
+    """Scale the bill up; the difference is the tip."""
     total = n["bill"] * (100 + n["rate"]) / 100
     return {"total": cents(total), "tip": cents(total - n["bill"])}
 
 
 def tax_saving(n: Numbers) -> Fields:
-    """The deduction less what would be left of it after tax."""
+    """Subtract the after-tax deduction from the deduction."""
     return {"saving": exact(n["deduction"] - n["deduction"] * (1 - n["rate"] / 100))}
 
 
 def emergency_fund(n: Numbers) -> Fields:
-    """A sum over the months."""
+    """Sum over the months."""
     return {"fund": exact(sum([n["expenses"]] * int(n["months"])) + Fraction())}
 
 
 def annual_pay(n: Numbers) -> Fields:
-    """A sum over the weeks."""
+    """Sum over the weeks."""
     weekly = n["hours"] * n["wage"]
     return {"weekly": exact(weekly), "annual": exact(sum([weekly] * 52) + Fraction())}
 
 
 def currency_conversion(n: Numbers) -> Fields:
-    """Dollars over the price of one unit in dollars."""
+    """Divide dollars by the price of one unit in dollars."""
     return {"result": show(n["amount"] / (1 / n["rate"]), 2)}
 
 
 def straight_line_depreciation(n: Numbers) -> Fields:
-    """The same part each year; after the last, the salvage value is left."""
+    """Take equal parts each year, which leave the salvage value."""
     yearly = n["cost"] / n["years"] - n["salvage"] / n["years"]
     assert n["cost"] - sum([yearly] * int(n["years"])) == n["salvage"]
     return {"base": exact(n["cost"] - n["salvage"]), "yearly": cents(yearly)}
 
 
 def mileage_deduction(n: Numbers) -> Fields:
-    """Cents first, then dollars."""
+    """Compute cents first, then dollars."""
     return {"deduction": exact(n["cents"] * n["miles"] / 100)}
 
 
 def after_fee_return(n: Numbers) -> Fields:
-    """The gain less the fee in dollars."""
+    """Subtract the fee from the gain, in dollars."""
     gain = n["amount"] * n["growth"] / 100 - n["amount"] * n["fee"] / 100
     net = n["growth"] - n["fee"]
     places = next(p for p in range(3) if (net * 10**p).denominator == 1)
@@ -322,7 +322,7 @@ def after_fee_return(n: Numbers) -> Fields:
 CENT, ONE, TWO = "to the nearest cent", "to one decimal place", "to two decimal places"
 ROUNDED_UP, EXACT = "rounded up", ""
 
-# Each kind's arithmetic, and what every answer has to say about its rounding.
+# Each kind's arithmetic, and the rounding that every answer must state.
 CHECKS: dict[str, tuple[Callable[[Numbers], Fields], str]] = {
     "compound_interest": (compound_interest, CENT),
     "simple_interest": (simple_interest, EXACT),
@@ -356,7 +356,7 @@ CHECKS: dict[str, tuple[Callable[[Numbers], Fields], str]] = {
 
 @pytest.mark.parametrize("kind", sorted(wordings()))
 def test_every_answer_of_a_kind_is_right(kind: str) -> None:
-    """Each number and word in each answer is the question's own or follows from it."""
+    """Each number and word in an answer is the question's own or follows from it."""
     work, rounding = CHECKS[kind]
     checked = 0
     for row in computed():
@@ -373,7 +373,7 @@ def test_every_answer_of_a_kind_is_right(kind: str) -> None:
 
 
 def test_every_computed_question_is_read_in_one_way() -> None:
-    """So the check above sees every computed row, once."""
+    """So the check above covers every computed row, once."""
     assert set(CHECKS) == set(wordings())
     for row in computed():
         assert len(list(readings(row["input"], "questions"))) == 1, row["input"]
@@ -392,7 +392,7 @@ def test_no_kind_asks_twice_about_the_same_numbers() -> None:
 
 @pytest.mark.parametrize("kind", sorted(wordings()))
 def test_wordings_are_many_and_all_used(kind: str) -> None:
-    """At least six questions and three answers a kind, each in the file."""
+    """At least six questions and three answers per kind, each in the file."""
     questions, answers = wordings()[kind]["questions"], wordings()[kind]["answers"]
     assert len(set(questions)) >= 6
     assert len(set(answers)) >= 3
@@ -408,7 +408,7 @@ def test_wordings_are_many_and_all_used(kind: str) -> None:
 def test_the_file_is_what_the_generator_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Byte for byte, and nothing unfinished stays behind."""
+    """Byte for byte, without leftover temporary files."""
     out = tmp_path / "again.jsonl"
     random.seed(7)  # the global state must not matter
     monkeypatch.setattr(sys, "argv", ["demo_questions", "--out", str(out)])
@@ -420,7 +420,7 @@ def test_the_file_is_what_the_generator_writes(
 
 
 def test_counts() -> None:
-    """Enough rows, enough prose, every topic in even parts, and some forum-like questions."""
+    """Enough rows, enough prose, balanced topics, and some forum-like questions."""
     assert len(rows()) >= 1_500
     assert len({row["input"] for row in rows()} & {e["question"] for e in core()}) >= 150
     topics = Counter(str(entry["topic"]) for entry in core())
@@ -433,14 +433,14 @@ def test_counts() -> None:
 
 
 def test_every_answer_of_the_core_is_in_the_file() -> None:
-    """Nothing that was written by hand is lost."""
+    """No hand-written answer is lost."""
     pairs = {(row["input"], row["output"]) for row in rows()}
     for entry in core():
         assert {(entry["question"], answer) for answer in entry["answers"]} <= pairs
 
 
 def test_texts_are_clean() -> None:
-    """One line each, no stray spaces, nothing empty, none of the prompt's markers."""
+    """One line each, no stray spaces, not empty, no special tokens of the prompt."""
     for row in rows():
         assert list(row) == ["instruction", "input", "output"]
         for text in row.values():
@@ -464,7 +464,7 @@ def test_answers_are_short() -> None:
 
 
 def test_questions_are_distinct() -> None:
-    """Two questions never differ in case and punctuation only, and only the core's repeat."""
+    """No two questions differ only in case and punctuation, and only the core's repeat."""
     by_fold: defaultdict[str, list[dict[str, str]]] = defaultdict(list)
     for row in rows():
         by_fold[folded(row["input"])].append(row)
@@ -476,7 +476,7 @@ def test_questions_are_distinct() -> None:
 
 
 def test_instructions_depend_on_the_question_alone() -> None:
-    """Five instructions, all used about equally, one for each question."""
+    """Five instructions, about equally frequent, one for each question."""
     given: defaultdict[str, set[str]] = defaultdict(set)
     for row in rows():
         given[row["input"]].add(row["instruction"])
@@ -491,7 +491,7 @@ def test_instructions_depend_on_the_question_alone() -> None:
 
 
 def test_a_kind_with_too_few_numbers_is_refused() -> None:
-    """Instead of writing fewer rows or the same one again."""
+    """It must not write fewer rows or repeat one."""
 
     def narrow(draw: Draw) -> Fields:
         return {"amount": str(draw.number(1, 5, 1))}
@@ -517,6 +517,6 @@ GOOD = '{"topic": "taxes", "question": "Why pay?", "answers": ["Because."]}'
     ],
 )
 def test_a_broken_core_is_refused(lines: list[str], message: str) -> None:
-    """With the number of the line."""
+    """The message names the line."""
     with pytest.raises(ValueError, match=message):
         list(demo_questions.core_rows(lines))

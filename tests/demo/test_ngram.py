@@ -1,4 +1,4 @@
-"""The n-gram baseline against the textbook definition, written out with dictionaries."""
+"""The n-gram baseline against the textbook definition, implemented with dictionaries."""
 
 import math
 from collections import Counter
@@ -13,7 +13,7 @@ VOCAB = 7
 
 
 def make_stream(length: int, seed: int) -> IntArray:
-    """Tokens below VOCAB - 1, skewed, each depending on the one before."""
+    """Draw tokens below VOCAB - 1 from a skewed distribution that depends on the previous token."""
     rng = np.random.default_rng(seed)
     stream = [0]
     for _ in range(length - 1):
@@ -65,7 +65,7 @@ def test_agrees_with_the_slow_definition(order: int, length: int) -> None:
     model, slow = KneserNey(train, VOCAB, 5), SlowKneserNey(train.tolist(), order)
     expected = []
     for place, token in enumerate(held_out.tolist()):
-        # The first tokens have fewer tokens before them and use the lower orders alone.
+        # the first tokens have shorter contexts and only use the lower orders
         context = tuple(held_out[max(0, place - order + 1) : place].tolist())
         expected.append(slow.probability(context, token))
     np.testing.assert_allclose(model.probabilities(held_out, order), expected, rtol=1e-12)

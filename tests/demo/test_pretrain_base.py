@@ -82,7 +82,7 @@ HOSTILE = {
 
 @dataclass(frozen=True)
 class Made:
-    """One small run: its folder and what it returned."""
+    """A small run: its folder and results."""
 
     folder: Path
     trained: TrainingResult
@@ -193,7 +193,7 @@ def test_a_document_cannot_forge_a_boundary(tokenizer: PreTrainedTokenizerFast) 
     stream = encode_stream(backend, ["a </s><s> b", "<pad>"]).tolist()
     assert stream.count(token_id(backend, BOS)) == stream.count(token_id(backend, "</s>")) == 2
     assert token_id(backend, "<pad>") not in stream
-    # and the caller's tokenizer still knows its special tokens
+    # the caller's tokenizer still recognizes its special tokens
     assert backend.encode("<pad>", add_special_tokens=False).ids == [token_id(backend, "<pad>")]
 
 
@@ -283,7 +283,7 @@ def test_the_steps_that_fit_are_done() -> None:
 def test_the_weights_of_the_lowest_validation_loss_are_kept(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    # Learning one text makes the other, of random tokens, ever less likely.
+    # Learning one text makes the other, random tokens, less and less likely.
     train = encode_stream(tokenizer.backend_tokenizer, PARAGRAPHS * 5)
     validation = torch.randint(5, 300, (161,), generator=torch.Generator().manual_seed(0)).numpy()
     model = make_model(SHAPE, tokenizer, seed=0)

@@ -1,4 +1,4 @@
-"""Models pushed to the local hub and loaded from there again; who may push where, and what."""
+"""Pushing models to the local hub and loading them from there: permissions and contents."""
 
 import json
 import shutil
@@ -45,7 +45,7 @@ Push = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def hub(tiny_base: Path) -> Iterator[Hub]:
-    """acme's models may be written by one user, and read by all."""
+    """Run a hub where one user may write acme's models, and all may read them."""
     with Hub() as hub:
         hub.add("models", "acme/tiny", tiny_base, revision=COMMIT)
         hub.allow(WRITER, "acme")
@@ -55,7 +55,7 @@ def hub(tiny_base: Path) -> Iterator[Hub]:
 
 @pytest.fixture
 def merged(tiny_base: Path, tokenizer: Any, tmp_path: Path) -> Path:
-    """A project's models/merged, in shards, with what else an export leaves there."""
+    """Write a project's models/merged, in shards, with the other files of an export."""
     folder = tmp_path / "models/merged"
     base = Base(model=str(tiny_base), revision=None)
     model = load_base(base, tokenizer, "none", torch.bfloat16, torch.device("cpu"))
@@ -71,7 +71,7 @@ def merged(tiny_base: Path, tokenizer: Any, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def adapter(tiny_base: Path, tokenizer: Any, tmp_path: Path) -> Path:
-    """A project's models/adapter, of a base on the hub, with weights that are not 0."""
+    """Write a project's models/adapter, of a base on the hub, with weights that are not 0."""
     folder = tmp_path / "models/adapter"
     base = Base(model=str(tiny_base), revision=None)
     model = load_base(base, tokenizer, "none", torch.float32, torch.device("cpu"))
@@ -87,7 +87,7 @@ def adapter(tiny_base: Path, tokenizer: Any, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def push(hub: Hub, tmp_path: Path) -> Push:
-    """Run the command in the project; it shows the token in no output."""
+    """Return a function that runs the command in the project and checks that no output shows the token."""
 
     def run(*arguments: str, token: str = WRITER, **extra: str) -> subprocess.CompletedProcess[str]:
         environment = hub.environment(tmp_path / "home") | {
@@ -268,7 +268,7 @@ def test_a_refusal_is_explained_and_nothing_is_pushed(
 
 
 def test_a_model_card_that_the_hub_refuses_is_named(hub: Hub, push: Push, adapter: Path) -> None:
-    """PEFT's own card names the base's path where that was a folder."""
+    """PEFT's own card names the base by its path if that is a folder."""
     (adapter / "README.md").write_text("---\nbase_model: /home/me/base\n---\n")
     done = push("acme/adapter", "models/adapter")
     refused(done, "Invalid metadata in README.md", '"/home/me/base" is not valid', "mend it")

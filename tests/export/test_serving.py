@@ -1,6 +1,6 @@
-"""One tuned model, used in all the ways that README names: each gives the same greedy answer.
+"""One tuned model, used in every way that README documents: each gives the same greedy answer.
 
-The demo's base after some steps of training, so that its answers are sentences, not noise.
+Its base is the demo's, trained for some steps, so that its answers are sentences.
 """
 
 import ast
@@ -73,7 +73,7 @@ print(json.dumps({
 
 @pytest.fixture(scope="module")
 def served(make_project: Callable[..., Project]) -> Project:
-    """A project whose model was trained on the demo's base, and passed a lenient gate."""
+    """Train a model on the demo's base in a project, with a lenient gate."""
     project = make_project()
     shutil.rmtree(project / "base")
     shutil.copytree(ROOT / "assets/demo-base", project / "base")
@@ -96,7 +96,7 @@ def served(make_project: Callable[..., Project]) -> Project:
 
 @pytest.fixture(scope="module")
 def plain(served: Project) -> dict[str, Any]:
-    """What transformers alone makes of the merged folder."""
+    """Generate from the merged folder with transformers alone."""
     done = served.run("python", "-c", PLAIN, "models/merged", QUESTION)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     assert len(found["answer"].split()) > 5
@@ -209,7 +209,7 @@ def test_the_mlflow_model_says_what_it_takes_and_needs(served: Project, tmp_path
 
 
 def test_the_packages_are_those_that_answering_imports() -> None:
-    """Read from the sources that the MLflow model carries: all that they import to answer."""
+    """Read from the sources in the MLflow model: all that they import to generate answers."""
     ours, imported = {"fintune.export.pyfunc"}, set()
     waiting = [*ours]
     while waiting:
@@ -224,10 +224,10 @@ def test_the_packages_are_those_that_answering_imports() -> None:
                     ours.add(name)
                 elif name != "fintune":
                     imported.add(name.split(".")[0])
-    outside = imported - set(sys.stdlib_module_names) - {"triton"}  # torch's own on a GPU
+    outside = imported - set(sys.stdlib_module_names) - {"triton"}  # torch's dependency on a GPU
     owners = packages_distributions()
-    brought = {"mlflow-skinny", "mlflow-tracing", "pyarrow"}  # by mlflow itself
-    for_data = {"datasets", "fsspec"}  # which an answer does not read
+    brought = {"mlflow-skinny", "mlflow-tracing", "pyarrow"}  # mlflow's dependencies
+    for_data = {"datasets", "fsspec"}  # not needed for answers
     given = {normal(owners[name][0]) for name in outside}
     assert given - {normal(name) for name in PACKAGES} <= brought | for_data
 

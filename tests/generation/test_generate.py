@@ -23,7 +23,7 @@ LIMIT = 24
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Any:
-    """Thousands of tiny steps: a second thread is waited for longer than it helps."""
+    """Use one thread: with thousands of tiny steps, syncing a second one costs more than it saves."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -32,7 +32,7 @@ def one_thread() -> Any:
 
 @pytest.fixture(scope="module")
 def prompts(tokenizer: Any) -> list[list[int]]:
-    """Random tokens; of different lengths, one of them a single token, in no order."""
+    """Draw random tokens of different lengths, one a single token, in random order."""
     draw = random.Random(0)
     found = [[draw.randrange(5, 2000) for _ in range(n)] for n in range(1, 21)]
     draw.shuffle(found)
@@ -40,7 +40,7 @@ def prompts(tokenizer: Any) -> list[list[int]]:
 
 
 def tuned(base: Base, tokenizer: Any, quantization: str = "none") -> Any:
-    """A model that ends some of its answers early."""
+    """Build a model that ends some of its answers early."""
     model = load_base(base, tokenizer, quantization, torch.float32)
     lora = Lora(r=4, alpha=8, dropout=0.3, target_modules=ALL)
     model = add_adapter(model, tokenizer, lora, 0)
@@ -98,7 +98,7 @@ def test_a_4_bit_base_answers_as_its_dequantised_weights_do(
 def test_neither_the_number_of_slots_nor_the_order_matters(
     base: Base, tokenizer: Any, prompts: list[list[int]], rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(slots, "FEWEST_ROWS", 2)  # so that batches shrink, too
+    monkeypatch.setattr(slots, "FEWEST_ROWS", 2)  # so that batches also shrink
     monkeypatch.setattr(slots, "PREFILL_TOKENS", 50)
     model = tuned(base, tokenizer)
     expected = answers(model, tokenizer, prompts)

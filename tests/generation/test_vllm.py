@@ -1,4 +1,4 @@
-"""Answers from vLLM: with a stand-in for its program, and with the real one where there is one."""
+"""Answers from vLLM, with a stand-in for its program and with the real one if it is installed."""
 
 import json
 import os
@@ -37,7 +37,7 @@ ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 
 
 def tuned(base: Base, tokenizer: Any, quantization: str) -> Any:
-    """A model that ends some of its answers early."""
+    """Build a model that ends some of its answers early."""
     lora = Lora(r=4, alpha=8, dropout=0.3, target_modules=ALL)
     plain = load_base(base, tokenizer, quantization, torch.float32)
     model = add_adapter(plain, tokenizer, lora, 0)
@@ -52,7 +52,7 @@ def tuned(base: Base, tokenizer: Any, quantization: str) -> Any:
 def folder_of(
     base: Base, tokenizer: Any, adapter: Path | None, quantization: str = "none"
 ) -> Callable[[Path], None]:
-    """What writes the model that the adapter makes of its base."""
+    """Return a function that writes the merged model of a base and an adapter."""
     nf4_compute_dtype = torch.float32 if quantization == "nf4" else None
 
     def write(folder: Path) -> None:
@@ -71,7 +71,7 @@ def model(
 
 
 class StandIn:
-    """Says to the stand-in what to do, and reads what it has noted."""
+    """Control of the stand-in, and its notes."""
 
     def __init__(self, notes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.notes, self.set = notes, monkeypatch.setenv
@@ -88,7 +88,7 @@ class StandIn:
         return found
 
     def left(self) -> list[int]:
-        """Which of its processes are still running."""
+        """Return those of its processes that are still running."""
         return [pid for pid in self.noted()[0] if is_running(pid)]
 
 
@@ -140,7 +140,7 @@ def test_each_prompt_gets_its_own_answer_whichever_comes_first(
 def test_tokens_and_stopped_mean_what_they_mean_without_vllm(
     model: Any, tokenizer: Any, stand_in: StandIn
 ) -> None:
-    """The end token, the base's own, none within the limit, one just within it, and nothing before it."""
+    """The end token, the base's own, none within the limit, one just within it, and an empty answer."""
     end, own = end_token_id(tokenizer), tokenizer.eos_token_id
     cases = [(5, end), (5, own), (LIMIT + 3, end), (LIMIT - 1, end), (LIMIT, end), (0, end)]
     given = ask(model, tokenizer, [[300, times, last] for times, last in cases])
@@ -178,7 +178,7 @@ def test_a_server_that_dies_at_its_start_is_quoted(
     told = str(refused.value)
     assert "ValueError: what it stumbled over" in told and "line 39" in told
     assert "line 20" not in told and "evaluate.engine: built_in" in told
-    (kept,) = (tmp_path / "tmp").iterdir()  # the model's folder is gone
+    (kept,) = (tmp_path / "tmp").iterdir()  # the model's folder was removed
     assert str(kept) in told and "line 20" in kept.read_text()
 
 
@@ -244,7 +244,7 @@ def test_no_process_and_no_file_is_left(
     way: str,
     ending: type[BaseException] | None,
 ) -> None:
-    """Neither the server nor what it has started, even if it does not want to end."""
+    """Neither the server nor its child remains, even if it ignores SIGTERM."""
     stand_in.set("STANDIN", way)
     monkeypatch.setattr(process, "PATIENCE", 0.1 if way else 20)
     with (
@@ -340,7 +340,7 @@ def test_base_tuned_model_and_champion_each_answer_from_their_own_weights(
     assert measured.sampled == [expected["tuned"].text] * 3
     assert measured.about["engine"] == "vllm stand-in"
     greedy = [request for request in stand_in.requests() if not request["temperature"]]
-    assert len(greedy) == 3 * 2  # a prompt that two rows have is asked once
+    assert len(greedy) == 3 * 2  # a prompt shared by two rows is sent once
 
 
 @pytest.mark.skipif(not REAL, reason=f"no vllm on the PATH or in {VARIABLE}")
@@ -348,13 +348,13 @@ def test_base_tuned_model_and_champion_each_answer_from_their_own_weights(
 def test_in_float32_vllm_gives_the_answers_of_the_built_in_engine(
     tokenizer: Any, quantization: str, tmp_path: Path
 ) -> None:
-    """Base and tuned model, on the demo's base: vLLM has no attention for the tiny one's narrow heads."""
+    """Base and tuned model, on the demo's base: vLLM does not support the tiny base's head size."""
     texts = ["What is a bond?", "Why?", "The market", "How do a share and a bond differ?"]
     prompts = [encode(tokenizer, f"{text}<response>", "")[0] for text in texts]
     prompts += [[1, *range(300, 300 + 7 * n)] for n in range(1, 9)]
     base = Base(model=str(ROOT / "assets/demo-base"), revision=None)
     model, sides = tuned(base, tokenizer, quantization), []
-    (end,) = tokenizer(".", add_special_tokens=False)["input_ids"]  # some answers get that far
+    (end,) = tokenizer(".", add_special_tokens=False)["input_ids"]  # some answers reach it
     save_adapter(model, tmp_path)
     for state, adapter in ((nullcontext, tmp_path), (model.disable_adapter, None)):
         with state():

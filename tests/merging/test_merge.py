@@ -1,4 +1,4 @@
-"""Merging shard by shard: the folder is the adapter's model, and wrong input is refused by name."""
+"""Merging shard by shard: the folder matches the adapter's model, and errors name the wrong input."""
 
 import json
 import shutil
@@ -43,7 +43,7 @@ LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 
 def make_adapter(base: Base, tokenizer: Any, folder: Path, quantization: str = "nf4") -> Path:
-    """An adapter of which every matrix and every row of a token does something."""
+    """Make an adapter in which every matrix and every token row has an effect."""
     model = load_base(base, tokenizer, quantization, FLOAT)
     tuned = add_adapter(model, tokenizer, Lora(r=4, alpha=8, dropout=0.0, target_modules=LAYERS), 0)
     with torch.no_grad():
@@ -76,7 +76,7 @@ def test_the_folder_computes_what_the_adapter_does(
     plain = load_plain(tmp_path)
     for a, b in zip(answer_logits(tuned, rows), answer_logits(plain, rows), strict=True):
         assert torch.allclose(a, b, atol=1e-4)
-    with tuned.disable_adapter():  # which is not what any model does
+    with tuned.disable_adapter():  # the adapter has an effect
         assert abs(likelihood(tuned, rows, "").loss - likelihood(plain, rows, "").loss) > 0.01
     prompts = [prompt for prompt, _ in rows]
     decoding = Decoding(end_token_id(tokenizer), 12)
@@ -87,7 +87,7 @@ def test_the_folder_computes_what_the_adapter_does(
 def test_what_four_bits_made_of_the_weights_is_merged_into(
     base: Base, tokenizer: Any, rows: Any, adapter: Path, tmp_path: Path
 ) -> None:
-    """Into the base's own weights is another model, and each weight says which one it is."""
+    """The original weights would give another model; each weight shows which one was used."""
     for name, nf4_compute_dtype in (("trained_on", FLOAT), ("original", None)):
         (tmp_path / name).mkdir()
         merge_into_folder(base, tokenizer, None, tmp_path / name, FLOAT, nf4_compute_dtype)
@@ -153,7 +153,7 @@ def test_a_base_whose_head_is_its_embedding_stays_one(
 
 
 def test_rounding_happens_once(base: Base, tokenizer: Any, adapter: Path, tmp_path: Path) -> None:
-    """A weight of the folder is the float32 sum rounded: not a sum of what was rounded before."""
+    """A weight of the folder is the rounded float32 sum, not a sum of rounded values."""
     merge_into_folder(base, tokenizer, adapter, tmp_path, torch.bfloat16, FLOAT)
     merged = load_file(tmp_path / "model.safetensors")
     own = load_file(Path(base.model) / "model.safetensors")
@@ -162,7 +162,7 @@ def test_rounding_happens_once(base: Base, tokenizer: Any, adapter: Path, tmp_pa
             exact = nf4_round_trip(own[name].float()).double()
             exact += update.scale * (update.up.double() @ update.down.double())
             apart = (merged[name].double() - exact).abs()
-            assert (apart <= exact.abs() * 2**-8 * 1.01 + 1e-8).all(), name  # half a unit
+            assert (apart <= exact.abs() * 2**-8 * 1.01 + 1e-8).all(), name  # half an ulp
 
 
 def truncate(file: Path) -> None:
@@ -194,7 +194,7 @@ def test_a_damaged_shard_is_named(
 def test_an_adapter_of_other_weights_is_refused(
     tiny_base: Path, adapter: Path, tmp_path: Path
 ) -> None:
-    """The same shapes and names, but another training's numbers: as two revisions of a base have."""
+    """Shapes and names are equal but not the values, as in two revisions of a base."""
     folder = tmp_path / "base"
     shutil.copytree(tiny_base, folder)
     moved = tmp_path / "adapter"
@@ -330,7 +330,7 @@ def test_the_checksums_are_those_that_sha256sum_reads(tmp_path: Path) -> None:
 def test_the_fingerprint_looks_at_all_parts_of_the_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Files are longer than what is read of them: a change of the far half is seen all the same."""
+    """Files are longer than the part that is read, but a change in the far half is detected."""
     monkeypatch.setattr("fintune.hub.models.STRETCHES", 8)
     monkeypatch.setattr("fintune.hub.models.STRETCH_BYTES", 64)
     base, file = Base(model=str(tmp_path), revision=None), tmp_path / "model.safetensors"

@@ -1,4 +1,4 @@
-"""Likelihood and generation, each against a plain way to get the same figure."""
+"""Likelihood and generation against simple reference implementations."""
 
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ def setting(tiny_base: Path) -> tuple[Any, Any, list[tuple[list[int], list[int]]
 
 
 def test_likelihood_by_hand(setting: Any) -> None:
-    """Ten rows one at a time, through the whole model and without batches, masks or padding."""
+    """Against ten rows one at a time, through the whole model, without batches, masks or padding."""
     model, _, rows = setting
     measured = likelihood(model, rows, "")
     sure = []
@@ -54,7 +54,7 @@ def test_likelihood_by_hand(setting: Any) -> None:
 
 
 def test_token_figures_by_hand() -> None:
-    """Two tokens of four: probabilities 0.7 and 0.1 for the right one, the favourite right, then wrong."""
+    """The right tokens have probabilities 0.7 and 0.1; the top prediction is right, then wrong."""
     chances = torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.1, 0.6, 0.2, 0.1]])
     losses, hits, confidence = token_figures(chances.log() + 3, torch.tensor([0, 3]))
     assert losses == pytest.approx([-np.log(0.7), -np.log(0.1)], rel=1e-5)
@@ -92,7 +92,7 @@ def test_order_does_not_change_the_likelihood(setting: Any) -> None:
 
 
 def greedy(model: Any, prompt: list[int], tokens: int) -> list[int]:
-    """The most likely next token, again and again, without a cache."""
+    """Take the most likely next token repeatedly, without a KV cache."""
     ids = list(prompt)
     for _ in range(tokens):
         with torch.no_grad():
@@ -117,7 +117,7 @@ def test_batches_and_padding_do_not_change_greedy_answers(
 
 
 def test_an_answer_that_ends_is_cut_there_and_counted_as_stopped(setting: Any) -> None:
-    """Any token may be named the end: take the last one that greedy decoding gives."""
+    """Uses the last token of the greedy answer as the end token."""
     model, tokenizer, rows = setting
     prompt = rows[0][0]
     ids = greedy(model, prompt, 6)

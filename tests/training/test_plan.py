@@ -1,4 +1,4 @@
-"""The execution plan: what `auto` chooses, what it refuses, and whether its memory estimate was right."""
+"""The execution plan: choices of `auto`, refusals, and the accuracy of the memory estimate."""
 
 import json
 from pathlib import Path
@@ -39,7 +39,7 @@ def plan(
 
 
 def test_the_shape_counts_what_mistral_has() -> None:
-    assert SIZE.linear_weights == 6_979_321_856  # 7,241,732,096 less tables and norms
+    assert SIZE.linear_weights == 6_979_321_856  # 7,241,732,096 less embedding, head and norms
     assert SIZE.adapter_weights == 41_943_040
 
 
@@ -56,7 +56,7 @@ def test_more_memory_never_means_more_work() -> None:
 
 
 def test_few_large_passes_are_better_than_less_work_in_many_small_ones() -> None:
-    """Measured in 8 GiB: full in two passes 9,300 tokens/s, selective in eight 6,600."""
+    """Measured in 8 GiB: full in two micro-batches 9,300 tokens/s, selective in eight 6,600."""
     chosen = plan(8)
     assert chosen.checkpointing == "full"
     assert chosen.passes <= 4
@@ -88,7 +88,7 @@ def test_kept_weights_need_a_4_bit_base_and_room() -> None:
 
 
 def test_no_row_is_cut_by_a_small_pass() -> None:
-    """A limit below the longest row is kept as given; the estimate is of that row."""
+    """A limit below the longest row is estimated with that row."""
     small, row = plan(139, tokens_per_pass=10), plan(139, tokens_per_pass=600)
     assert small.peak_gib == row.peak_gib
 
@@ -121,7 +121,7 @@ def test_too_little_for_the_rest_is_a_warning(caplog: pytest.LogCaptureFixture) 
 
 
 def test_the_estimate_is_within_a_tenth_of_the_measured_peaks() -> None:
-    """Of the runs that `benchmarks/training_speed.py` recorded; one that ran out of memory is no estimate."""
+    """Of the runs recorded by `benchmarks/training_speed.py`, except the one that ran out of memory."""
     last = json.loads((ROOT / "benchmarks/training_speed.json").read_text())
     compared = set()
     for setting in last["settings"]:

@@ -1,4 +1,4 @@
-"""Fine-tuning on a tiny base: what is learned, what moves, and that speed changes neither."""
+"""Fine-tuning on a tiny base: results, updated weights, and equivalence of the fast paths."""
 
 import json
 from collections.abc import Sequence
@@ -66,7 +66,7 @@ def adapted(base: Base, tokenizer: Any, params: Train) -> Any:
 def tune(
     base: Base, tokenizer: Any, rows: Sequence[Any], scratch: Path, **changes: Any
 ) -> tuple[TrainingResult, list[float]]:
-    """Train; the result and the loss of each step."""
+    """Train; return the result and the loss of each step."""
     params = PARAMS.model_copy(update=changes)
     logged: dict[int, float] = {}
     result = train(
@@ -110,7 +110,7 @@ def test_what_is_predicted_is_the_answer_and_the_end_token(
 def test_every_adapter_weight_and_both_token_rows_move_and_no_base_weight(
     base: Base, tokenizer: Any, rows: list[Any], tmp_path: Path, quantization: str
 ) -> None:
-    """But for the end token's embedding, which nothing reads: no token of its document follows it."""
+    """Except the end token's embedding: no token of its document follows it, so it has no gradient."""
     params = PARAMS.model_copy(update={"quantization": quantization})
     model = adapted(base, tokenizer, params)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -173,7 +173,7 @@ def test_full_checkpointing_of_plain_layers_computes_each_one_again(
         scratch = tmp_path / checkpointing
         tune(base, tokenizer, rows, scratch, kernels="plain", checkpointing=checkpointing)
         found[checkpointing] = calls[0]
-    assert found["full"] - found["none"] == 4 * len(layers)  # once more in each of four steps
+    assert found["full"] - found["none"] == 4 * len(layers)  # one recompute in each of four steps
 
 
 @pytest.mark.parametrize("kernels", ["fused", "plain"])
@@ -186,7 +186,7 @@ def test_out_of_memory_halves_the_passes_and_changes_nothing(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Memory for 60 tokens at once, and none left in the middle of a step's gradients."""
+    """Memory for 60 tokens per micro-batch, and one failure in the middle of a step."""
     _, expected = tune(base, tokenizer, rows, tmp_path / "enough", kernels=kernels)
     sizes: list[int] = []
     name = f"_{kernels}_loss"
@@ -196,7 +196,7 @@ def test_out_of_memory_halves_the_passes_and_changes_nothing(
         sizes.append(part.ids.numel())
         found: torch.Tensor = loss(self, part)
         if part.ids.numel() > 60 or len(sizes) == 4:
-            (found * 3).backward()  # gradients that must not stay
+            (found * 3).backward()  # gradients that must be discarded
             raise torch.OutOfMemoryError
         return found
 
@@ -236,7 +236,7 @@ def test_passes_hold_every_row_once_within_the_limit(limit: int, padded: bool) -
 def test_the_loss_is_the_mean_over_all_answer_tokens_of_a_step(
     base: Base, tokenizer: Any, rows: list[Any], tmp_path: Path
 ) -> None:
-    """With a vanishing learning rate, the steps of one epoch are the likelihood of all rows."""
+    """A step over all rows has the loss that `likelihood` measures."""
     result, losses = tune(
         base, tokenizer, rows, tmp_path, learning_rate=1e-12, max_steps=None, rows_per_step=24
     )
@@ -259,7 +259,7 @@ def test_training_lowers_the_loss_and_keeps_the_best(
 def test_the_best_checkpoint_is_not_the_last_one(
     base: Base, tokenizer: Any, rows: list[Any], tmp_path: Path
 ) -> None:
-    """A learning rate that ruins the model: the validations get worse, and an early one is kept."""
+    """The learning rate is so high that the validation loss rises, and an early checkpoint is restored."""
     result, _ = tune(
         base, tokenizer, rows, tmp_path, learning_rate=3.0, max_steps=8, epochs=9.0,
         schedule="constant", early_stopping_patience=2, validate_every_steps=1,
@@ -271,7 +271,7 @@ def test_the_best_checkpoint_is_not_the_last_one(
 
 def test_steps_follow_from_epochs_rows_and_the_limit() -> None:
     params = PARAMS.model_copy(update={"epochs": 1.5, "max_steps": None, "rows_per_step": 4})
-    assert total_steps(params, 10) == 5  # three steps an epoch, the last one with two rows
+    assert total_steps(params, 10) == 5  # three steps per epoch, the last with two rows
     assert total_steps(params.model_copy(update={"max_steps": 2}), 10) == 2
     assert total_steps(params.model_copy(update={"max_steps": 50}), 10) == 5
 
@@ -299,7 +299,7 @@ def test_the_new_rows_are_the_mean_and_the_old_ones_untouched(base: Base, tokeni
 def trained(
     base: Base, tokenizer: Any, rows: list[Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A folder with an adapter that was trained without quantisation."""
+    """Train an adapter without quantization and return its folder."""
     folder = tmp_path_factory.mktemp("trained")
     result, _ = tune(base, tokenizer, rows, folder / "scratch", max_steps=10, epochs=9.0)
     save_adapter(result.model, folder / "adapter")
@@ -321,7 +321,7 @@ def test_the_saved_adapter_is_small_and_comes_back(
 
 
 def test_names_are_written_in_the_order_of_the_alphabet(trained: Path) -> None:
-    """Not in that of a set, which is another in each process, and would change the folder's md5."""
+    """A set's order differs between processes and would change the folder's md5."""
     config = json.loads((trained / "adapter_config.json").read_text())
     assert len(config["target_modules"]) == 7
     assert config["target_modules"] == sorted(config["target_modules"])
@@ -344,7 +344,7 @@ def test_an_adapter_of_another_shape_is_refused(
 
 @pytest.mark.parametrize("window", [None, 3])
 def test_packed_attention_is_attention_document_by_document(window: int | None) -> None:
-    """Against the definition, written out in float64."""
+    """Against the definition, in float64."""
     torch.manual_seed(0)
     lengths, heads, groups, size = [5, 1, 4], 4, 2, 8
     query = torch.randn(1, heads, 10, size, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Compare a GGUF file's greedy answers by llama.cpp with those of the folder it comes from."""
+"""Compare a GGUF file's greedy answers in llama.cpp with those of the folder it was written from."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,12 +13,11 @@ from fintune.export.gguf.llama_cpp import Completion, llama_cpp_answers
 
 @dataclass(frozen=True)
 class Agreement:
-    """How alike two lists of greedy answers are.
+    """The agreement of two lists of greedy answers, as shares from 0 to 1.
 
-    All are shares from 0 to 1. `equal_prompts`: prompts that became the same tokens. `equal_answers`:
-    answers that are equal to the last token. `equal_tokens`: places that hold the same token, of the
-    places of the longer answer; after a first difference the rest differs too, as a rule.
-    `equal_choices` leaves the rest out: of the tokens chosen after equal ones, those that are equal.
+    `equal_prompts`: prompts with the same tokens. `equal_answers`: answers that are entirely equal.
+    `equal_tokens`: positions with the same token, relative to the longer answer; after a first difference
+    the rest usually differs too. `equal_choices`: equal tokens among those chosen after an equal prefix.
     """
 
     answers: int
@@ -35,11 +34,11 @@ def check_gguf(
     max_new_tokens: int,
     min_equal_choices: float,
 ) -> Agreement:
-    """Answer the prompts with llama.cpp and hold the answers against `expected`.
+    """Answer the prompts with llama.cpp and compare the answers with `expected`.
 
     Raises:
-        UserError: the file cannot be run, a prompt became other tokens, or `equal_choices` is
-            less than `min_equal_choices`.
+        UserError: the file cannot be run, a prompt's tokens differ, or `equal_choices` is less than
+            `min_equal_choices`.
     """
     found = llama_cpp_answers(file, prompts, max_new_tokens)
     agreement = compare(expected, found)
@@ -82,14 +81,14 @@ def _until_different(one: Sequence[int], other: Sequence[int]) -> int:
 def transformers_answers(
     model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int
 ) -> list[Completion]:
-    """Greedy answers by transformers' own loop, ended by what the generation config says.
+    """Generate greedy answers with transformers' own loop and the end tokens of the generation config.
 
-    To compare with a file in f16, load the folder in float32: bfloat16's roundings are larger.
+    To compare with an f16 file, load the folder in float32: bfloat16 has larger rounding errors.
 
     Args:
-        prompts: as `fintune.prompts.render_prompt` makes them.
+        prompts: as returned by `fintune.data.prompt.render_prompt`.
     """
-    import torch  # here, because the process that runs llama.cpp has no use for it
+    import torch  # here, so that the llama.cpp process does not import it
 
     answers = []
     for prompt in prompts:

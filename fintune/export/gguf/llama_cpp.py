@@ -1,7 +1,8 @@
-"""Greedy answers of a GGUF file by llama.cpp (PyPI's xllamacpp), in a process of its own.
+"""Generate greedy answers from a GGUF file with llama.cpp (PyPI's xllamacpp), in a separate process.
 
-`python -m fintune.export.gguf.llama_cpp FILE` reads the prompts as JSON from its input and prints the
-answers. A file that makes llama.cpp crash fails the check alone, and its threads and torch's do not meet.
+`python -m fintune.export.gguf.llama_cpp FILE` reads prompts as JSON from its input and prints the
+answers. In a separate process, a crash of llama.cpp only fails the check, and its threads and torch's do
+not interfere.
 """
 
 import json
@@ -24,7 +25,7 @@ INSTALL = "pip install 'gguf>=0.19' 'xllamacpp>=2026.10'"
 
 @dataclass(frozen=True)
 class Completion:
-    """A greedy answer: tokens of the prompt, beginning included, and of the answer, its end included."""
+    """A greedy answer and its text; `prompt` includes bos, `answer` its end token."""
 
     prompt: list[int]
     answer: list[int]
@@ -32,12 +33,12 @@ class Completion:
 
 
 def is_installed() -> bool:
-    """Whether the package that runs llama.cpp is there."""
+    """Return whether the package that runs llama.cpp is installed."""
     return find_spec("xllamacpp") is not None
 
 
 def require_packages() -> None:
-    """What writes GGUF files and what runs them.
+    """Check that the packages that write and run GGUF files are installed.
 
     Raises:
         UserError: one is not installed.
@@ -51,7 +52,7 @@ def require_packages() -> None:
 
 
 def llama_cpp_answers(file: Path, prompts: Sequence[str], max_new_tokens: int) -> list[Completion]:
-    """Greedy answers of a GGUF file by llama.cpp on the CPU, its own tokenizer included.
+    """Generate greedy answers from a GGUF file with llama.cpp on the CPU and its own tokenizer.
 
     Raises:
         UserError: llama.cpp is not installed, or cannot load or run the file.
@@ -62,8 +63,8 @@ def llama_cpp_answers(file: Path, prompts: Sequence[str], max_new_tokens: int) -
     done = subprocess.run(
         [sys.executable, "-m", "fintune.export.gguf.llama_cpp", str(file.resolve())],
         input=json.dumps(request),
-        cwd=Path(__file__).parents[3],  # where fintune is found
-        env=os.environ | {"GGML_NO_BACKTRACE": "1"},  # a crash would start a debugger
+        cwd=Path(__file__).parents[3],  # so that fintune can be imported
+        env=os.environ | {"GGML_NO_BACKTRACE": "1"},  # otherwise a crash starts a debugger
         capture_output=True,
         text=True,
         errors="replace",
@@ -75,7 +76,7 @@ def llama_cpp_answers(file: Path, prompts: Sequence[str], max_new_tokens: int) -
 
 
 def _reason(done: subprocess.CompletedProcess[str]) -> str:
-    """The first error that llama.cpp logged ("time E what") or died of, and else how it ended."""
+    """Return the first error that llama.cpp logged ("time E message") or died of, or else its exit status."""
     for line in done.stderr.splitlines():
         if " E " in line:
             return line.split(" E ", 1)[1].strip()
@@ -87,12 +88,12 @@ def _reason(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def _answer_all(file: str, prompts: list[str], max_new_tokens: int) -> list[Completion]:
-    """Runs in the process of its own: a server on loopback, asked for one answer after the other."""
+    """Start a server on loopback, in this process, and request one answer after another."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
     params.model.path = file
-    # A token is a byte or more; one for the beginning and one for a space before the text.
+    # A token has at least one byte; two more for bos and a leading space.
     params.n_ctx = max((len(p.encode()) for p in prompts), default=0) + 2 + max_new_tokens
     params.n_gpu_layers = 0
     params.fit_params = False
@@ -124,7 +125,7 @@ def _answer_all(file: str, prompts: list[str], max_new_tokens: int) -> list[Comp
 
 
 def main() -> None:
-    """Answer the prompts on the standard input with the file that the command line names."""
+    """Answer the prompts on standard input with the file named on the command line."""
     request = json.loads(sys.stdin.read())
     answers = _answer_all(sys.argv[1], request["prompts"], request["max_new_tokens"])
     print(json.dumps([asdict(answer) for answer in answers]))

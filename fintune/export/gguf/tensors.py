@@ -1,4 +1,4 @@
-"""The tensors of a GGUF file: names, types, order of rows."""
+"""Convert the tensors of a folder to GGUF: names, types, order of rows."""
 
 import json
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ def _head_dim(config: Any) -> int:
 
 
 class Source(NamedTuple):
-    """A tensor of the folder: its name, the file that holds it and its shape."""
+    """A tensor of the folder: its name, file and shape."""
 
     name: str
     file: Path
@@ -40,7 +40,7 @@ class Source(NamedTuple):
 
 
 def _tensors(folder: Path) -> dict[str, Source]:
-    """Every tensor of the folder by its name; each file's length and header are checked."""
+    """List every tensor of the folder by name; checks each file's length and header."""
     index = folder / "model.safetensors.index.json"
     try:
         files = ["model.safetensors"]
@@ -49,7 +49,7 @@ def _tensors(folder: Path) -> dict[str, Source]:
         tensors = {}
         for file in files:
             with safe_open(folder / file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118  # it is no mapping
+                for name in opened.keys():  # noqa: SIM118  # not a mapping
                     shape = opened.get_slice(name).get_shape()
                     tensors[name] = Source(name, folder / file, shape)
     except (OSError, SafetensorError, ValueError) as error:
@@ -58,10 +58,10 @@ def _tensors(folder: Path) -> dict[str, Source]:
 
 
 def _sources(folder: Path, config: Any) -> dict[str, Source]:
-    """The tensors by their names in GGUF, in the order of the file.
+    """Map GGUF names to the folder's tensors, in the order of the file.
 
     Raises:
-        UserError: a tensor is missing, or there is one that this architecture does not have.
+        UserError: a tensor is missing, or one does not belong to this architecture.
     """
     import gguf
 
@@ -70,7 +70,7 @@ def _sources(folder: Path, config: Any) -> dict[str, Source]:
     names += [f"model.layers.{i}.{part}" for i in range(layers) for part in LAYER_TENSORS]
     wanted = [f"{name}.weight" for name in names]
     tensors = _tensors(folder)
-    beside = {"lm_head.weight"} if tied else set()  # the embedding once more
+    beside = {"lm_head.weight"} if tied else set()  # a copy of the embedding
     missing = [name for name in wanted if name not in tensors]
     extra = sorted(set(tensors) - set(wanted) - beside)
     if missing or extra:
@@ -81,7 +81,7 @@ def _sources(folder: Path, config: Any) -> dict[str, Source]:
 
 
 def _type(kind: str, shape: Sequence[int]) -> Any:
-    """Vectors in float32, which llama.cpp demands; rows that 32 does not divide cannot be quantised."""
+    """Choose the type: float32 for vectors, as llama.cpp requires; q8_0 only where 32 divides the rows."""
     import gguf
 
     if len(shape) == 1:
@@ -99,7 +99,7 @@ def _bytes(shape: Sequence[int], kind: Any) -> int:
 
 
 def _rope_factors(config: Any) -> np.ndarray | None:
-    """What each frequency of the rotary embedding is divided by, (head size / 2,); None for one."""
+    """Compute the divisor of each rotary frequency, (head size / 2,); None without scaling."""
     kind = config.rope_parameters["rope_type"]
     if kind == "default":
         return None
@@ -112,14 +112,14 @@ def _rope_factors(config: Any) -> np.ndarray | None:
 
 
 def _read(source: Source, config: Any) -> torch.Tensor:
-    """A tensor in the order of rows that llama.cpp wants.
+    """Read a tensor with the row order of llama.cpp.
 
-    transformers turns the first half of a head's rows with the second, llama.cpp each even row with the
-    next: the rows of queries and keys change places.
+    For the rotary embedding, transformers pairs the first half of a head's rows with the second, llama.cpp
+    each even row with the next, so the rows of queries and keys are permuted.
     """
     with safe_open(
         source.file, framework="pt"
-    ) as file:  # an open file counts as memory, as it is read
+    ) as file:  # opened per tensor: pages read from an open file count as memory
         tensor: torch.Tensor = file.get_tensor(source.name)
     heads = {
         "q_proj": config.num_attention_heads,
@@ -133,11 +133,11 @@ def _read(source: Source, config: Any) -> torch.Tensor:
 
 
 def _convert(tensor: torch.Tensor, kind: Any, name: str) -> np.ndarray:
-    """To float32, float16 or blocks of 8 bits, as bytes to write."""
+    """Convert to float32, float16 or 8-bit blocks, ready to write."""
     import gguf
 
     largest = float(tensor.abs().max())
-    if not largest <= LARGEST:  # nan is not, either
+    if not largest <= LARGEST:  # also rejects nan
         raise UserError(
             f"gguf: {name} holds {largest}, which float16 cannot; its largest is {LARGEST}"
         )

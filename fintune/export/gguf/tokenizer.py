@@ -1,8 +1,8 @@
-"""A Hugging Face tokenizer as the metadata of a GGUF file; what llama.cpp cannot do alike is refused.
+"""Convert a Hugging Face tokenizer to GGUF metadata; reject what llama.cpp cannot reproduce.
 
-Two kinds are known. Byte-level BPE (GPT-2's, Llama-3's) keeps its merges, and llama.cpp splits texts by a
-rule of its own that has a name. SentencePiece's BPE with byte fallback (Llama-2's, Mistral's) has scores
-instead of merges: of two neighbours llama.cpp joins those whose joint token has the highest score.
+Two kinds are supported. Byte-level BPE (GPT-2, Llama-3) keeps its merges, and names one of llama.cpp's
+rules for splitting text. SentencePiece BPE with byte fallback (Llama-2, Mistral) has scores instead of
+merges: llama.cpp merges the two neighbours whose joint token has the highest score.
 """
 
 import json
@@ -15,8 +15,8 @@ from fintune.errors import UserError
 
 log = logging.getLogger("fintune")
 
-# llama.cpp's names of the rules that split a text before merging, and whether they come with
-# ignore_merges: a piece that is a token is not merged up to it.
+# llama.cpp's names of its pre-tokenization rules, and whether they imply ignore_merges: a piece that
+# is a token is used directly, without merges.
 GPT_2 = ("gpt-2", False)
 LLAMA_3 = ("llama-bpe", True)
 LLAMA_3_PATTERN = (
@@ -29,10 +29,10 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # gguf.Token
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a GGUF file says about its tokenizer.
+    """The tokenizer metadata of a GGUF file.
 
-    `tokens` and `types` have an entry for each row of the embedding. Of `merges` and `scores` one is
-    there. `adds_bos`: each text begins with the bos token. `adds_space`: and then with a space.
+    `tokens` and `types` have an entry for each row of the embedding. Either `merges` or `scores` is set.
+    `adds_bos`: each text begins with the bos token. `adds_space`: and then with a space.
     """
 
     model: str
@@ -46,13 +46,13 @@ class Vocabulary:
 
 
 def read_vocabulary(tokenizer: Any, rows: int) -> Vocabulary:
-    """Read a fast tokenizer's parts as transformers uses them, which need not be tokenizer.json's.
+    """Read a fast tokenizer's parts as transformers uses them, which may differ from tokenizer.json.
 
     Args:
         rows: of the embedding; rows without a token get an unused one.
 
     Raises:
-        UserError: a part of it has no equal in llama.cpp, so that texts would be other tokens there.
+        UserError: llama.cpp has no equivalent for a part, so that it would tokenize texts differently.
     """
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
     model, added = parts["model"], {each["id"]: each for each in parts["added_tokens"]}
@@ -93,7 +93,7 @@ def read_vocabulary(tokenizer: Any, rows: int) -> Vocabulary:
 
 
 def _split_rule(parts: dict[str, Any]) -> tuple[str, bool]:
-    """The name that llama.cpp has for how a byte-level tokenizer splits a text."""
+    """Return llama.cpp's name for the way a byte-level tokenizer splits text, and its ignore_merges."""
     if parts["normalizer"] is not None:
         raise _unsupported(f"its normalizer is {parts['normalizer']['type']}")
     splitter = parts["pre_tokenizer"] or {"type": "none"}
@@ -141,7 +141,7 @@ def _sentencepiece(
 
 
 def _adds_space(parts: dict[str, Any]) -> bool:
-    """Whether a text gets a space before it, and that spaces are otherwise left as they are."""
+    """Return true if texts get a leading space; reject any other change of spaces."""
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     normalizer, splitter = parts["normalizer"], parts["pre_tokenizer"]
     if splitter is None and normalizer == {"type": "Sequence", "normalizers": [replace]}:
@@ -168,10 +168,10 @@ def _adds_space(parts: dict[str, Any]) -> bool:
 
 
 def _scores(model: dict[str, Any], tokens: list[str], types: list[int]) -> list[float]:
-    """Scores that make llama.cpp join what the merges join, in their order.
+    """Compute scores that make llama.cpp apply the merges in their order.
 
-    A token's score falls with the rank of the first merge that makes it. That is the same tokenizer if
-    the merges of a token stand together, and if every two tokens that make up a third are a merge.
+    A token's score falls with the rank of the first merge that produces it. The result is equivalent if the
+    merges that produce a token are consecutive, and any two tokens that form a third are a merge.
     """
     pairs = _pairs(model)
     rank: dict[str, int] = {}
@@ -190,7 +190,7 @@ def _scores(model: dict[str, Any], tokens: list[str], types: list[int]) -> list[
             pair = (text[:cut], text[cut:])
             if pair[0] in known and pair[1] in known and pair not in merges:
                 raise _unsupported(f"{text!r} is a token, but {pair} is no merge")
-    # A letter is what merging starts from; its score is never looked at.
+    # Merging starts from letters, whose scores are never used.
     return [-float(rank.get(text, len(pairs))) for text in tokens]
 
 
@@ -205,7 +205,7 @@ def _pairs(model: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _adds_bos(tokenizer: Any, parts: dict[str, Any]) -> bool:
-    """Whether texts begin with the bos token. An end that the tokenizer adds has no place in a prompt."""
+    """Return true if texts begin with the bos token; an eos token does not matter to prompts."""
     processor = parts["post_processor"] or {"type": "ByteLevel"}
     steps = processor["processors"] if processor["type"] == "Sequence" else [processor]
     steps = [step for step in steps if step["type"] != "ByteLevel"]

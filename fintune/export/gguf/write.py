@@ -1,7 +1,7 @@
-"""Write a merged Hugging Face folder as a GGUF file, which llama.cpp and what is built on it run.
+"""Write a merged Hugging Face folder as a GGUF file, for llama.cpp and programs built on it.
 
-Tensor by tensor: memory stays near a few times the largest one. The package that writes the format and
-quantises is ggml-org's own.
+Works tensor by tensor, so memory stays near a few times the largest one. Format and quantization are
+those of ggml-org's own package.
 """
 
 import json
@@ -32,23 +32,23 @@ log = logging.getLogger("fintune")
 
 KINDS = ("f16", "q8_0")
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
-ROPES = ("default", "linear", "llama3")  # what a factor for each frequency can express
+ROPES = ("default", "linear", "llama3")  # can be expressed as a factor per frequency
 
 
 def export_gguf(folder: Path, out: Path, name: str, kinds: Sequence[str]) -> list[Path]:
-    """Write `out`/`name`-KIND.gguf for each kind, whole or not at all.
+    """Write `out`/`name`-KIND.gguf for each kind, completely or not at all.
 
     Args:
         folder: a plain Hugging Face folder of a Llama or Mistral: config, safetensors in one file or in
             shards with an index, tokenizer, generation config.
-        kinds: `f16` (matrices in float16) or `q8_0` (8 bits and a scale for 32 weights); vectors stay in
-            float32 in both.
+        kinds: `f16` (matrices in float16) or `q8_0` (8 bits, with a scale for every 32 weights); vectors stay
+            in float32 in both.
 
     Returns:
         The files, in the order of `kinds`.
 
     Raises:
-        UserError: another architecture, tokenizer or kind, a weight that 16 bits cannot hold, a broken
+        UserError: an unsupported architecture, tokenizer or kind, a weight too large for float16, a broken
             folder, a full disk, or the package gguf is not installed.
     """
     if unknown := [kind for kind in kinds if kind not in KINDS]:
@@ -94,7 +94,7 @@ def _require_gguf() -> None:
 
 
 def _read_config(folder: Path) -> Any:
-    """The folder's configuration, if a GGUF file can say all of it."""
+    """Read the folder's config; reject one that GGUF cannot express."""
     try:
         raw = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
@@ -117,7 +117,7 @@ def _read_config(folder: Path) -> Any:
 
 
 def _context(config: Any) -> int:
-    """Tokens within which the file is the same model: GGUF's llama has no sliding window."""
+    """Return the context length within which the model is equivalent: GGUF's llama has no sliding window."""
     window = getattr(config, "sliding_window", None)
     return min(config.max_position_embeddings, window or config.max_position_embeddings)
 
@@ -155,7 +155,7 @@ def _add_model(writer: Any, config: Any) -> None:
 
 
 def _end_ids(folder: Path, config: Any) -> list[int]:
-    """The tokens that end an answer, the taught one first: as transformers generates from the folder."""
+    """Return the end tokens of an answer that transformers uses with this folder, the trained one first."""
     path = folder / "generation_config.json"
     settings = json.loads(path.read_text()) if path.is_file() else {}
     ends = settings.get("eos_token_id", config.eos_token_id)
@@ -182,7 +182,7 @@ def _add_tokenizer(
         writer.add_bos_token_id(tokenizer.bos_token_id)
     writer.add_eos_token_id(end_ids[0])
     writer.add_eot_token_id(end_ids[0])
-    writer.add_eom_token_id(end_ids[-1])  # the base's own end of a text ends an answer as well
+    writer.add_eom_token_id(end_ids[-1])  # the base's own end token also ends an answer
     if tokenizer.unk_token_id is not None:
         writer.add_unk_token_id(tokenizer.unk_token_id)
     if tokenizer.pad_token_id is not None:
@@ -195,7 +195,7 @@ def _add_tokenizer(
 
 
 def _add_sampling(writer: Any, folder: Path) -> None:
-    """The generation config's sampling, which llama.cpp takes where a request gives none."""
+    """Add the generation config's sampling, llama.cpp's default for requests without their own."""
     path = folder / "generation_config.json"
     settings = json.loads(path.read_text()) if path.is_file() else {}
     if not settings.get("do_sample"):
@@ -210,7 +210,7 @@ def _add_sampling(writer: Any, folder: Path) -> None:
 
 
 def _write(writer: Any, kind: str, sources: dict[str, Source], config: Any) -> None:
-    """Announce every tensor, then convert and write one after the other."""
+    """Declare every tensor, then convert and write one after another."""
     types = {}
     shapes = {name: source.shape for name, source in sources.items()}
     factors = _rope_factors(config)

@@ -1,7 +1,7 @@
-"""The Triton kernels of the fused layers: each reads its inputs once and writes its output once.
+"""Triton kernels of the fused layers: each reads its inputs once and writes its output once.
 
-Imported on a GPU only; Triton comes with torch there. Every function here but the dequantisation has
-a counterpart of the same name in fused.py, which says what it computes and runs on a CPU.
+Imported only on a GPU, where torch includes Triton. Every public function but `dequantize_and_add` has a
+documented counterpart of the same name in ops.py, which also runs on a CPU.
 """
 
 from dataclasses import dataclass
@@ -15,17 +15,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class NestedState:
-    """Where bitsandbytes keeps the scales of a doubly quantised weight (Dettmers et al. 2023)."""
+    """The scales of a doubly quantized bitsandbytes weight (Dettmers et al. 2023)."""
 
-    absmax: Tensor  # uint8, one a block of 64 weights
-    code: Tensor  # float32, (256,): what those bytes mean
-    scales: Tensor  # float32, one for 256 blocks
+    absmax: Tensor  # uint8, one for each block of 64 weights
+    code: Tensor  # float32, (256,): the values of absmax's bytes
+    scales: Tensor  # float32, one for each 256 blocks
     offset: float
-    values: Tensor  # float32, (16,): what the 4 bits mean
+    values: Tensor  # float32, (16,): the values of the 4-bit codes
 
     @classmethod
     def of(cls, state: Any) -> "NestedState":
-        """From a quantised weight's `quant_state`; waits for the device."""
+        """Read a quantized weight's `quant_state`; forces a device sync."""
         if not state.nested or state.blocksize != 64 or state.state2.blocksize != 256:
             raise ValueError("only doubly quantised weights in blocks of 64 are read here")
         inner = state.state2
@@ -118,7 +118,7 @@ def rotate_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor
     return out.flatten(1)
 
 
-HEADS = 8  # heads of one token that a program turns
+HEADS = 8  # heads of one token that a program rotates
 
 
 def _per_head(out: Tensor) -> tuple[int, int]:
@@ -162,12 +162,12 @@ def swiglu_backward(gate_up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     return value, out
 
 
-COLUMNS = 1024  # of one token that a program computes
+COLUMNS = 1024  # of one token per program
 
 
 @triton.jit
 def _random(seed, four):
-    """Uniform in [0, 1): four numbers for each of `four`, side by side in the last dimension."""
+    """Draw uniform numbers in [0, 1), four for each of `four`, adjacent in the last dimension."""
     a, b, c, d = tl.rand4x(seed, four)
     return tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
 
@@ -268,7 +268,7 @@ def _attend_to_cache(
     REPEATS: tl.constexpr, QUERIES: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
     PLACES: tl.constexpr,
 ):  # fmt: skip
-    """Attend from one row, for the heads of one key head; a running softmax over PLACES tokens at a time."""
+    """Attend from one row, for the heads of one key head; an online softmax over tiles of PLACES tokens."""
     row, kv_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot, last = tl.load(slots + row), tl.load(positions + row)
     head = kv_head * REPEATS + tl.arange(0, QUERIES)[:, None]
@@ -334,7 +334,7 @@ def _dequantize_and_add(
     RANK: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
     KIND: tl.constexpr,
 ):  # fmt: skip
-    """One tile of ROWS rows and BLOCKS blocks of 64 columns."""
+    """Compute one tile of ROWS rows and BLOCKS blocks of 64 columns."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(1) * BLOCKS
     block = first + tl.arange(0, BLOCKS)

@@ -14,7 +14,7 @@ from fintune.model.attention import PackedSequences
 from fintune.model.attention import attend as attend_packed
 from fintune.model.fused.projections import Projections
 
-Rotary = tuple[Tensor, Tensor]  # cosines and sines of each token's angles, (tokens, head size) each
+Rotary = tuple[Tensor, Tensor]  # cos and sin of each token's angles, (tokens, head size) each
 
 
 @dataclass
@@ -30,18 +30,18 @@ class Layer:
     heads: int
     kv_heads: int
     window: int | None
-    keeps_gate_up: bool  # whether the outputs of gate and up are kept for the backward pass
-    run: Any  # where rms_norm and the others are taken from: kernels.py on a GPU, else this module
+    keeps_gate_up: bool  # save the outputs of gate and up for the backward pass
+    run: Any  # the module of pointwise functions: kernels.py on a GPU, else ops.py
 
     def __call__(self, x: Tensor, packed: PackedSequences, rotary: Rotary, seed: int) -> Tensor:
-        """(tokens, hidden) to (tokens, hidden)."""
+        """Run the layer; (tokens, hidden) to (tokens, hidden)."""
         out: Tensor = _FeedForward.apply(
             self.attention(x, packed, rotary, seed), self, seed + 2, *self.of_feed_forward
         )
         return out
 
     def attention(self, x: Tensor, packed: PackedSequences, rotary: Rotary, seed: int) -> Tensor:
-        """The first half, residual included."""
+        """Run the attention block, residual connection included."""
         q, k, v, x = _QueryKeyValue.apply(x, self, rotary, seed, *self.qkv.parameters)
         scale = q.shape[-1] ** -0.5
         attended = attend_packed(q, k, v, packed, self.window, scale)
@@ -59,7 +59,7 @@ class Layer:
     def feed_forward_gradients(
         self, x: Tensor, gate_up: Tensor | None, dy: Tensor, seed: int
     ) -> tuple[Tensor, list[Tensor]]:
-        """Of x, and of `of_feed_forward`; without `gate_up` that product is made again."""
+        """Compute the gradients of x and of `of_feed_forward`; recompute `gate_up` if it is None."""
         normal = self.run.rms_norm(x, self.norms[1], self.eps)
         if gate_up is None:
             gate_up = self.gate_up.forward(normal, seed)
@@ -76,7 +76,7 @@ class Layer:
         return dx, [*of_gate_up, *of_down]
 
     def infer(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable[..., Tensor]) -> Tensor:
-        """The same without gradients; `attend` maps q, k and v to each token's attention output."""
+        """Run the layer without gradients; `attend` maps q, k and v to each token's attention output."""
         normal = self.run.rms_norm(x, self.norms[0], self.eps)
         turned = self.run.rotate(self.qkv.forward(normal, 0), cos, sin, self.heads, self.kv_heads)
         attended = attend(*turned.split([self.heads, self.kv_heads, self.kv_heads], dim=1))
@@ -87,7 +87,7 @@ class Layer:
 
 
 class _QueryKeyValue(Function):
-    """Norm, q, k, v and rotary embedding; hands the residual on, so that its gradient is added here."""
+    """Norm, q, k, v and rotary embedding; also returns the residual, so that its gradient is added here."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Layer, rotary: Rotary, seed: int, *_: Tensor) -> Any:
@@ -150,7 +150,7 @@ class _FeedForward(Function):
 
 
 class CheckpointedLayer(Function):
-    """A layer of which only the input is kept; all but its last product is computed again."""
+    """Gradient checkpointing of a whole layer: saves only the input, recomputes all but the last product."""
 
     @staticmethod
     def forward(

@@ -1,15 +1,14 @@
-"""The forward and backward pass of a Llama-like model with LoRA, in fewer and larger pieces.
+"""The forward and backward pass of a Llama-like model with LoRA, in fewer and larger kernels.
 
-The mathematics is that of transformers and PEFT; what changes is how often the activations travel
-through memory. Layers that read the same input (q, k, v and gate, up) are one matrix product. On a 4-bit
-base the adapter is added to the weights while they are dequantised, W + (alpha / r) B A, so that the
-activations never meet it in the forward pass. Norms, rotary embedding, SwiGLU and their gradients are
-one kernel each on a GPU (kernels.py). Cheap values are computed again in the backward pass instead of
-being kept.
+The mathematics is the same as in transformers and PEFT; the activations are read and written less often.
+Layers that read the same input (q, k, v and gate, up) are one matrix product. On a 4-bit base without
+dropout, the adapter is added to the weights while they are dequantized, W + (alpha / r) B A, so that the
+forward pass needs no separate LoRA products. Norms, rotary embedding, SwiGLU and their gradients are one
+kernel each on a GPU (kernels.py). Cheap values are recomputed in the backward pass instead of saved.
 
-Adding the adapter to the weights loses nothing that the separate product keeps: the sum is taken in
-float32 and rounded once, and since dequantised weights lie nowhere in particular between two
-bfloat16 numbers, an update smaller than their distance moves the right share of them.
+Adding the adapter to the weights loses no precision compared with a separate product: the sum is taken
+in float32 and rounded once. Dequantized weights fall anywhere between two bfloat16 numbers, so an update
+smaller than their distance still moves the right share of the weights.
 """
 
 from __future__ import annotations
@@ -32,11 +31,11 @@ from fintune.model.fused.ops import functions_for
 from fintune.model.fused.projections import Projections, Workspace, active_adapter
 
 ARCHITECTURES = ("mistral", "llama")
-ALIGNMENT = 64  # products whose sizes or starts are no multiples of it take slow kernels
+ALIGNMENT = 64  # matrix products whose sizes or offsets are not multiples of it use slow kernels
 
 
 def unsupported(model: PeftModel | PreTrainedModel) -> str | None:
-    """Why this model cannot be computed here, or None if it can."""
+    """Return why this model is not supported, or None if it is."""
     config = base_of(model).config
     if config.model_type not in ARCHITECTURES:
         return f"a base of type {config.model_type}"
@@ -52,7 +51,7 @@ LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 
 class _AnswerLoss(Function):
-    """Summed cross-entropy; the gradient is made chunk by chunk with the value, no logits are kept."""
+    """Summed cross-entropy; computes loss and gradient together, chunk by chunk, and saves no logits."""
 
     @staticmethod
     def forward(
@@ -87,7 +86,7 @@ class _AnswerLoss(Function):
 
 
 def logits_of(states: Tensor, weight: Tensor, own: Tensor, indices: Tensor) -> Tensor:
-    """(tokens, vocabulary); the rows `own` stand in the head's `weight` at `indices`."""
+    """Compute logits, (tokens, vocabulary); the rows `own` replace the rows `indices` of `weight`."""
     vocabulary = len(weight)
     stride = -(-vocabulary // ALIGNMENT) * ALIGNMENT
     even = vocabulary // ALIGNMENT * ALIGNMENT
@@ -98,7 +97,7 @@ def logits_of(states: Tensor, weight: Tensor, own: Tensor, indices: Tensor) -> T
 
 
 def cached_weights_gib(model: Any) -> float:
-    """What the weights of a 4-bit base take when they are kept in 16 bits (or as logits32 as its head)."""
+    """Return the size in GiB of a 4-bit base's weights when cached in the type of its head."""
     plain = base_of(model)
     width = plain.get_output_embeddings().weight.dtype.itemsize
     return sum(
@@ -109,16 +108,16 @@ def cached_weights_gib(model: Any) -> float:
 
 
 class FusedModel:
-    """A PEFT model's fast path on packed rows; uses its weights and leaves it as it is.
+    """The fast path of a PEFT model on packed sequences; shares its weights and does not modify it.
 
     Args:
         model: a base, or one with LoRA on any of the seven projections and trainable token rows; computed
-            as it stands, with its active adapter or, in `disable_adapter()`, without.
+            with its active adapter or, in `disable_adapter()`, without.
         dtype: of the activations.
-        checkpointing: `none`; `selective` computes gate and up again in the backward pass; `full`
-            computes a whole layer again.
-        cache_weights: hold 4-bit weights in 16 bits, 2 bytes a weight; else dequantise for each product.
-        training: whether LoRA's dropout is at work.
+        checkpointing: `none`; `selective` recomputes gate and up in the backward pass; `full` recomputes
+            whole layers.
+        cache_weights: cache 4-bit weights dequantized, 2 bytes a weight; else dequantize for each product.
+        training: apply LoRA's dropout.
     """
 
     def __init__(
@@ -162,7 +161,7 @@ class FusedModel:
         pairs = [
             pair for p in self.projections for pair in zip(p.copies, p.parameters, strict=True)
         ]
-        # one kernel copies many tensors, but only where all of them lie in memory as their copies do
+        # one kernel copies many tensors only if each has the same strides as its copy
         alike = [pair for pair in pairs if pair[0].stride() == pair[1].stride()]
         others = [pair for pair in pairs if pair[0].stride() != pair[1].stride()]
         self.copies = [tuple(zip(*some, strict=True)) for some in (alike, others) if some]
@@ -176,14 +175,14 @@ class FusedModel:
         self.sync_parameters()
 
     def hidden_states(self, ids: Tensor, positions: Tensor, packed: PackedSequences) -> Tensor:
-        """The last hidden states of packed rows, (tokens, hidden).
+        """Compute the last hidden states of packed sequences, (tokens, hidden).
 
         Args:
             ids: (tokens,); `positions`, (tokens,), count from 0 in each document.
         """
         x = self.embed(ids)
         rotary = self.angles(x, positions)
-        # drawn from the trainer's generator
+        # from torch's global generator, which the trainer seeds
         seed = int(torch.randint(2**48, ())) if self.drops else 0
         for number, layer in enumerate(self.layers):
             if self.checkpointing == "full":
@@ -198,7 +197,7 @@ class FusedModel:
 
     @torch.no_grad()
     def sync_parameters(self) -> None:
-        """Copy the parameters' values; due after each step of an optimizer.
+        """Copy the parameters' values; call it after each optimizer step.
 
         Fused optimizers do not bump `Tensor._version`, so changes cannot be detected.
         """
@@ -208,30 +207,30 @@ class FusedModel:
             projections.refresh()
 
     def embed(self, ids: Tensor) -> Tensor:
-        """(tokens,) to (tokens, hidden)."""
+        """Embed ids; (tokens,) to (tokens, hidden)."""
         x = torch.nn.functional.embedding(ids, self.embedding)
         for token, row in zip(self.tokens, self.embedding_rows, strict=True):
             x = torch.where((ids == token)[:, None], row.to(x.dtype), x)
         return x
 
     def angles(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines for `positions`, (tokens,), in x's type: (tokens, head size) each."""
+        """Compute cosines and sines for `positions`, (tokens,), in x's type: (tokens, head size) each."""
         cos, sin = self.body.rotary_emb(x, positions[None])
         return cos[0], sin[0]
 
     @torch.no_grad()
     def logits(self, states: Tensor) -> Tensor:
-        """(tokens, vocabulary) from normalised hidden states, (tokens, hidden)."""
+        """Compute logits, (tokens, vocabulary), from normalized hidden states, (tokens, hidden)."""
         return logits_of(states, self.head, self.head_rows.to(states.dtype), self.indices)
 
     def answer_loss(self, states: Tensor, targets: Tensor) -> Tensor:
-        """The summed loss in nats; `states`, (answer tokens, hidden), predict `targets`."""
+        """Compute the summed loss in nats; `states`, (answer tokens, hidden), predict `targets`."""
         loss: Tensor = _AnswerLoss.apply(states, self.head_rows, targets, self.head, self.indices)
         return loss
 
 
 def _table(module: Any) -> tuple[Tensor, Tensor, list[int]]:
-    """Weight, trained rows and their token ids of an embedding or head; no rows without an adapter."""
+    """Return weight, trained rows and token ids of an embedding or head; no rows without an adapter."""
     tokens: Any = getattr(module, "token_adapter", module)
     name = active_adapter(tokens)
     if name is None:

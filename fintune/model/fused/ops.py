@@ -1,4 +1,4 @@
-"""Pointwise functions of the fused layers in plain torch: the reference, and what a CPU runs."""
+"""Pointwise functions of the fused layers in plain torch: the reference, and the CPU implementation."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 
 def drop(x: Tensor, p: float, seed: int) -> Tensor:
-    """Set values of x to zero with probability p; the same seed draws the same ones again."""
+    """Zero values of x with probability p; the same seed drops the same values."""
     return x * _keep_mask(x, p, seed)
 
 
 def add_dropped_product(
     x: Tensor, left: Tensor, right: Tensor, scale: float, p: float, seed: int
 ) -> None:
-    """Add scale * left @ right to x where `drop` with the same seed keeps values of x's shape."""
+    """Add scale * left @ right to x, except where `drop` with the same seed zeroes values of x's shape."""
     x.addcmul_(left @ right, _keep_mask(x, p, seed).to(x.dtype), value=scale)
 
 
@@ -35,7 +35,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rms_norm_backward(x: Tensor, weight: Tensor, eps: float, dy: Tensor, skip: Tensor) -> Tensor:
-    """Compute the gradient of x, plus that of the residual connection around it."""
+    """Compute the gradient of x, with the residual connection's gradient `skip` added."""
     x32, g = x.float(), (dy * weight).float()
     r = torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
     dx = r * (g - x32 * r * r * (g * x32).mean(-1, keepdim=True))
@@ -43,7 +43,7 @@ def rms_norm_backward(x: Tensor, weight: Tensor, eps: float, dy: Tensor, skip: T
 
 
 def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> Tensor:
-    """Rotate q and k by their positions; (tokens, outputs) to (tokens, heads + 2 kv_heads, head size)."""
+    """Apply the rotary embedding to q and k; (tokens, outputs) to (tokens, heads + 2 kv_heads, head size)."""
     x = qkv.view(qkv.shape[0], heads + 2 * kv_heads, -1)
     turned, v = x[:, : heads + kv_heads], x[:, heads + kv_heads :]
     return torch.cat((_turn(turned, cos, sin), v), dim=1)
@@ -56,7 +56,7 @@ def rotate_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate (tokens, heads, size) by angles whose cosines and sines are (tokens, size), halves equal."""
+    """Rotate (tokens, heads, size) by angles whose cos and sin are (tokens, size), both halves equal."""
     half = x.shape[-1] // 2
     c, s = cos[:, None, :half].float(), sin[:, None, :half].float()
     first, second = x[..., :half].float(), x[..., half:].float()
@@ -73,14 +73,14 @@ def attend_to_cache(
     window: int | None,
     scale: float,
 ) -> Tensor:
-    """Compute attention of the last token of each row to itself and all before it.
+    """Compute attention of the last token of each row to itself and all before it, from the KV cache.
 
     Args:
         q: (rows, heads, size).
-        keys: (slots, length, kv_heads, size), as `values`: those of the tokens so far.
-        slots: (rows,): which slot holds each row.
+        keys: (slots, length, kv_heads, size), as `values`: the KV cache.
+        slots: (rows,): the slot of each row.
         positions: (rows,): of the last token in its slot.
-        window: how many tokens are attended to, the last included; None for all.
+        window: the number of tokens attended to, the last included; None for all.
 
     Returns:
         (rows, heads, size).
@@ -92,7 +92,7 @@ def attend_to_cache(
     seen = place <= positions[:, None]
     if window is not None:
         seen &= place > positions[:, None] - window
-    # heads that p a key are queries at the same place
+    # query heads that share a key head are treated as queries at the same position
     out = torch.nn.functional.scaled_dot_product_attention(
         q.view(rows, kv_heads, heads // kv_heads, size), k, v, seen[:, None, None], scale=scale
     )
@@ -106,7 +106,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def swiglu_backward(gate_up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the value again, (tokens, n), and the gradient of the input, (tokens, 2 n)."""
+    """Recompute the output, (tokens, n), and compute the gradient of the input, (tokens, 2 n)."""
     gate, up = (half.float() for half in gate_up.chunk(2, dim=-1))
     dy32, sigmoid = dy.float(), torch.sigmoid(gate)
     silu = gate * sigmoid
@@ -116,7 +116,7 @@ def swiglu_backward(gate_up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def functions_for(x: Tensor) -> Any:
-    """Return the module with the pointwise functions for this tensor's device: kernels or this one."""
+    """Return the module of pointwise functions for this tensor's device: the kernels or this one."""
     if x.is_cuda:
         from fintune.model.fused import kernels
 

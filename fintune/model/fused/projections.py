@@ -14,13 +14,13 @@ from fintune.model.fused.ops import functions_for
 
 
 class Workspace:
-    """One buffer for the weights of the product at hand; a stream runs one product after another."""
+    """One buffer for the dequantized weights of the current product; products of a stream run in sequence."""
 
     def __init__(self) -> None:
         self._buffer: Tensor | None = None
 
     def take(self, rows: int, columns: int, like: Tensor) -> Tensor:
-        """An uninitialised (rows, columns) view; valid until the next call."""
+        """Return an uninitialized (rows, columns) view; valid until the next call."""
         size = rows * columns
         if self._buffer is None or self._buffer.numel() < size:
             self._buffer = None
@@ -31,11 +31,11 @@ class Workspace:
 class Projections:
     """Linear layers that read the same input, with or without LoRA, as one product.
 
-    `parameters` are A and B of each layer that has them; gradients come in that order. Ranks and
-    outputs of the layers lie side by side in `down`, (ranks, inputs), and `up`, (outputs, ranks),
-    which is zero where a rank belongs to another layer; both are copies in the activations' type.
-    `refresh` takes over the parameters' values. With `cache_weights`, 4-bit weights are dequantised there and
-    stay in 16 bits; otherwise each product makes them anew.
+    `parameters` are A and B of each layer with LoRA; gradients have the same order. `down`, (ranks, inputs),
+    and `up`, (outputs, ranks), concatenate them in the activations' type; `up` is zero where a rank belongs
+    to another layer. `copies` are the parts of both that `FusedModel.sync_parameters` updates. With
+    `cache_weights`, 4-bit weights are dequantized once and after each update of a merged adapter, otherwise
+    for each product.
     """
 
     def __init__(
@@ -69,11 +69,11 @@ class Projections:
         self.rows = _slices(self.outputs)
         self.ranks = _slices([pair[0].shape[0] if pair else 0 for pair in self.loras])
         self.copies = self._of_parameters(self.down, self.up)
-        # one float32 number, which makes the product float32: scaled and converted in one pass
+        # a float32 tensor: scaling by it also converts the product to float32, in one kernel
         self.factor = torch.full((1,), self._alpha, dtype=torch.float32, device=device)
         if self.quantized and device.type == "cuda":
             from fintune.model.fused import (
-                kernels,  # needs Triton, which comes with torch for GPUs only
+                kernels,  # needs Triton, which only GPU builds of torch include
             )
 
             self.states = [kernels.NestedState.of(base.weight.quant_state) for base in self.bases]
@@ -85,12 +85,12 @@ class Projections:
             self._fill(self.cached_weights)
 
     def refresh(self) -> None:
-        """Follow parameters that have changed, once `copies` have."""
+        """Refill the cached weights after the parameters have changed."""
         if self.cached_weights is not None and self.merges_lora:
             self._fill(self.cached_weights)
 
     def _of_parameters(self, down: Tensor, up: Tensor) -> list[Tensor]:
-        """The parts of tensors of `down`'s and `up`'s shapes that belong to `parameters`, in their order."""
+        """Return views into tensors of `down`'s and `up`'s shapes that match `parameters`, in their order."""
         parts = []
         for pair, rows, ranks in zip(self.loras, self.rows, self.ranks, strict=True):
             if pair:
@@ -98,7 +98,7 @@ class Projections:
         return parts
 
     def _blocks(self, like: Tensor) -> list[tuple[slice, Tensor]]:
-        """Weights, (outputs, inputs), with the outputs that they belong to."""
+        """Return weights, (outputs, inputs), each with its slice of the outputs."""
         if not self.quantized:
             return [(r, base.weight) for r, base in zip(self.rows, self.bases, strict=True)]
         whole = self.cached_weights
@@ -109,7 +109,7 @@ class Projections:
 
     @torch.no_grad()
     def _fill(self, whole: Tensor) -> None:
-        """Dequantise the weights, (outputs, inputs), and add the adapter where it is folded in."""
+        """Dequantize the weights, (outputs, inputs), and add the adapter where it is merged."""
         for i, (r, base, pair) in enumerate(zip(self.rows, self.bases, self.loras, strict=True)):
             pair = pair if self.merges_lora else None
             if whole.is_cuda:
@@ -123,7 +123,7 @@ class Projections:
                 whole[r] = weight
 
     def forward(self, x: Tensor, seed: int) -> Tensor:
-        """(tokens, inputs) to (tokens, outputs)."""
+        """Multiply; (tokens, inputs) to (tokens, outputs)."""
         blocks = self._blocks(x)
         y = x.new_empty(x.shape[0], sum(self.outputs))
         for rows, weight in blocks:
@@ -133,7 +133,7 @@ class Projections:
         return y
 
     def input_gradient(self, dy: Tensor, seed: int) -> Tensor:
-        """(tokens, outputs) to (tokens, inputs)."""
+        """Compute the input's gradient; (tokens, outputs) to (tokens, inputs)."""
         (rows, weight), *others = self._blocks(dy)
         dx = dy[:, rows] @ weight
         for rows, weight in others:
@@ -148,7 +148,7 @@ class Projections:
         return dx
 
     def parameter_gradients(self, x: Tensor, dy: Tensor, seed: int) -> list[Tensor]:
-        """The gradients of `parameters`, from the input and the gradient of the output."""
+        """Compute the gradients of `parameters` from the input and the gradient of the output."""
         if not self.parameters:
             return []
         x = self._dropped(x, seed)
@@ -165,7 +165,7 @@ class Projections:
 
 
 def active_adapter(module: Any) -> str | None:
-    """The adapter that a layer of PEFT's computes with; None where it is switched off, or has none."""
+    """Return the active adapter of a PEFT layer; None if it is disabled or there is none."""
     if not getattr(module, "active_adapters", None) or module.disable_adapters:
         return None
     name: str = module.active_adapters[0]
@@ -178,7 +178,7 @@ def _slices(sizes: Sequence[int]) -> list[slice]:
 
 
 def _dequantize(base: Any) -> Tensor:
-    """4 bits to float32 on a CPU, where bitsandbytes packs weights anew that evaluation has used."""
+    """Dequantize to float32 on a CPU, where bitsandbytes repacks weights that evaluation has used."""
     weight = base.weight
     if getattr(weight.quant_state, "packing_format_for_cpu", False):
         from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse

@@ -1,4 +1,4 @@
-"""GGUF files against the folder that they are written from; llama.cpp is the judge."""
+"""GGUF files against the folder that they are written from, run by llama.cpp."""
 
 import json
 import random
@@ -41,7 +41,7 @@ MakeFolder = Callable[..., Path]
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """So small a model computes slower on more."""
+    """Use one thread, which is faster for such small models."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -57,7 +57,7 @@ PROMPTS = [render_prompt(row["instruction"], row["input"]) for row in questions(
 
 
 def save(model: Any, tokenizer: Any, folder: Path, **options: Any) -> Path:
-    """A folder as the export leaves it: the end token, then the base's own, and sampling."""
+    """Save a folder as the export does, with the end token, the base's own, and sampling."""
     ends = [end_token_id(tokenizer), tokenizer.eos_token_id]
     model.config.eos_token_id = ends[0]
     model.generation_config.eos_token_id = ends
@@ -70,7 +70,7 @@ def save(model: Any, tokenizer: Any, folder: Path, **options: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's base with the two tokens, merged with nothing; it knows English."""
+    """Write the demo's base with the two tokens and no adapter; it knows English."""
     base = Base(model=str(ROOT / "assets/demo-base"), revision=None)
     tokenizer = load_tokenizer(base)
     model = load_base(base, tokenizer, "none", torch.bfloat16, torch.device("cpu"))
@@ -79,7 +79,7 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def make_tiny(tmp_path: Path, tokenizer: Any) -> MakeFolder:
-    """Make a folder with a random model of two layers."""
+    """Return a function that writes a folder with a random model of two layers."""
 
     def make(
         name: str = "tiny",
@@ -100,7 +100,7 @@ def make_tiny(tmp_path: Path, tokenizer: Any) -> MakeFolder:
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 512,
-            "initializer_range": 0.1,  # so that attention decides
+            "initializer_range": 0.1,  # so that attention matters
             "bos_token_id": tokenizer.bos_token_id,
         }
         if family == "mistral":
@@ -133,9 +133,9 @@ def test_greedy_answers_are_those_of_the_folder(
     f16, q8_0 = export_gguf(merged, tmp_path, "demo", ["f16", "q8_0"])
     assert [f16.name, q8_0.name] == ["demo-f16.gguf", "demo-q8_0.gguf"]
     assert sorted(tmp_path.iterdir()) == [f16, q8_0]
-    assert len({tuple(each.answer) for each in expected}) > 8  # not one answer to everything
+    assert len({tuple(each.answer) for each in expected}) > 8  # the answers differ
 
-    exact = check_gguf(f16, expected, PROMPTS, NEW_TOKENS, 0.99)  # float16 may decide a near tie
+    exact = check_gguf(f16, expected, PROMPTS, NEW_TOKENS, 0.99)  # float16 may change a near tie
     assert exact.equal_tokens > 0.95 and exact.equal_prompts == 1
     assert exact.answers == len(PROMPTS) > 10
     found = llama_cpp_answers(f16, PROMPTS[:3], NEW_TOKENS)
@@ -147,7 +147,7 @@ def test_greedy_answers_are_those_of_the_folder(
 
 
 def test_eight_bits_are_within_half_a_step(merged: Path, tmp_path: Path) -> None:
-    """Of the largest weight in a block of 32, of which there are 127 steps, and float16's rounding of it."""
+    """A step is 1/127 of the largest weight in a block of 32, with its scale rounded to float16."""
     (path,) = export_gguf(merged, tmp_path, "demo", ["q8_0"])
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     weights = load_file(merged / "model.safetensors")
@@ -216,7 +216,7 @@ def test_other_shapes(make_tiny: MakeFolder, tmp_path: Path, values: dict[str, A
     prompts = [" ".join(PROMPTS[i : i + 4]) for i in range(0, 12, 4)]
     (path,) = export_gguf(folder, tmp_path, "tiny", ["f16"])
     expected = folder_answers(folder, prompts)
-    assert min(len(each.prompt) for each in expected) > 100  # positions count
+    assert min(len(each.prompt) for each in expected) > 100  # long enough for positions to matter
     assert check_gguf(path, expected, prompts, NEW_TOKENS, 0.97).equal_prompts == 1
 
 
@@ -245,7 +245,7 @@ def test_both_ends_end_an_answer(make_tiny: MakeFolder, tmp_path: Path, end: str
     end_id = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids(end)
     weights = load_file(folder / "model.safetensors")
     head = weights["lm_head.weight"]
-    head[end_id] = head[first.answer[2]] * 2  # where that token was likely, the end is likelier
+    head[end_id] = head[first.answer[2]] * 2  # the end token now beats that token
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (path,) = export_gguf(folder, tmp_path, "tiny", ["f16"])
     (expected,) = folder_answers(folder, PROMPTS[:1])
@@ -289,7 +289,7 @@ def llama_3(parts: dict[str, Any]) -> None:
 
 
 def sentencepiece(parts: dict[str, Any]) -> None:
-    """A vocabulary as transformers takes it from a SentencePiece file: pieces, bytes, all ways to join."""
+    """Set a vocabulary as transformers converts it from SentencePiece: pieces, bytes, all possible merges."""
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace()
     trainer = trainers.BpeTrainer(vocab_size=1500, show_progress=False, max_token_length=8)
@@ -339,7 +339,7 @@ def without_bos(parts: dict[str, Any]) -> None:
 
 
 def with_eos(parts: dict[str, Any]) -> None:
-    """Closes every text; a prompt stays open."""
+    """Append eos to every text; a prompt stays open."""
     end = {"id": "</s>", "ids": [2], "tokens": ["</s>"]}
     parts["post_processor"]["special_tokens"]["</s>"] = end
     parts["post_processor"]["single"].append({"SpecialToken": {"id": "</s>", "type_id": 0}})
@@ -372,7 +372,7 @@ def test_texts_become_the_same_tokens(
     (path,) = export_gguf(folder, tmp_path, "tiny", ["f16"])
     lead = "" if change is legacy_sentencepiece else "Input: "
     prompts = [f"{lead}{text}\n<response>" for text in awkward_texts()]
-    if change is sentencepiece:  # the one difference, which the export tells
+    if change is sentencepiece:  # the only difference, which the export logs
         prompts = [prompt for prompt in prompts if "</s>" not in prompt]
     found = [each.prompt for each in llama_cpp_answers(path, prompts, 1)]
     assert found == [encode(tokenizer, prompt, "")[0] for prompt in prompts]

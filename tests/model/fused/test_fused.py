@@ -1,4 +1,4 @@
-"""The fused kernels against transformers' and PEFT's own layers, and against float64."""
+"""The fused layers against transformers' and PEFT's own, and against float64."""
 
 import os
 import subprocess
@@ -33,14 +33,14 @@ TEXTS = [
 
 
 def distance(ours: torch.Tensor, reference: torch.Tensor) -> float:
-    """Relative, in the Frobenius norm."""
+    """Compute the relative distance in the Frobenius norm."""
     return float((ours.double() - reference.double()).norm() / reference.double().norm())
 
 
 def adapted(
     base: Base, tokenizer: Any, quantization: str = "none", tuned: list[str] = ALL, **changes: Any
 ) -> Any:
-    """A model whose adapter is not zero and whose token rows are their own, in training mode."""
+    """Build a model in training mode with random adapter and token rows."""
     lora = Lora(r=4, alpha=8, dropout=changes.pop("dropout", 0.0), target_modules=tuned)
     model = load_base(base, tokenizer, quantization, torch.float32)
     for name, value in changes.items():
@@ -56,7 +56,7 @@ def adapted(
 
 
 def plain_loss(model: Any, part: Any) -> torch.Tensor:
-    """Each document by itself through the unmodified model, in the type of its weights."""
+    """Run each document separately through the unmodified model, in the type of its weights."""
     total = torch.zeros((), dtype=torch.float64)
     starts = part.packed.cu_seqlens.tolist()
     where, targets = part.predicting.tolist(), part.targets.tolist()
@@ -101,7 +101,7 @@ def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 def test_loss_and_gradients_are_the_plain_model_s(
     base: Base, tokenizer: Any, changes: dict[str, Any], checkpointing: str
 ) -> None:
-    """Float64 where there are no 4-bit weights, which bitsandbytes computes in float32 at most."""
+    """In float64 without 4-bit weights; bitsandbytes computes those in float32 at most."""
     keep = changes.get("keep", False)
     changes = {key: value for key, value in changes.items() if key != "keep"}
     model = adapted(base, tokenizer, **changes)
@@ -224,7 +224,7 @@ def random(*shape: int) -> torch.Tensor:
 
 
 def test_each_backward_function_is_the_derivative() -> None:
-    """Against autograd on the forward functions, in float64 where they allow it."""
+    """Against autograd on the forward functions, in float64 where they support it."""
     torch.manual_seed(0)
     x, weight, dy, skip = random(5, 16), random(16), random(5, 16), random(5, 16)
     check(lambda t: rms_norm(t, weight.float(), 1e-5), x, dy,
@@ -331,7 +331,7 @@ print("equal")
 
 
 def test_the_gpu_kernels_compute_what_the_cpu_functions_do() -> None:
-    """On a GPU, or interpreted on the CPU where Triton is installed."""
+    """On a GPU, or interpreted on the CPU if Triton is installed."""
     pytest.importorskip("triton")
     done = subprocess.run(
         [sys.executable, "-c", KERNELS],
