@@ -19,22 +19,36 @@ log = logging.getLogger("fintune")
 
 
 def prepare() -> None:
-    """Check that the packages are there and configure OpenMP; call this before any third-party import.
+    """Enter the project's environment if need be, and configure OpenMP; call before third-party imports.
 
-    bitsandbytes and torch each bring an OpenMP pool. Threads that spin for long while waiting take cores
-    from the other pool: with two jobs on two cores, 4-bit training is ten times slower. A short spin costs
-    nothing on an idle machine (no spin costs a fifth). Both variables are read when torch is loaded.
+    bitsandbytes and torch each bring an OpenMP pool. Threads that spin for long while waiting take the
+    cores from the other pool: with two jobs on two cores, 4-bit training is then ten times slower. A short
+    spin costs nothing on an idle machine; never spinning costs a fifth. Both are read when torch is loaded.
     """
     if find_spec("ruamel") is None or find_spec("pydantic") is None:
-        here = Path(__file__).parent.parent
-        sys.exit(
-            f"error: {sys.executable} lacks this project's packages; activate the environment first:\n"
-            f"  source {here / '.venv/bin/activate'}    (`make {here / '.venv/bin/ready'}` sets it up)"
-        )
-    # names an optional kernel package each time it is imported
+        _enter_environment()
+    # it recommends an optional kernel package on every import
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
+def _enter_environment() -> None:
+    """Start again with the `python` of the nearest .venv, or exit and say how to get one.
+
+    DVC runs stages with the first `python` on the PATH, also where `.venv/bin/python -m dvc` was typed.
+    """
+    folder = Path.cwd()
+    found = (each / ".venv/bin/python" for each in (folder, *folder.parents))
+    python = next((path for path in found if path.exists()), None)
+    lacking = f"{sys.executable} lacks this project's packages"
+    if python and python != Path(sys.executable):
+        print(f"note: {lacking}; going on with {python}", file=sys.stderr)
+        os.execv(python, [str(python), *sys.orig_argv[1:]])
+    sys.exit(
+        f"error: {lacking}; set up the environment with `make .venv/bin/ready` and activate it with "
+        "`source .venv/bin/activate`"
+    )
 
 
 def run(

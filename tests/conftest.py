@@ -59,7 +59,7 @@ def make_project(
 ) -> Callable[..., Project]:
     """Return a function that copies the project with the tiny base and 300 of the demo's questions."""
 
-    def make(**values: Any) -> Project:
+    def make(real: bool = False, **values: Any) -> Project:
         folder = tmp_path_factory.mktemp("project")
         for name in COPIED:
             source = ROOT / name
@@ -77,7 +77,7 @@ def make_project(
         questions = (ROOT / "assets/demo-questions.jsonl").read_text().splitlines()[::6]
         (folder / "assets/demo-questions.jsonl").write_text("\n".join(questions) + "\n")
         shutil.copytree(tiny_base, folder / "base")
-        project = Project(folder)
+        project = Project(folder, real)
         project.set_all(SMALL)
         project.set(**values)
         return project

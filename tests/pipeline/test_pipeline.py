@@ -102,7 +102,7 @@ def git(project: Project, *arguments: str) -> str:
 @pytest.fixture(scope="module")
 def finished(make_project: Callable[..., Project]) -> Finished:
     """Make a git repository in which the pipeline ran once and its results are committed."""
-    project = make_project()
+    project = make_project(real=True)
     project.commit_all()
     commit = git(project, "rev-parse", "HEAD")
     output = project.run("dvc", "repro").stdout

@@ -3,10 +3,13 @@
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+
+from support.zygote import Zygote
 
 ROOT = Path(__file__).parents[2]
 COPIED = ("fintune", "stages", "recipes", "dvc.yaml", ".dvcignore", ".gitignore")
@@ -29,17 +32,31 @@ SMALL = {
 }
 
 
-class Project:
-    """A copy of the project in a temporary folder, with small parameters, run as users run it."""
+@cache
+def the_zygote() -> Zygote:
+    """Start the zygote of this test process, once."""
+    return Zygote()
 
-    def __init__(self, folder: Path) -> None:
+
+class Project:
+    """A copy of the project in a temporary folder, with small parameters, run as users run it.
+
+    Stages and commands run in forks of a zygote, unless `real` asks for new interpreters.
+    """
+
+    def __init__(self, folder: Path, real: bool = False) -> None:
         self.folder = folder
         self.environment = {
             key: value
             for key, value in os.environ.items()
             if not key.startswith(("MLFLOW_", "DVC_", "HF_", "GIT_"))
         }
-        self.environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        path = [str(Path(sys.executable).parent), os.environ["PATH"]]
+        if not real:
+            zygote = the_zygote()
+            self.environment |= zygote.environment
+            path.insert(0, zygote.path)
+        self.environment["PATH"] = os.pathsep.join(path)
 
     def __truediv__(self, name: str) -> Path:
         return self.folder / name

@@ -1,0 +1,126 @@
+"""Fast starts for the projects' Python processes: a zygote that has imported the heavy libraries, and forks.
+
+A stage spends most of a test on importing torch, transformers and MLflow. `python` on the projects' PATH is
+`python_shim`, which has the zygote fork a process for the module that it is to run. The fork has the
+caller's folder, environment and standard streams, and its exit status is the caller's; it shares no state
+with other stages. Tests of kills, of imports and one whole pipeline start real interpreters
+(`Project.real`), and so does a project whose environment the libraries read when they are imported.
+"""
+
+import atexit
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+SOCKET = "FINTUNE_TEST_ZYGOTE"
+LIBRARIES = (
+    *("accelerate", "bitsandbytes.functional", "datasets", "filelock", "jinja2", "joblib"),
+    *("matplotlib.figure", "nltk.stem.porter", "peft", "psutil", "pyarrow.parquet", "pydantic"),
+    *(
+        "requests",
+        "rouge_score.rouge_scorer",
+        "ruamel.yaml",
+        "sacrebleu.metrics.chrf",
+        "torch._dynamo",
+    ),
+    *("mlflow.pyfunc", "mlflow.tracking", "mlflow.system_metrics.system_metrics_monitor"),
+    "mlflow.store.tracking.sqlalchemy_store",
+    "mlflow.store.model_registry.sqlalchemy_store",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.mistral.modeling_mistral",
+    "transformers.trainer",
+    "trl.trainer.sft_trainer",
+)
+
+
+class Zygote:
+    """A running zygote; it ends with the test session."""
+
+    def __init__(self) -> None:
+        folder = Path(tempfile.mkdtemp(prefix="zygote-"))
+        self.socket = folder / "socket"
+        (folder / "bin").mkdir()
+        shim = folder / "bin/python"
+        script = Path(__file__).with_name("python_shim.py").read_text()
+        shim.write_text(f"#!{sys.executable} -SE\n{script}")
+        shim.chmod(0o755)
+        self.path = str(folder / "bin")
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, str(self.socket)], stdin=subprocess.DEVNULL
+        )
+        atexit.register(self.process.kill)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a project's environment needs in order to use it; PATH apart."""
+        return {SOCKET: str(self.socket), "FINTUNE_TEST_PYTHON": sys.executable}
+
+
+def serve(address: str) -> dict[str, Any]:
+    """Fork for each request. Returns the request in the forked process, and never in this one."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address)
+    listener.listen()
+    children: dict[int, socket.socket] = {}
+    while True:
+        ready, _, _ = select.select([listener], [], [], 0.01)
+        while children:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if not pid:
+                break
+            with children.pop(pid) as caller, suppress(OSError):  # the caller has been killed
+                caller.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+        if not ready:
+            continue
+        caller, _ = listener.accept()
+        data, descriptors, _, _ = socket.recv_fds(caller, 4, 3)
+        size = int.from_bytes(data, "big")
+        request = b""
+        while len(request) < size:
+            request += caller.recv(size - len(request))
+        pid = os.fork()
+        if pid:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            caller.sendall(f"{pid}\n".encode())
+            children[pid] = caller
+            continue
+        listener.close()
+        caller.close()
+        for other in children.values():
+            other.close()
+        for number, descriptor in enumerate(descriptors):
+            os.dup2(descriptor, number)
+            os.close(descriptor)
+        content: dict[str, Any] = json.loads(request)
+        return content
+
+
+def become(request: dict[str, Any]) -> None:
+    """Run the requested module as `python -m` would."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.chdir(request["folder"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    module, *arguments = request["arguments"]
+    sys.argv = [module, *arguments]
+    sys.path[0] = request["folder"]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    import importlib
+
+    for library in LIBRARIES:
+        importlib.import_module(library)
+    become(serve(sys.argv[1]))

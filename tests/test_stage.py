@@ -1,0 +1,85 @@
+"""Starting a stage or command, and writing its files."""
+
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+from fintune.stage import whole_folder
+from support.project import ROOT
+
+
+@pytest.fixture(scope="module")
+def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make an interpreter without any package."""
+    folder = tmp_path_factory.mktemp("bare")
+    venv.create(folder, symlinks=True)
+    return folder / "bin/python"
+
+
+def start(python: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(python), *arguments],
+        cwd=folder,
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("arguments", [("-m", "stages.split"), ("-m", "fintune", "results")])
+def test_another_interpreter_is_named_with_the_way_out(
+    bare_python: Path, tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    done = start(bare_python, tmp_path, *arguments)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {bare_python} lacks")
+    assert ".venv/bin/activate" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [(("-m", "stages.split"), "params.yaml: not found"), (("-m", "fintune"), "usage:")],
+)
+def test_another_interpreter_goes_on_in_the_environment(
+    bare_python: Path, tmp_path: Path, arguments: tuple[str, ...], expected: str
+) -> None:
+    """From the folder with .venv and from below it, where DVC runs queued experiments."""
+    below = tmp_path / ".dvc/tmp/exps/standalone"
+    below.mkdir(parents=True)
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    for folder in (tmp_path, below):
+        done = start(bare_python, folder, *arguments)
+        assert f"going on with {python}" in done.stderr
+        assert expected in done.stdout + done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_files_of_a_folder_follow_the_umask(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        with whole_folder(tmp_path / "model") as folder:
+            (folder / "private").touch(mode=0o600)
+            (folder / "below").mkdir()
+            (folder / "below/plain").touch()
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "model").rglob("*") if path.is_file()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask}
+    assert len(files) == 2
+
+
+def test_a_folder_that_fails_leaves_the_former_one(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/former").touch()
+    with pytest.raises(ValueError, match="no"), whole_folder(tmp_path / "model") as folder:
+        (folder / "new").touch()
+        raise ValueError("no")
+    assert [path.name for path in tmp_path.rglob("*")] == ["model", "former"]
