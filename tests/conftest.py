@@ -17,6 +17,11 @@ from fintune.params import Base
 from support.project import COPIED, ROOT, SMALL, Project
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the long tests, so that the workers end together."""
+    items.sort(key=lambda item: item.get_closest_marker("end_to_end") is None)
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a random two-layer Mistral with the demo's tokenizer."""

@@ -16,7 +16,7 @@ from support.project import Project
 
 pytestmark = pytest.mark.end_to_end
 
-RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+RATES = (1e-3, 3e-3)
 RANKS = (2, 4)
 
 
