@@ -7,6 +7,7 @@ import resource
 import shutil
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -59,6 +60,7 @@ def room_gib() -> float:
     return free_memory_gib() - held
 
 
+@cache
 def matmul_flops(dtype: torch.dtype) -> float:
     """Measure the FLOP/s of a large matrix product, the ceiling that MFU is relative to."""
     on_gpu = torch.cuda.is_available()

@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: several workers s
 
 import pytest
 import torch
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
 
 from fintune.data.prompt import load_tokenizer
@@ -59,8 +60,16 @@ def tokenizer(base: Base) -> Any:
 
 
 @pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Create an MLflow database once: its migrations take a second."""
+    folder = tmp_path_factory.mktemp("store")
+    SqlAlchemyStore(f"sqlite:///{folder / 'mlflow.db'}", str(folder / "artifacts"))
+    return folder / "mlflow.db"
+
+
+@pytest.fixture(scope="session")
 def make_project(
-    tiny_base: Path, tmp_path_factory: pytest.TempPathFactory
+    tiny_base: Path, empty_store: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Project]:
     """Return a function that copies the project with the tiny base and 300 of the demo's questions."""
 
@@ -83,6 +92,8 @@ def make_project(
         (folder / "assets/demo-questions.jsonl").write_text("\n".join(questions) + "\n")
         shutil.copytree(tiny_base, folder / "base")
         project = Project(folder, real)
+        if not real:
+            shutil.copy(empty_store, folder / "mlflow.db")
         project.set_all(SMALL)
         project.set(**values)
         return project

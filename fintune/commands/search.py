@@ -227,19 +227,19 @@ def _measure(
     name: str, overrides: dict[str, Any], objective: Objective, parent: str
 ) -> tuple[float | None, str]:
     """Return the metric of experiment `name` and a note, running it if needed; or None and the reason."""
-    value = _value(name, objective)  # saved if the search was killed afterwards
-    if value is not None:
+    if (value := _value(name, objective)) is not None:  # saved before the search was killed
         return value, "was done"
     output = project_root() / paths.SCRATCH / f"search/{name}.log"
     output.parent.mkdir(parents=True, exist_ok=True)
     sets = [part for key, each in overrides.items() for part in ("-S", f"{key}={_yaml(each)}")]
-    here, path = Path(sys.executable).absolute().parent, os.environ.get("PATH", "")
+    here, path = str(Path(sys.executable).absolute().parent), os.environ.get("PATH", "")
+    path = path if here in path.split(os.pathsep) else f"{here}{os.pathsep}{path}"
     with output.open("w") as file:
         process = subprocess.Popen(
             ["dvc", "exp", "run", "--temp", "--name", name, *sets, objective.stage],
             stdout=file,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"PATH": f"{here}{os.pathsep}{path}", "FINTUNE_PARENT_RUN": parent},
+            env=os.environ | {"PATH": path, "FINTUNE_PARENT_RUN": parent},
             start_new_session=True,  # Ctrl-C must reach it only once, from here
         )
         try:

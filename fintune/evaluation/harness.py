@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def task_manager(params: Harness) -> Any:
         ) from None
     if params.include_path and not Path(params.include_path).is_dir():
         raise UserError(f"evaluate.harness.include_path: {params.include_path}: no such folder")
-    manager = TaskManager(include_path=params.include_path)
+    manager = _index(TaskManager, params.include_path)
     known = set(manager.all_tasks)
     if unknown := [task for task in params.tasks if task not in known]:
         raise UserError(
@@ -98,3 +99,9 @@ def task_manager(params: Harness) -> Any:
             "`lm-eval ls tasks` lists them, include_path adds a folder of your own"
         )
     return manager
+
+
+@cache
+def _index(kind: Any, include_path: str | None) -> Any:
+    """Index the tasks once: reading thousands of files takes seconds."""
+    return kind(include_path=include_path)

@@ -40,16 +40,23 @@ metric_list:
 OFF = Harness(tasks=[], include_path=None, limit=None)
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a task with data and one without; the harness indexes a folder once."""
+    folder = tmp_path_factory.mktemp("tasks")
+    lines = [dict(zip(("question", "first", "second"), q, strict=True)) for q in QUESTIONS]
+    data = tmp_path_factory.mktemp("data") / "questions.json"
+    data.write_text("\n".join(json.dumps(line) for line in lines))
+    (folder / "two_choices.yaml").write_text(TASK.replace("FILE", str(data)))
+    lost = TASK.replace("FILE", str(data.with_name("lost.json")))
+    (folder / "no_data.yaml").write_text(lost.replace("two_choices", "no_data"))
+    return folder
+
+
 @pytest.fixture
-def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Harness:
+def tasks(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Harness:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
-    lines = [dict(zip(("question", "first", "second"), q, strict=True)) for q in QUESTIONS]
-    data = tmp_path / "questions.json"
-    data.write_text("\n".join(json.dumps(line) for line in lines))
-    folder = tmp_path / "tasks"
-    folder.mkdir()
-    (folder / "two_choices.yaml").write_text(TASK.replace("FILE", str(data)))
     return Harness(tasks=["two_choices"], include_path=str(folder), limit=None)
 
 
@@ -117,13 +124,11 @@ def test_an_unknown_task_and_a_missing_folder_are_named(
             run_harness(model, tokenizer, tasks.model_copy(update=change), sides(model), 3, 0)
 
 
-def test_a_task_whose_data_is_missing_is_named(
-    model: Any, tokenizer: Any, tasks: Harness, tmp_path: Path
-) -> None:
+def test_a_task_whose_data_is_missing_is_named(model: Any, tokenizer: Any, tasks: Harness) -> None:
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
-    (tmp_path / "questions.json").unlink()
-    with pytest.raises(UserError, match=r"evaluate\.harness: two_choices: "):
-        run_harness(model, tokenizer, tasks, sides(model), 3, 0)
+    lost = tasks.model_copy(update={"tasks": ["no_data"]})
+    with pytest.raises(UserError, match=r"evaluate\.harness: no_data: "):
+        run_harness(model, tokenizer, lost, sides(model), 3, 0)
 
 
 def test_without_the_package_the_way_out_is_named(

@@ -80,10 +80,10 @@ def served(make_project: Callable[..., Project]) -> Project:
     shutil.copy(ROOT / "assets/demo-questions.jsonl", project / "assets/demo-questions.jsonl")
     project.set_all(
         {
-            "train.max_steps": 25,
-            "train.rows_per_step": 16,
+            "train.max_steps": 16,
+            "train.rows_per_step": 12,
             "train.tokens_per_pass": "auto",
-            "train.validate_every_steps": 25,
+            "train.validate_every_steps": 16,
             "evaluate.gate.min_stop_rate": None,
             "evaluate.gate.max_forgetting": None,
             "merge_export.gguf": ["f16", "q8_0"],

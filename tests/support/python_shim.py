@@ -6,7 +6,6 @@ import signal
 import socket
 import sys
 
-HEAVY = ("stages.train", "stages.evaluate", "stages.merge_export", "fintune")
 REAL = os.environ.get("FINTUNE_TEST_PYTHON", "")
 ADDRESS = os.environ.get("FINTUNE_TEST_ZYGOTE", "")
 
@@ -41,6 +40,7 @@ def run_in_fork():
 
 
 read_at_import = [name for name in os.environ if name.startswith(("HF_", "TRANSFORMERS_"))]
-if ADDRESS and sys.argv[1:2] == ["-m"] and sys.argv[2] in HEAVY and not read_at_import:
+ours = sys.argv[1:2] == ["-m"] and (sys.argv[2] == "fintune" or sys.argv[2].startswith("stages."))
+if ADDRESS and ours and not read_at_import:
     run_in_fork()
 run_real()

@@ -8,6 +8,7 @@ with other stages. Tests of kills, of imports and one whole pipeline start real 
 """
 
 import atexit
+import gc
 import json
 import os
 import runpy
@@ -17,13 +18,24 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
+import traceback
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 SOCKET = "FINTUNE_TEST_ZYGOTE"
 LIBRARIES = (
-    *("accelerate", "bitsandbytes.functional", "datasets", "filelock", "jinja2", "joblib"),
+    *("aiohttp", "alembic.command", "git", "opentelemetry.sdk.trace"),
+    *(
+        "accelerate",
+        "bitsandbytes.functional",
+        "datasets",
+        "datasketch",
+        "filelock",
+        "jinja2",
+        "joblib",
+    ),
     *("matplotlib.figure", "nltk.stem.porter", "peft", "psutil", "pyarrow.parquet", "pydantic"),
     *(
         "requests",
@@ -118,9 +130,29 @@ def become(request: dict[str, Any]) -> None:
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
+def leave(status: int) -> None:
+    """End the fork as an interpreter does, without taking all of the zygote's modules apart."""
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
     import importlib
 
     for library in LIBRARIES:
         importlib.import_module(library)
-    become(serve(sys.argv[1]))
+    gc.freeze()  # collections in the forks leave the zygote's objects alone
+    request = serve(sys.argv[1])
+    try:
+        become(request)
+    except SystemExit as ended:
+        if isinstance(ended.code, str):
+            print(ended.code, file=sys.stderr)
+        leave(ended.code if isinstance(ended.code, int) else int(ended.code is not None))
+    except BaseException:
+        traceback.print_exc()
+        leave(1)
+    leave(0)

@@ -11,6 +11,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -110,9 +111,12 @@ def _answer_all(file: str, prompts: list[str], max_new_tokens: int) -> list[Comp
             data=json.dumps(body).encode(),
             headers={"Content-Type": "application/json", "Authorization": f"Bearer {key}"},
         )
-        with opener.open(request) as answer:
-            content: dict[str, Any] = json.load(answer)
-            return content
+        try:
+            with opener.open(request) as response:
+                content: dict[str, Any] = json.load(response)
+        except urllib.error.HTTPError as error:
+            raise RuntimeError(error.read().decode(errors="replace")) from None
+        return content
 
     answers = []
     for prompt in prompts:
