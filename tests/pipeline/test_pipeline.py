@@ -415,7 +415,15 @@ def other(value: Any) -> Any:
     return f"not {value}"
 
 
-def test_every_parameter_runs_the_stages_that_the_docs_name(
+def first_and_last_of_each_section(values: dict[str, Any]) -> dict[str, Any]:
+    """Select parameters: dvc.yaml names whole sections, and each comparison takes a second."""
+    sections = [
+        [key for key in values if key.startswith(f"{name}.")] for name in Params.model_fields
+    ]
+    return {key: values[key] for keys in sections for key in (keys[0], keys[-1])}
+
+
+def test_a_parameter_runs_the_stages_that_the_docs_name(
     finished: Finished, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(finished.project.folder)
@@ -424,7 +432,7 @@ def test_every_parameter_runs_the_stages_that_the_docs_name(
     before = path.read_bytes()
     assert list(told) == list(Params.model_fields)
     try:
-        for key, value in flat(load_yaml(path)).items():
+        for key, value in first_and_last_of_each_section(flat(load_yaml(path))).items():
             project.set_all({key: other(value)})
             with Repo() as repo:
                 assert set(repo.status()) == set(told[key.split(".")[0]][0]), key

@@ -1,4 +1,4 @@
-"""`python` for a project in a test: runs stages and commands in forks of the zygote, all else for real."""
+"""`python` and `dvc` for a project in a test: forks of the zygote run stages and commands, `dvc` included."""
 
 import json
 import os
@@ -10,8 +10,11 @@ REAL = os.environ.get("FINTUNE_TEST_PYTHON", "")
 ADDRESS = os.environ.get("FINTUNE_TEST_ZYGOTE", "")
 
 
+ARGUMENTS = ["-m", "dvc", *sys.argv[1:]] if sys.argv[0].endswith("/dvc") else sys.argv[1:]
+
+
 def run_real():
-    os.execv(REAL, [REAL, *sys.argv[1:]])
+    os.execv(REAL, [REAL, *ARGUMENTS])
 
 
 def run_in_fork():
@@ -23,7 +26,7 @@ def run_in_fork():
     request = {
         "folder": os.getcwd(),  # noqa: PTH109  # pathlib is slow to import
         "environment": dict(os.environ),
-        "arguments": sys.argv[2:],
+        "arguments": ARGUMENTS[1:],
     }
     content = json.dumps(request).encode()
     socket.send_fds(caller, [len(content).to_bytes(4, "big")], [0, 1, 2])
@@ -40,7 +43,11 @@ def run_in_fork():
 
 
 read_at_import = [name for name in os.environ if name.startswith(("HF_", "TRANSFORMERS_"))]
-ours = sys.argv[1:2] == ["-m"] and (sys.argv[2] == "fintune" or sys.argv[2].startswith("stages."))
-if ADDRESS and ours and not read_at_import:
+module = ARGUMENTS[1] if ARGUMENTS[:1] == ["-m"] else ""
+if (
+    ADDRESS
+    and not read_at_import
+    and (module in ("dvc", "fintune") or module.startswith("stages."))
+):
     run_in_fork()
 run_real()

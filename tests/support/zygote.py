@@ -13,6 +13,7 @@ import json
 import os
 import runpy
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -27,6 +28,7 @@ from typing import Any
 SOCKET = "FINTUNE_TEST_ZYGOTE"
 LIBRARIES = (
     *("aiohttp", "alembic.command", "git", "opentelemetry.sdk.trace"),
+    *("dvc.cli", "dvc.repo.experiments", "dvc.commands.repro", "dvc_s3", "dvc_http", "celery"),
     *(
         "accelerate",
         "bitsandbytes.functional",
@@ -56,21 +58,27 @@ LIBRARIES = (
 
 
 class Zygote:
-    """A running zygote; it ends with the test session."""
+    """The zygote of a test session, which all its workers share; it ends with the session."""
 
     def __init__(self) -> None:
-        folder = Path(tempfile.mkdtemp(prefix="zygote-"))
+        session = os.environ.get("PYTEST_XDIST_TESTRUNUID", f"alone-{os.getpid()}")
+        folder = Path(tempfile.gettempdir()) / f"zygote-{session}"
         self.socket = folder / "socket"
-        (folder / "bin").mkdir()
-        shim = folder / "bin/python"
-        script = Path(__file__).with_name("python_shim.py").read_text()
-        shim.write_text(f"#!{sys.executable} -SE\n{script}")
-        shim.chmod(0o755)
         self.path = str(folder / "bin")
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, str(self.socket)], stdin=subprocess.DEVNULL
-        )
-        atexit.register(self.process.kill)
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            return  # another worker has started it
+        script = Path(__file__).with_name("python_shim.py").read_text()
+        (folder / "bin").mkdir()
+        for name in ("python", "dvc"):
+            shim = folder / "bin" / name
+            shim.write_text(f"#!{sys.executable} -SE\n{script}")
+            shim.chmod(0o755)
+        # the parent of a worker is the session; without workers, this process is
+        session_pid = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
+        command = [sys.executable, __file__, str(self.socket), str(session_pid)]
+        subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -78,8 +86,8 @@ class Zygote:
         return {SOCKET: str(self.socket), "FINTUNE_TEST_PYTHON": sys.executable}
 
 
-def serve(address: str) -> dict[str, Any]:
-    """Fork for each request. Returns the request in the forked process, and never in this one."""
+def serve(address: str, session: int) -> dict[str, Any]:
+    """Fork for each request until `session` ends; return the request, in the forked process only."""
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen()
@@ -93,6 +101,9 @@ def serve(address: str) -> dict[str, Any]:
             with children.pop(pid) as caller, suppress(OSError):  # the caller has been killed
                 caller.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
         if not ready:
+            if not is_alive(session):
+                shutil.rmtree(Path(address).parent)
+                os._exit(0)
             continue
         caller, _ = listener.accept()
         data, descriptors, _, _ = socket.recv_fds(caller, 4, 3)
@@ -116,6 +127,14 @@ def serve(address: str) -> dict[str, Any]:
             os.close(descriptor)
         content: dict[str, Any] = json.loads(request)
         return content
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def become(request: dict[str, Any]) -> None:
@@ -145,7 +164,7 @@ if __name__ == "__main__":
     for library in LIBRARIES:
         importlib.import_module(library)
     gc.freeze()  # collections in the forks leave the zygote's objects alone
-    request = serve(sys.argv[1])
+    request = serve(sys.argv[1], int(sys.argv[2]))
     try:
         become(request)
     except SystemExit as ended:
