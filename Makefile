@@ -14,7 +14,7 @@ demo: $(BIN)/ready
 	python -m fintune results
 
 test: $(BIN)/ready
-	python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 check: $(BIN)/ready
 	ruff check .

@@ -294,7 +294,7 @@ class _Handler(BaseHTTPRequestHandler):
                 private = (kind, match[2]) in self.hub.private
                 self._json(_info(match[2], sha, files, private=private))
         else:  # 501: clients retry most other server errors, which would hide the gap
-            raise Refusal(501, None, f"tests/hub.py does not serve {self.command} {path}")
+            raise Refusal(501, None, f"this hub does not serve {self.command} {path}")
 
     def _write(self, path: str, query: dict[str, list[str]], token: str | None) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -322,7 +322,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.create(repo, private=asked["visibility"] == "private", token=token)
             self._json({"url": f"{self.hub.url}/{repo}"})
         else:
-            raise Refusal(501, None, f"tests/hub.py does not serve {self.command} {path}")
+            raise Refusal(501, None, f"this hub does not serve {self.command} {path}")
 
     def _validate(self, card: str) -> None:
         """Refuse a model card whose base is a path; no other rule of the hub is checked."""
