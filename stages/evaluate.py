@@ -37,8 +37,8 @@ def main() -> None:
     client = connect(project_root())
     run_id = run_of_adapter(client)
     stored = read_rows(TEST, COLUMNS)
-    asked = [normalize_question(row["input"]) for row in stored]
-    rows, questions, references = select_rows(stored, asked, params.max_rows)
+    questions_of_rows = [normalize_question(row["input"]) for row in stored]
+    rows, questions, references = select_rows(stored, questions_of_rows, params.max_rows)
     passages = read_passages(params.general_text) if params.general_text else []
     if passages and Path(params.general_text or "").resolve() != paths.GENERAL_TEXT.resolve():
         log.warning(

@@ -36,7 +36,7 @@ def main() -> None:
     scratch.mkdir(parents=True, exist_ok=True)
     name = f"{Path(params.base.model).name} r{params.train.lora.r} lr{params.train.learning_rate:g}"
     with runs.training_run(scratch / "run_id", name, runs.sweep_run(client, root)) as run_id:
-        record = runs.describe_run(run_id, sections, hardware(), Path.cwd())
+        run_record = runs.describe_run(run_id, sections, hardware(), Path.cwd())
         for split, path in INPUTS.items():
             runs.log_table(
                 run_id, rows[split], split, "training" if split == "train" else split, path
@@ -48,8 +48,8 @@ def main() -> None:
         write_json(paths.TRAIN_METRICS, result.metrics)
         write_text(paths.TRAIN_CURVE, as_csv(result.curve))
         write_text(paths.VALIDATION_CURVE, as_csv(validations(result.curve)))
-        write_json(paths.RUN, record)
-        runs.log_training_or_later(client, record, result.metrics, paths.ADAPTER)
+        write_json(paths.RUN, run_record)
+        runs.log_training_or_later(client, run_record, result.metrics, paths.ADAPTER)
     shutil.rmtree(scratch)
     log.info("  ".join(f"{key} {result.metrics[key]:.4g}" for key in SHOWN))
 

@@ -47,13 +47,13 @@ def main(given: argparse.Namespace) -> None:
     if given.greedy:
         config.update(do_sample=False, temperature=None, top_p=None, top_k=None)
     if given.question is not None:
-        answer(model, tokenizer, config, given.question, given.instruction)
+        print_answer(model, tokenizer, config, given.question, given.instruction)
         return
     while (question := _next_question()) is not None:
         if not question.strip():
             continue
         try:
-            answer(model, tokenizer, config, question, given.instruction)
+            print_answer(model, tokenizer, config, question, given.instruction)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
         except KeyboardInterrupt:  # ends the answer, not the conversation
@@ -88,7 +88,9 @@ def load(folder: Path) -> tuple[Any, Any, Any]:
     return model, tokenizer, GenerationConfig.from_pretrained(folder)
 
 
-def answer(model: Any, tokenizer: Any, config: Any, question: str, instruction: str | None) -> None:
+def print_answer(
+    model: Any, tokenizer: Any, config: Any, question: str, instruction: str | None
+) -> None:
     """Generate and print the answer token by token."""
     import torch
     from transformers import TextStreamer

@@ -41,10 +41,10 @@ def apply_gate(report: dict[str, Any], gate: Gate) -> dict[str, Any]:
             reason = f"not compared with a champion: {champion['reason']}"
             rule("max_loss_above_champion", not champion["broken"], reason)
     passed = all(each["passed"] for each in rules)
-    told = [each["reason"] for each in rules if each["passed"] == passed] or ["no rule is set"]
+    shown = [each["reason"] for each in rules if each["passed"] == passed] or ["no rule is set"]
     return {
         "passed": passed,
-        "reason": f"{'passed' if passed else 'failed'}: {'; '.join(told)}",
+        "reason": f"{'passed' if passed else 'failed'}: {'; '.join(shown)}",
         "rules": rules,
     }
 

@@ -80,7 +80,7 @@ class Server:
             except aiohttp.ClientError as error:
                 with suppress(subprocess.TimeoutExpired):  # give it time to log the reason
                     self.process.wait(process.PATIENCE)
-                raise self.failure(f"died while it answered ({error})") from error
+                raise self.failure(f"died while it generated ({error})") from error
         return [to_answer(tokenizer, new, decoding.end_id) for new in tokens]
 
     async def _ask(
@@ -94,7 +94,7 @@ class Server:
             async def one(body: dict[str, Any]) -> list[int]:
                 async with session.post(f"{self.address}/v1/completions", json=body) as response:
                     if response.status != 200:
-                        raise Refused(f"answered {response.status}: {await response.text()}")
+                        raise Refused(f"responded {response.status}: {await response.text()}")
                     choice = (await response.json())["choices"][0]
                 if choice.get("token_ids") is None:
                     raise Refused("gives no token_ids with its answers; a newer vLLM does")

@@ -47,7 +47,7 @@ def explain_error(error: BaseException, kind: str, name: str, revision: str | No
         if missing and is_offline():
             return f"{name} at {revision} is not in the local cache, and HF_HUB_OFFLINE is set"
         if status in (401, 403):
-            return f"{name}: the hub answered {status}: {_access(page, bool(get_token()), status)}"
+            return f"{name}: the hub responded {status}: {_access(page, bool(get_token()), status)}"
     first = str(error).strip().splitlines() or [""]
     return (
         f"{name}: {type(error).__name__} while reading from {ENDPOINT}: {first[0][:300]}\n"

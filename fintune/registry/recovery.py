@@ -24,25 +24,25 @@ def run_of_adapter(client: MlflowClient) -> str:
 
     A run that was logged again has a new id; its tag `first_run_id` has the one in `models/run.json`.
     """
-    record = json.loads(paths.RUN.read_text())
+    run_record = json.loads(paths.RUN.read_text())
     metrics = json.loads(paths.TRAIN_METRICS.read_text())
     curve = read_curve(paths.TRAIN_CURVE)
-    run_id = existing_run(client, record["run_id"])
+    run_id = existing_run(client, run_record["run_id"])
     if run_id is None:
-        experiment = mlflow.set_experiment(record["experiment"])
+        experiment = mlflow.set_experiment(run_record["experiment"])
         again = client.search_runs(
-            [experiment.experiment_id], f"tags.first_run_id = '{record['run_id']}'"
+            [experiment.experiment_id], f"tags.first_run_id = '{run_record['run_id']}'"
         )
         if again:
             run_id = str(again[0].info.run_id)
         else:
-            tags = {"first_run_id": record["run_id"]}
+            tags = {"first_run_id": run_record["run_id"]}
             run_id = client.create_run(
-                experiment.experiment_id, tags=tags, run_name=record["name"]
+                experiment.experiment_id, tags=tags, run_name=run_record["name"]
             ).info.run_id
-            log.info("MLflow has no run %s; logging it again as %s", record["run_id"], run_id)
+            log.info("MLflow has no run %s; logging it again as %s", run_record["run_id"], run_id)
     if client.get_run(run_id).data.tags.get(COMPLETE) != "true":
-        log_training(client, {**record, "run_id": run_id}, metrics, paths.ADAPTER, curve)
+        log_training(client, {**run_record, "run_id": run_id}, metrics, paths.ADAPTER, curve)
         client.set_terminated(run_id, "FINISHED")
     return str(run_id)
 

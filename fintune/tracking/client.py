@@ -79,7 +79,7 @@ def _ask_server(uri: str) -> None:
         requests.get(f"{uri.rstrip('/')}/health", timeout=5).raise_for_status()
     except requests.RequestException as error:
         raise UserError(
-            f"no MLflow server answers at {_shown(uri)} ({type(error).__name__}); start it, or unset "
+            f"no MLflow server responds at {_shown(uri)} ({type(error).__name__}); start it, or unset "
             "MLFLOW_TRACKING_URI to log to mlflow.db in this folder"
         ) from None
 

@@ -35,11 +35,11 @@ SWEEP = "experiments_on_commit"
 
 
 @contextmanager
-def training_run(record: Path, name: str, parent: str | None) -> Iterator[str]:
+def training_run(id_file: Path, name: str, parent: str | None) -> Iterator[str]:
     """Start a training job's run, or resume its earlier one, with system metrics.
 
     Args:
-        record: file that keeps the run's id between a kill and the resumption.
+        id_file: file that keeps the run's id between a kill and the resumption.
         name: of a new run; under `dvc exp run`, the experiment's name replaces it.
         parent: the run under which the UI nests a new one, if any.
 
@@ -47,16 +47,16 @@ def training_run(record: Path, name: str, parent: str | None) -> Iterator[str]:
         The run's id. The run ends as FINISHED, KILLED (by the user) or FAILED.
     """
     run_id = None
-    if record.is_file():
-        run_id = existing_run(MlflowClient(), record.read_text().strip())
+    if id_file.is_file():
+        run_id = existing_run(MlflowClient(), id_file.read_text().strip())
     run = mlflow.start_run(
         run_id=run_id,
         parent_run_id=None if run_id else parent,
         run_name=None if run_id else os.environ.get("DVC_EXP_NAME") or name,
         log_system_metrics=True,
     )
-    record.parent.mkdir(parents=True, exist_ok=True)
-    record.write_text(run.info.run_id)
+    id_file.parent.mkdir(parents=True, exist_ok=True)
+    id_file.write_text(run.info.run_id)
     try:
         yield run.info.run_id
     except KeyboardInterrupt:
@@ -125,7 +125,7 @@ def live_logger(run_id: str) -> Callable[[int, dict[str, float]], None]:
             client.log_batch(run_id, metrics=metrics)
         except Exception as error:  # no logging error may stop training
             lost = True
-            log.warning("MLflow stopped answering (%s); evaluate logs the run again", error)
+            log.warning("MLflow stopped responding (%s); evaluate logs the run again", error)
 
     return log_values
 
@@ -180,15 +180,15 @@ def _is_json(text: str) -> bool:
 
 def log_training(
     client: MlflowClient,
-    record: dict[str, Any],
+    run_record: dict[str, Any],
     metrics: dict[str, float],
     adapter: Path,
     curve: list[dict[str, float | None]] | None = None,
 ) -> None:
     """Log parameters, lineage, final metrics and the adapter, and the curve if it was not logged live."""
-    run_id = record["run_id"]
-    params = [MlflowParam(key, value) for key, value in record["params"].items()]
-    tags = [RunTag(key, value) for key, value in record["tags"].items()]
+    run_id = run_record["run_id"]
+    params = [MlflowParam(key, value) for key, value in run_record["params"].items()]
+    tags = [RunTag(key, value) for key, value in run_record["tags"].items()]
     tags.append(RunTag("mlflow.note.content", _description(metrics)))
     finals = [Metric(key, value, now_ms(), 0) for key, value in metrics.items()]
     client.log_batch(run_id, metrics=finals, params=params, tags=tags)

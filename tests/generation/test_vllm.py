@@ -186,7 +186,7 @@ def test_a_server_that_dies_while_it_answers_is_quoted(
     model: Any, tokenizer: Any, stand_in: StandIn
 ) -> None:
     stand_in.set("STANDIN", "quits")
-    with pytest.raises(UserError, match="died while it answered") as refused:
+    with pytest.raises(UserError, match="died while it generated") as refused:
         ask(model, tokenizer, [[300, n, 301] for n in range(20)])
     assert "CudaError: out of memory" in str(refused.value)
     assert stand_in.left() == []
@@ -202,7 +202,7 @@ def test_a_refused_request_is_told_in_the_server_s_words(
         return command(self, *args, **changes)
 
     monkeypatch.setattr(vllm.Server, "generate", misnamed)
-    with pytest.raises(UserError, match=r"answered 404: .*no such model"):
+    with pytest.raises(UserError, match=r"responded 404: .*no such model"):
         ask(model, tokenizer, [[300, 1, 301]])
     assert stand_in.left() == []
 

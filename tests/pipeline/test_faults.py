@@ -98,7 +98,7 @@ def test_training_without_its_server_stops_before_anything_is_loaded(formatted: 
     )
     assert time.monotonic() - begun < 60  # mostly imports; the client would retry for minutes
     assert done.returncode == 1
-    assert f"error: no MLflow server answers at http://{address}" in done.stderr
+    assert f"error: no MLflow server responds at http://{address}" in done.stderr
     assert "user" not in done.stderr.replace("unset", "") and "secret" not in done.stderr
     assert "Traceback" not in done.stderr
     assert "device:" not in done.stderr and "Loading" not in done.stderr
@@ -260,14 +260,14 @@ def server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
             start_new_session=True,  # its workers must end with it
         )
     try:
-        wait_until(lambda: answers(f"{address}/health"), process, "the server answers")
+        wait_until(lambda: responds(f"{address}/health"), process, "the server")
         yield address, artifacts
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
-def answers(url: str) -> bool:
+def responds(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=5) as response:
             return bool(response.status == 200)

@@ -277,6 +277,14 @@ def test_the_merged_folder_needs_transformers_only(finished: Finished, tmp_path:
     assert loaded["answered"]
 
 
+def test_outputs_are_links_to_dvc_s_cache(finished: Finished) -> None:
+    """Large files are stored once, and read-only: an edit in place would change the cache."""
+    cached = {path.stat().st_ino for path in (finished.project / ".dvc/cache").rglob("*")}
+    for name in ("models/merged/model.safetensors", "models/adapter/adapter_model.safetensors"):
+        output = (finished.project / name).stat()
+        assert output.st_ino in cached and output.st_mode & 0o222 == 0
+
+
 def test_one_run_is_logged_with_every_parameter(finished: Finished) -> None:
     (run,) = runs(finished.project)
     assert run.info.status == "FINISHED"

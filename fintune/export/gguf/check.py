@@ -92,8 +92,8 @@ def transformers_answers(
 
     answers = []
     for prompt in prompts:
-        asked, _ = encode(tokenizer, prompt, "")
-        ids = torch.tensor([asked], device=model.device)
+        prompt_ids, _ = encode(tokenizer, prompt, "")
+        ids = torch.tensor([prompt_ids], device=model.device)
         tokens = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -103,7 +103,7 @@ def transformers_answers(
             top_p=None,
             top_k=None,
         )[0].tolist()
-        answer = tokens[len(asked) :]
+        answer = tokens[len(prompt_ids) :]
         text = tokenizer.decode(answer, skip_special_tokens=True)
-        answers.append(Completion(asked, answer, text))
+        answers.append(Completion(prompt_ids, answer, text))
     return answers

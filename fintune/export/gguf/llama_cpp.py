@@ -88,7 +88,7 @@ def _reason(done: subprocess.CompletedProcess[str]) -> str:
     return (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
 
 
-def _answer_all(file: str, prompts: list[str], max_new_tokens: int) -> list[Completion]:
+def _complete_all(file: str, prompts: list[str], max_new_tokens: int) -> list[Completion]:
     """Start a server on loopback, in this process, and request one answer after another."""
     import xllamacpp
 
@@ -105,7 +105,7 @@ def _answer_all(file: str, prompts: list[str], max_new_tokens: int) -> list[Comp
     server = xllamacpp.Server(params)
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
-    def ask(path: str, body: dict[str, Any]) -> dict[str, Any]:
+    def post(path: str, body: dict[str, Any]) -> dict[str, Any]:
         request = urllib.request.Request(
             server.listening_address + path,
             data=json.dumps(body).encode(),
@@ -121,17 +121,17 @@ def _answer_all(file: str, prompts: list[str], max_new_tokens: int) -> list[Comp
     answers = []
     for prompt in prompts:
         read = {"content": prompt, "add_special": True, "parse_special": True}
-        asked = ask("/tokenize", read)["tokens"]
+        prompt_ids = post("/tokenize", read)["tokens"]
         wanted = {"n_predict": max_new_tokens, "temperature": 0, "return_tokens": True}
-        said = ask("/completion", {"prompt": prompt, "cache_prompt": False, **wanted})
-        answers.append(Completion(asked, said["tokens"], said["content"]))
+        completed = post("/completion", {"prompt": prompt, "cache_prompt": False, **wanted})
+        answers.append(Completion(prompt_ids, completed["tokens"], completed["content"]))
     return answers
 
 
 def main() -> None:
     """Answer the prompts on standard input with the file named on the command line."""
     request = json.loads(sys.stdin.read())
-    answers = _answer_all(sys.argv[1], request["prompts"], request["max_new_tokens"])
+    answers = _complete_all(sys.argv[1], request["prompts"], request["max_new_tokens"])
     print(json.dumps([asdict(answer) for answer in answers]))
 
 
