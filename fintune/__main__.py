@@ -10,14 +10,13 @@ from pathlib import Path
 from fintune.stage import prepare, run
 
 PROGRAM = "python -m fintune"
-COMMANDS = sorted(
-    path.stem for path in (Path(__file__).parent / "commands").glob("[!_]*.py")
-)  # one file per command
+FOLDER = Path(__file__).parent / "commands"  # one file per command
+COMMANDS = sorted(path.stem for path in FOLDER.glob("[!_]*.py"))
 
 
 def summary(name: str) -> str:
     """Return the first line of a command's docstring, without importing the command."""
-    source = (Path(__file__).parent / f"commands/{name}.py").read_text(encoding="utf-8")
+    source = (FOLDER / f"{name}.py").read_text(encoding="utf-8")
     return (ast.get_docstring(ast.parse(source)) or "").splitlines()[0]
 
 

@@ -23,11 +23,7 @@ PAGES = sorted(
 )
 PARAMS = flatten(YAML(typ="safe").load((ROOT / "params.yaml").read_text()))
 TARGETS = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-# programs of others, whose own documentation is the reference
-OTHERS = {
-    *("cd", "cp", "curl", "docker", "export", "git", "pip", "ruff", "source", "mypy", "ssh"),
-    *("transformers", "vllm", "~/vllm/bin/pip", "sha256sum", "aws", "psql"),
-}
+OURS = ("python", ".venv/bin/python", "dvc", "mlflow", "make")
 
 
 class Command(NamedTuple):
@@ -46,26 +42,16 @@ def code_lines(text: str) -> Iterator[str]:
 
 
 def commands() -> Iterator[Command]:
-    """Yield the shell commands of all pages, without comments and variables before them."""
+    """Yield the commands of all pages that a parser here can check, without comments and variables."""
     for page in PAGES:
         for line in code_lines(page.read_text()):
-            if not re.match(r"[\w./~-]+( |$)|[A-Z_]+=", line) or re.match(
-                r"(import|from|\w+ =) ", line
-            ):
-                continue
             for part in re.split(r" && | \| ", re.sub(r"(^|\s)#.*", "", line)):
-                try:
-                    words = shlex.split(part)
-                except ValueError:
-                    continue  # prose in quotation marks, such as an error that is shown
-                while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
-                    words = words[1:]
-                if words and (words[0] in OURS or words[0] in OTHERS):
-                    yield Command(page.name, words)
+                plain = re.sub(r"^([A-Z_]+=\S+ )+", "", part)
+                if plain.split(" ")[0] in OURS:
+                    yield Command(page.name, shlex.split(plain))
 
 
-OURS = ("python", ".venv/bin/python", "dvc", "mlflow", "make")
-COMMANDS_SHOWN = [each for each in commands() if each.words[0] in OURS]
+COMMANDS_SHOWN = list(commands())
 
 
 class Parsed(Exception):
@@ -116,7 +102,9 @@ def parse_mlflow(words: list[str]) -> None:
     command.make_context(name, list(words))
 
 
-@pytest.mark.parametrize("command", COMMANDS_SHOWN, ids=lambda each: " ".join(each.words)[:60])
+@pytest.mark.parametrize(
+    "command", COMMANDS_SHOWN, ids=lambda each: f"{each.page}: {' '.join(each.words)}"[:75]
+)
 def test_commands_parse(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     program, *words = command.words

@@ -232,14 +232,13 @@ def _measure(
     output = project_root() / paths.SCRATCH / f"search/{name}.log"
     output.parent.mkdir(parents=True, exist_ok=True)
     sets = [part for key, each in overrides.items() for part in ("-S", f"{key}={_yaml(each)}")]
-    here, path = str(Path(sys.executable).absolute().parent), os.environ.get("PATH", "")
-    path = path if here in path.split(os.pathsep) else f"{here}{os.pathsep}{path}"
+    here, path = Path(sys.executable).absolute().parent, os.environ.get("PATH", "")
     with output.open("w") as file:
         process = subprocess.Popen(
             ["dvc", "exp", "run", "--temp", "--name", name, *sets, objective.stage],
             stdout=file,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"PATH": path, "FINTUNE_PARENT_RUN": parent},
+            env=os.environ | {"PATH": f"{here}{os.pathsep}{path}", "FINTUNE_PARENT_RUN": parent},
             start_new_session=True,  # Ctrl-C must reach it only once, from here
         )
         try:

@@ -11,10 +11,8 @@ from fintune.hub.datasets import read_dataset
 from fintune.params import Fetch
 
 log = logging.getLogger("fintune")
-WATCHED = (
-    paths.DEMO_ASSETS,
-    paths.OWN_DATA,
-)  # dvc.yaml lists files in these as fetch's dependencies
+# dvc.yaml lists files in these as fetch's dependencies
+WATCHED = (paths.DEMO_ASSETS, paths.OWN_DATA)
 
 
 def read_rows_of(params: Fetch) -> tuple[list[Row], dict[str, Any]]:

@@ -223,7 +223,7 @@ def _description(metrics: dict[str, float]) -> str:
     return (
         f"Validation loss {metrics['validation_loss']:.4g} after {metrics['steps']:.0f} steps in "
         f"{metrics['seconds']:.0f} s, {metrics['tokens_per_second']:,.0f} tokens/s. "
-        "Answers to read: Artifacts, samples.md. Curves: Model metrics, section curve."
+        "Answers to read: Artifacts, evaluation.html. Curves: Model metrics, section curve."
     )
 
 

@@ -130,10 +130,10 @@ def test_sampled_tokens_have_the_models_probabilities(base: Base, tokenizer: Any
     likeliest = int(shares.argmax())
     text = tokenizer.decode([likeliest]).strip()
     decoding = Decoding(end_token_id(tokenizer), max_new_tokens=1, temperature=1.0)
-    found = generate(model, tokenizer, [prompt] * 500, decoding, "draws", 500)
-    share = sum(answer.text == text for answer in found) / 500
+    found = generate(model, tokenizer, [prompt] * 2000, decoding, "draws", 2000)
+    share = sum(answer.text == text for answer in found) / 2000
     expected = float(shares[[i for i in range(len(shares)) if decoded(tokenizer, i) == text]].sum())
-    assert share == pytest.approx(expected, abs=4 * (expected * (1 - expected) / 500) ** 0.5)
+    assert share == pytest.approx(expected, abs=4 * (expected * (1 - expected) / 2000) ** 0.5)
 
 
 def decoded(tokenizer: Any, token: int) -> str:
