@@ -5,12 +5,12 @@
         --out benchmarks/evaluation_speed.json
 
 The base is in 4 bits, with an adapter on all projections whose B is not zero. Answers: a fixed number of
-new tokens per prompt, by this project in one call, cold (compiling kernels, capturing CUDA graphs) and
-warm, and by transformers' own loop in batches of 256. Agreement: the share of answers, and of their first
-words, that equal those of that loop; random weights give nearly equal probabilities to thousands of
-tokens, so rounding error decides. Then the measurements of the evaluate stage, without its page and
-MLflow: likelihood and answers of base and tuned model, and the text metrics. Random weights never end an
-answer, so this is the worst case.
+new tokens per prompt, by this project in one call: greedy, cold (compiling kernels, capturing CUDA graphs)
+and warm, and with samplers; and greedy by transformers' own loop in batches of 256. Agreement: the share
+of answers, and of their first words, that equal those of that loop; random weights give nearly equal
+probabilities to thousands of tokens, so rounding error decides. Then the measurements of the evaluate
+stage, without its page and MLflow: likelihood and answers of base and tuned model, and the text metrics.
+Random weights never end an answer, so this is the worst case.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import shlex
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,23 @@ from benchmarks.training_speed import version
 from fintune.data.formatting import format_row
 from fintune.data.prompt import encode, end_token_id, load_tokenizer
 from fintune.data.tables import read_source
-from fintune.generation.decoding import Decoding
-from fintune.generation.generate import generate
+from fintune.evaluation.rows import Chosen
+from fintune.evaluation.sums import metric_sums
+from fintune.generation.decoding import GREEDY, Decoding, title
+from fintune.generation.generate import Answer, generate
 from fintune.hardware import GIB, compute_dtype, free_memory
 from fintune.model.adapter import save_adapter, write_training
 from fintune.model.base import load_base
-from fintune.params import Base
+from fintune.params import Base, Generation, Sampler
 from fintune.stage import run, write_json
+
+SAMPLERS: tuple[dict[str, float], ...] = (
+    {"temperature": 1.0},
+    {"temperature": 1.0, "min_p": 0.1},
+    {"temperature": 0.7, "top_p": 0.95},
+    {"temperature": 1.0, "min_p": 0.1, "repetition_penalty": 1.05},
+    {"temperature": 0.7, "top_p": 0.95, "repetition_penalty": 1.1},
+)
 
 
 def main() -> None:
@@ -52,6 +63,9 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=200)
     parser.add_argument("--questions", type=int, default=1711)
+    parser.add_argument(
+        "--samplers-only", action="store_true", help="without transformers' loop and the stage"
+    )
     arguments = parser.parse_args()
     params = read_recipe(
         Path("recipes/mistral-7b.yaml"), [f"base.model={arguments.base}", "base.revision=null"]
@@ -75,6 +89,10 @@ def main() -> None:
     report["answers"] = answers(model, tokenizer, prompts, arguments.new_tokens)
     write_json(arguments.out, report)
     print(report["answers"], flush=True)
+    if arguments.samplers_only:
+        return
+    report["answers"] |= agreement(model, tokenizer, prompts, arguments.new_tokens)
+    write_json(arguments.out, report)
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(model, Path(folder))
         write_training(Path(folder), base, params.train.model_dump(), "")
@@ -86,28 +104,47 @@ def main() -> None:
 
 
 def answers(model: Any, tokenizer: Any, prompts: list[list[int]], limit: int) -> dict[str, Any]:
-    """Measure tokens per second of each engine, and their agreement."""
-    end, found = end_token_id(tokenizer), {}
+    """Measure the tokens per second of greedy answers, cold and warm, and of sampled ones."""
+    greedy = Decoding(end_token_id(tokenizer), limit)
     report: dict[str, Any] = {"prompts": len(prompts), "new_tokens": limit}
-    for name, at_once, kernels, count in (
-        ("cold", "auto", "fused", len(prompts)),
-        ("warm", "auto", "fused", len(prompts)),
-        ("transformers_256", 256, "plain", min(256, len(prompts))),
-    ):
-        reset_peak()
-        begun = time.perf_counter()
-        found[name] = generate(
-            model, tokenizer, prompts[:count], Decoding(end, limit), name, at_once, kernels
-        )
-        seconds = time.perf_counter() - begun
-        tokens = sum(answer.tokens for answer in found[name])
-        speed = {"tokens_per_second": tokens / seconds, "seconds": seconds, "tokens": tokens}
-        report[name] = speed | {"peak_memory_gib": peak()}
-    pairs = list(zip(found["warm"], found["transformers_256"], strict=False))
-    words = [(ours.text.split(), plain.text.split()) for ours, plain in pairs]
-    report["equal_answers"] = sum(ours == plain for ours, plain in pairs) / len(pairs)
-    report["equal_first_words"] = sum(a[:1] == b[:1] for a, b in words) / len(pairs)
+    report["cold"], _ = speed(model, tokenizer, prompts, greedy)
+    report["warm"], _ = speed(model, tokenizer, prompts, greedy)
+    for settings in SAMPLERS:
+        decoding = replace(greedy, **settings)
+        report[title(decoding.settings)], _ = speed(model, tokenizer, prompts, decoding)
     return report
+
+
+def agreement(model: Any, tokenizer: Any, prompts: list[list[int]], limit: int) -> dict[str, Any]:
+    """Measure transformers' own loop, and its agreement with this project's answers."""
+    greedy = Decoding(end_token_id(tokenizer), limit)
+    few = prompts[:256]
+    _, ours = speed(model, tokenizer, few, greedy)
+    measured, plain = speed(model, tokenizer, few, greedy, 256, "plain")
+    pairs = list(zip(ours, plain, strict=True))
+    words = [(a.text.split(), b.text.split()) for a, b in pairs]
+    return {
+        "transformers_256": measured,
+        "equal_answers": sum(a == b for a, b in pairs) / len(pairs),
+        "equal_first_words": sum(a[:1] == b[:1] for a, b in words) / len(pairs),
+    }
+
+
+def speed(
+    model: Any,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    decoding: Decoding,
+    rows: int | str = "auto",
+    kernels: str = "fused",
+) -> tuple[dict[str, float], list[Answer]]:
+    """Measure one call of `generate`; return its speed and the answers."""
+    reset_peak()
+    begun = time.perf_counter()
+    found = generate(model, tokenizer, prompts, decoding, "answers", rows, kernels)
+    seconds, tokens = time.perf_counter() - begun, sum(answer.tokens for answer in found)
+    measured = {"tokens_per_second": tokens / seconds, "seconds": seconds, "tokens": tokens}
+    return measured | {"peak_memory_gib": peak()}, found
 
 
 def stage(adapter: Path, rows: list[dict[str, Any]], params: Any) -> dict[str, Any]:
@@ -126,21 +163,22 @@ def stage(adapter: Path, rows: list[dict[str, Any]], params: Any) -> dict[str, A
     originals = measuring.likelihood, measuring.generate_answers
     measuring.likelihood = timed("likelihood", measuring.likelihood)
     measuring.generate_answers = timed("answers", measuring.generate_answers)
-    references = [[row["output"]] for row in rows]
+    test = Chosen(rows, [row["input"] for row in rows], [[row["output"]] for row in rows])
+    greedy = Generation(decoding=Sampler(**GREEDY), max_new_tokens=params.generation.max_new_tokens)
     reset_peak()
     begun = time.perf_counter()
     try:
-        measured = measuring.measure(adapter, None, rows, references, [], params.evaluate)
+        measured = measuring.measure(adapter, None, test, test, [], params.evaluate, greedy)
     finally:
         measuring.likelihood, measuring.generate_answers = originals
     middle = time.perf_counter()
     for result in measured.results.values():
-        measuring.metric_sums(result, rows, references, None)
+        metric_sums(result, test, None)
     tokens = 2 * sum(row["tokens"] for row in rows)
     return {
         "questions": len(rows),
-        "max_new_tokens": params.evaluate.max_new_tokens,
-        "answer_tokens": sum(a.tokens for s in measured.results.values() for a in s.answers),
+        "max_new_tokens": greedy.max_new_tokens,
+        "answer_tokens": sum(a.tokens for s in measured.results.values() for a in s.greedy),
         "seconds": time.perf_counter() - begun,
         "text_metrics_seconds": time.perf_counter() - middle,
         **{f"{name}_seconds": seconds for name, seconds in took.items()},

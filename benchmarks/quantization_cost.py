@@ -31,8 +31,11 @@ from fintune.data.records import select_records
 from fintune.data.splitting import split_rows
 from fintune.data.tables import read_source
 from fintune.errors import UserError
-from fintune.evaluation.measure import ModelResult, metric_sums
+from fintune.evaluation.measure import ModelResult
+from fintune.evaluation.rows import Chosen
 from fintune.evaluation.statistics import summarize
+from fintune.evaluation.sums import metric_sums
+from fintune.evaluation.validation import validator
 from fintune.generation.decoding import Decoding
 from fintune.generation.generate import generate
 from fintune.hardware import compute_dtype, free_memory
@@ -92,9 +95,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             cost = {}
             if name == "base":
-                fine_tune(vary(here, max_steps=WARM_UP_STEPS), tokenizer, tokens, Path(folder))
+                first = vary(here, max_steps=WARM_UP_STEPS)
+                fine_tune(first, tokenizer, tokens, rows["validation"], Path(folder))
             else:
-                cost = fine_tune(here, tokenizer, tokens, Path(folder))
+                cost = fine_tune(here, tokenizer, tokens, rows["validation"], Path(folder))
             adapter = Path(folder) / "adapter" if name == "tuned" else None
             values = measure(here, tokenizer, tokens["test"], rows["test"], adapter)
         run_of = {"model": name, "quantization": quantization, "seed": seed}
@@ -110,7 +114,7 @@ def describe_setting(params: Params, tokens: dict[str, list[TokenRow]]) -> dict[
     The share of references that fit into max_new_tokens is the stop rate of a model that samples like
     the data.
     """
-    limit = params.evaluate.max_new_tokens
+    limit = params.generation.max_new_tokens
     fitting = sum(len(completion) <= limit for _, completion in tokens["test"])
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -165,7 +169,11 @@ def read_splits(params: Params, tokenizer: Any) -> dict[str, list[dict[str, Any]
 
 
 def fine_tune(
-    params: Params, tokenizer: Any, tokens: dict[str, list[TokenRow]], folder: Path
+    params: Params,
+    tokenizer: Any,
+    tokens: dict[str, list[TokenRow]],
+    validation: list[dict[str, Any]],
+    folder: Path,
 ) -> dict[str, float]:
     """Train an adapter, write it to `folder`/adapter and return the keys of reports/train.json."""
     settings, dtype = params.train, compute_dtype(params.train.precision)
@@ -176,7 +184,7 @@ def fine_tune(
         tokens["train"],
         settings,
         dtype,
-        validate=lambda tuned: likelihood(tuned, tokens["validation"], "validate").loss,
+        validate=validator(settings, tokenizer, validation, tokens),
         scratch=folder,
         on_log=lambda step, values: None,
     )
@@ -205,13 +213,14 @@ def measure(
         model = load_adapter(model, adapter)
     scores = likelihood(model, rows, "likelihood")
     prompts, end = [prompt for prompt, _ in rows], end_token_id(tokenizer)
-    limit, rows_per_batch = params.evaluate.max_new_tokens, params.evaluate.rows_per_batch
+    limit, rows_per_batch = params.generation.max_new_tokens, params.evaluate.rows_per_batch
+    chosen = Chosen(test, [row["input"] for row in test], [[row["output"]] for row in test])
     described = []
     for title, sampling in (("greedy answers", {}), ("sampled answers", SAMPLING)):
         decoding = Decoding(end, limit, seed=params.train.seed, **sampling)
         answers = generate(model, tokenizer, prompts, decoding, title, rows_per_batch)
-        references = [[row["output"]] for row in test]
-        sums = metric_sums(ModelResult(scores, answers, None), test, references, None)
+        result = ModelResult(scores, [[answer] for answer in answers], answers, None)
+        sums, _ = metric_sums(result, chosen, None)
         described.append(
             {key: value for key, value in summarize(sums).items() if value is not None}
         )

@@ -14,6 +14,8 @@ class Metric:
 
 
 METRICS = {
+    "accuracy": Metric("Right answers, share of those that can be checked", 1),
+    "checkable_rows": Metric("Rows whose result can be checked", 0),
     "loss": Metric("Loss, nats an answer token", -1),
     "perplexity": Metric("Answer perplexity", -1),
     "bits_per_byte": Metric("Bits a byte", -1),
@@ -24,6 +26,7 @@ METRICS = {
     "chrf": Metric("chrF", 1),
     "similarity": Metric("Likeness of meaning", 1),
     "stop_rate": Metric("Stop rate", 1),
+    "loop_rate": Metric("Answers that end in a loop", -1),
     "empty_rate": Metric("Empty answers", -1),
     "distinct_2": Metric("Different word pairs (distinct-2)", 1),
     "longest_repeat": Metric("Longest repeated stretch, words", -1),

@@ -6,12 +6,21 @@ problem at once, so a typo in `train` is found before `fetch` runs.
 
 import difflib
 import re
-import types
 import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PlainValidator,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -19,6 +28,7 @@ from fintune.errors import UserError
 
 PARAMS_FILE = Path("params.yaml")
 COMMIT = re.compile(r"[0-9a-f]{40}")
+AUTO, VALUES = "(auto)", "(values)"  # tags of generation.decoding's two forms, left out of messages
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -41,11 +51,18 @@ class Section(BaseModel):
 
 
 class Columns(Section):
-    """The source's columns that hold the three texts; `default_instruction` replaces a null instruction."""
+    """The source's columns that hold the three texts; `default_instruction` replaces a null instruction.
+
+    Three more are optional: `result`, what of the output can be right or wrong; `kind`, by which the
+    report breaks the metrics down; and `split`, which says train, validation or test.
+    """
 
     instruction: Name | None
     input: Name
     output: Name
+    result: Name | None = None
+    kind: Name | None = None
+    split: Name | None = None
 
 
 class Fetch(Section):
@@ -68,16 +85,19 @@ class Fetch(Section):
 
 
 class Split(Section):
-    """Held-out fractions of the questions, and the similarity from which two are near-duplicates."""
+    """Held-out fractions of the questions, and the similarity from which two are near-duplicates.
+
+    A null fraction holds out only the rows that `fetch.columns.split` assigns.
+    """
 
     seed: Seed
-    validation_fraction: Fraction
-    test_fraction: Fraction
+    validation_fraction: Fraction | None
+    test_fraction: Fraction | None
     near_duplicate_similarity: Annotated[float, Field(ge=0.5, le=1)] | None
 
     @model_validator(mode="after")
     def _something_left_to_train_on(self) -> "Split":
-        if self.validation_fraction + self.test_fraction >= 1:
+        if (self.validation_fraction or 0) + (self.test_fraction or 0) >= 1:
             raise ValueError("validation_fraction and test_fraction leave nothing to train on")
         return self
 
@@ -155,6 +175,7 @@ class Train(Section):
     tokens_per_pass: Annotated[int | Literal["auto"], PlainValidator(_auto_or_count)]
     validate_every_steps: Count
     early_stopping_patience: Count | None
+    keep: Literal["best_loss", "best_answers", "last"]
     seed: Seed
 
     @model_validator(mode="after")
@@ -169,12 +190,35 @@ class Train(Section):
         return self
 
 
-class Sampling(Section):
-    """Sampling of the example answers; the metrics use greedy decoding."""
+class Sampler(Section):
+    """The values of a decoding: temperature 0 is greedy, top_k 0 and repetition_penalty 1 are off."""
 
-    temperature: Positive
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     top_p: Annotated[float, Field(gt=0, le=1)]
-    rows: Annotated[int, Field(ge=0)]
+    min_p: Annotated[float, Field(ge=0, lt=1)]
+    top_k: Annotated[int, Field(ge=0)]
+    repetition_penalty: Positive
+
+
+class Generation(Section):
+    """How the tuned model answers, wherever it answers: measured, judged, shown and shipped.
+
+    `auto` measures a list of decodings on validation rows and takes the best.
+    """
+
+    decoding: Annotated[
+        Annotated[Literal["auto"], Tag(AUTO)] | Annotated[Sampler, Tag(VALUES)],
+        Discriminator(lambda given: VALUES if isinstance(given, dict | Sampler) else AUTO),
+    ]
+    max_new_tokens: Count
+
+    @field_validator("decoding", mode="before")
+    @classmethod
+    def _auto_or_values(cls, given: Any) -> Any:
+        if given != "auto" and not isinstance(given, dict | Sampler):
+            keys = ", ".join(Sampler.model_fields)
+            raise ValueError(f"give auto or {{{keys}}}, not {given!r}; temperature 0 is greedy")
+        return given
 
 
 class Embedding(Section):
@@ -209,6 +253,8 @@ class Gate(Section):
 
     min_perplexity_reduction: Annotated[float, Field(ge=0, lt=1)] | None
     min_stop_rate: Share | None
+    max_loop_rate: Share | None
+    min_accuracy_gain: Annotated[float, Field(ge=-1, le=1)] | None
     max_forgetting: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
     max_loss_above_champion: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
     strict: bool
@@ -218,11 +264,10 @@ class Evaluate(Section):
     """The comparison of base, tuned model and champion on the test rows."""
 
     max_rows: Count | None
-    max_new_tokens: Count
+    samples_per_prompt: Count
     engine: Literal["built_in", "vllm"]
     rows_per_batch: Annotated[int | Literal["auto"], PlainValidator(_auto_or_count)]
     kernels: Literal["auto", "fused", "plain"]
-    sampling: Sampling
     embedding: Embedding | None
     general_text: Name | None
     champion: Annotated[str, Field(pattern=r"^[^/:]+$")] | None
@@ -242,14 +287,6 @@ class Evaluate(Section):
         return self
 
 
-class Generation(Section):
-    """The exported model's default decoding settings."""
-
-    temperature: Positive
-    top_p: Annotated[float, Field(gt=0, le=1)]
-    max_new_tokens: Count
-
-
 class MergeExport(Section):
     """The format of the merged model, and the registered name of the adapter.
 
@@ -261,7 +298,6 @@ class MergeExport(Section):
     dtype: Literal["bfloat16", "float16", "float32"]
     check_rows: Count
     max_loss_difference: Positive
-    generation: Generation
     gguf: list[Literal["f16", "q8_0"]]
     registered_model: Annotated[str, Field(pattern=r"^[^/:]+$")]
 
@@ -274,8 +310,19 @@ class Params(Section):
     base: Base
     format: Format
     train: Train
+    generation: Generation
     evaluate: Evaluate
     merge_export: MergeExport
+
+    @model_validator(mode="after")
+    def _held_out_rows_from_somewhere(self) -> "Params":
+        for key in ("validation_fraction", "test_fraction"):
+            if getattr(self.split, key) is None and self.fetch.columns.split is None:
+                raise ValueError(
+                    f"split.{key}: null takes the rows that a column of the source assigns; "
+                    "name it in fetch.columns.split, or give a fraction"
+                )
+        return self
 
 
 def read_params(path: Path = PARAMS_FILE) -> Params:
@@ -317,7 +364,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _describe(problem: Any) -> str:
     """Format a problem as `dotted.key: problem, not value`; for an unknown key, suggest a near match."""
-    path = [str(part) for part in problem["loc"]]
+    path = [str(part) for part in problem["loc"] if part not in (AUTO, VALUES)]
     key = ".".join(path)
     match problem["type"]:
         case "extra_forbidden":
@@ -326,7 +373,7 @@ def _describe(problem: Any) -> str:
         case "missing":
             return f"{key}: missing"
         case "value_error":
-            return f"{key}: {problem['ctx']['error']}"
+            return f"{key}: {problem['ctx']['error']}".removeprefix(": ")
     return f"{key}: {problem['msg'][:1].lower()}{problem['msg'][1:]}, not {problem['input']!r}"
 
 
@@ -335,7 +382,11 @@ def _keys_at(path: list[str]) -> list[str]:
     section: type[BaseModel] = Params
     for part in path:
         annotation: Any = section.model_fields[part].annotation
-        if isinstance(annotation, types.UnionType):
-            annotation = typing.get_args(annotation)[0]
-        section = annotation
+        section = next(kind for kind in _members(annotation) if issubclass(kind, BaseModel))
     return list(section.model_fields)
+
+
+def _members(annotation: Any) -> list[type]:
+    """Return the classes in a union, or the class itself."""
+    inside = [kind for part in typing.get_args(annotation) for kind in _members(part)]
+    return inside or [annotation] * isinstance(annotation, type)

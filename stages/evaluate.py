@@ -6,39 +6,41 @@ from dataclasses import replace
 from pathlib import Path
 
 from fintune import paths
-from fintune.data.records import normalize_question, read_passages
+from fintune.data.records import questions_of, read_passages
 from fintune.data.tables import read_rows, write_rows
 from fintune.errors import UserError
-from fintune.evaluation.harness import task_manager
-from fintune.evaluation.measure import measure, metric_sums
+from fintune.evaluation.harness import data_sets, load_tasks
+from fintune.evaluation.measure import measure
 from fintune.evaluation.page import render
-from fintune.evaluation.report import SCHEMA, conclude, predictions, row_losses, summary
+from fintune.evaluation.report import SCHEMA, conclude, row_losses, summary
 from fintune.evaluation.rows import select_rows
 from fintune.generation.vllm import find_vllm
 from fintune.lineage import project_root
 from fintune.params import read_params
 from fintune.registry.champion import fetch_champion
 from fintune.registry.recovery import read_curve, run_of_adapter
-from fintune.registry.results import log_predictions, log_results
+from fintune.registry.results import log_results, log_rows
 from fintune.stage import log, run, write_json, write_text
 from fintune.tracking.client import connect
 from fintune.tracking.runs import log_table
 
-TEST = paths.rows(paths.FORMATTED, "test")
+TEST, VALIDATION = (paths.rows(paths.FORMATTED, split) for split in ("test", "validation"))
 COLUMNS = ("instruction", "input", "output", "prompt", "completion")
 
 
 def main() -> None:
-    params = read_params().evaluate
-    if params.harness.tasks:
-        task_manager(params.harness)  # fail fast if the harness or a task is missing
+    everything = read_params()
+    params = everything.evaluate
+    # fail fast if the harness, a task or its data is missing
+    harness_data = data_sets(load_tasks(params.harness)) if params.harness.tasks else {}
     if params.engine == "vllm":
         find_vllm()
     client = connect(project_root())
     run_id = run_of_adapter(client)
     stored = read_rows(TEST, COLUMNS)
-    questions_of_rows = [normalize_question(row["input"]) for row in stored]
-    rows, questions, references = select_rows(stored, questions_of_rows, params.max_rows)
+    test = select_rows(stored, questions_of(stored), params.max_rows)
+    held_out = read_rows(VALIDATION, COLUMNS)
+    validation = select_rows(held_out, questions_of(held_out), None)
     passages = read_passages(params.general_text) if params.general_text else []
     if passages and Path(params.general_text or "").resolve() != paths.GENERAL_TEXT.resolve():
         log.warning(
@@ -49,27 +51,31 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         ours = (paths.RUN, paths.ADAPTER)
         champion = fetch_champion(client, params.champion, *ours, Path(folder))
-        measured = measure(paths.ADAPTER, champion.folder, rows, references, passages, params)
+        adapters = (paths.ADAPTER, champion.folder)
+        measured = measure(*adapters, test, validation, passages, params, everything.generation)
     if measured.champion_fault:
         log.warning("the champion is not compared: %s", measured.champion_fault)
         champion = replace(champion, reason=measured.champion_fault, broken=True)
-    sums = {
-        name: metric_sums(result, rows, references, measured.similarity.get(name))
-        for name, result in measured.results.items()
-    }
-    test = {"test_rows": len(stored), "test_md5": hashlib.md5(TEST.read_bytes()).hexdigest()}
-    about = measured.about | {"adapter_run": run_id} | test
-    report = conclude(measured, sums, rows, questions, champion, params) | {"evaluated": about}
-    table = predictions(rows, measured, sums)
+    origin = {"test_rows": len(stored), "test_md5": hashlib.md5(TEST.read_bytes()).hexdigest()}
+    about = measured.about | {"adapter_run": run_id} | origin
+    about |= {f"data_of_{task}": data for task, data in harness_data.items()}
+    report, table = conclude(measured, test, champion, params)
+    report["evaluated"] = about
     write_json(paths.EVALUATION, report)
     write_text(paths.EVALUATION_PAGE, render(report, table, read_curve(paths.TRAIN_CURVE), params))
     write_rows(paths.PREDICTIONS, table, SCHEMA)
     write_text(paths.ROW_LOSS, row_losses(table))
-    log_table(run_id, rows, "test", "evaluation", TEST)
-    settings = {"evaluate": params.model_dump(), "gate_passed": report["gate"]["passed"]}
+    log_table(run_id, test.rows, "test", "evaluation", TEST)
+    settings = {
+        "evaluate": params.model_dump(),
+        "generation": everything.generation.model_dump(),
+        "gate_passed": report["gate"]["passed"],
+    }
+    settings |= {"harness_data": harness_data} if harness_data else {}
     files = [paths.EVALUATION, paths.PREDICTIONS, paths.EVALUATION_PAGE]
     log_results(client, run_id, report, settings, files)
-    log_predictions(client, run_id, [{key: row[key] for key in SCHEMA} for row in table])
+    log_rows(client, run_id, "predictions", [{key: row[key] for key in SCHEMA} for row in table])
+    log_rows(client, run_id, "decodings", report["decoding"]["candidates"])
     for line in summary(report):
         log.info("%s", line)
     if params.gate.strict and not report["gate"]["passed"]:

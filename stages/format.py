@@ -4,7 +4,7 @@ import os
 import sys
 
 from fintune import paths
-from fintune.data.formatting import SCHEMA, format_rows
+from fintune.data.formatting import format_rows, schema_of
 from fintune.data.prompt import load_tokenizer
 from fintune.data.tables import SPLITS, read_rows, write_rows
 from fintune.hub.models import check_base
@@ -21,7 +21,7 @@ def main() -> None:
     for split in SPLITS:
         given = read_rows(paths.rows(paths.SPLIT, split))
         rows, report[split] = format_rows(tokenizer, given, params.format, split)
-        write_rows(paths.rows(paths.FORMATTED, split), rows, SCHEMA)
+        write_rows(paths.rows(paths.FORMATTED, split), rows, schema_of(rows))
         log.info("%s: %s", split, report[split])
     write_json(paths.FORMAT_METRICS, report)
 

@@ -7,6 +7,7 @@ from fintune.export.card import read_records, write_card
 from fintune.export.gguf.llama_cpp import require_packages
 from fintune.export.register import register_adapter
 from fintune.export.verify import export
+from fintune.generation.decoding import check_decoding
 from fintune.lineage import UPSTREAM, finished_stages, output_hashes, project_root
 from fintune.merging.merge import write_checksums
 from fintune.model.adapter import read_training
@@ -18,15 +19,18 @@ from fintune.tracking.client import connect
 
 
 def main() -> None:
-    params = read_params().merge_export
+    everything = read_params()
+    params = everything.merge_export
     if params.gguf:
         require_packages()  # fail fast if one is missing
     client = connect(project_root())
     run_id = run_of_adapter(client)
     records = read_records()
+    decoding = records["evaluation"]["decoding"]
+    check_decoding(everything.generation, decoding)
     adapter = read_training(paths.ADAPTER)
     with whole_folder(paths.MERGED) as folder:
-        measured = export(folder, adapter, params)
+        measured = export(folder, adapter, params, decoding)
         write_card(folder, adapter, records, measured, params)
         write_checksums(folder)
     restore_evaluation(client, run_id)

@@ -24,7 +24,7 @@ def main() -> None:
     }
     write_json(paths.SPLIT_METRICS, report)
     shares = ", ".join(f"{counts[name]['rows']} {name}" for name in SPLITS)
-    log.info("%d rows: %s; %d duplicates left out", len(rows), shares, dropped["duplicate"])
+    log.info("%d rows: %s; left out: %s", len(rows), shares, dropped)
 
 
 if __name__ == "__main__":

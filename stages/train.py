@@ -8,12 +8,12 @@ from fintune import paths
 from fintune.data.prompt import encode, load_tokenizer
 from fintune.data.records import usual_instruction
 from fintune.data.tables import read_rows
+from fintune.evaluation.validation import validator
 from fintune.hardware import check_disk, compute_dtype, describe_device, hardware
 from fintune.hub.models import check_base
 from fintune.lineage import project_root
 from fintune.model.adapter import add_adapter, describe_adapter, write_adapter
 from fintune.model.base import load_base
-from fintune.model.likelihood import likelihood
 from fintune.params import Params, read_params
 from fintune.stage import log, run, whole_folder, write_json, write_text
 from fintune.tracking import runs
@@ -78,7 +78,7 @@ def fine_tune(
         tokens["train"],
         params.train,
         dtype,
-        validate=lambda model: likelihood(model, tokens["validation"], "validate").loss,
+        validate=validator(params.train, tokenizer, rows["validation"], tokens),
         scratch=scratch,
         on_log=runs.live_logger(run_id),
     )

@@ -71,7 +71,7 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_project(
     tiny_base: Path, empty_store: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Project]:
-    """Return a function that copies the project with the tiny base and 300 of the demo's questions."""
+    """Return a function that copies the project with the tiny base and a seventh of the demo's questions."""
 
     def make(real: bool = False, **values: Any) -> Project:
         folder = tmp_path_factory.mktemp("project")
@@ -88,7 +88,7 @@ def make_project(
         (folder / ".dvc").mkdir()
         shutil.copy(ROOT / ".dvc/config", folder / ".dvc/config")
         shutil.copy(ROOT / "assets/general-text.jsonl", folder / "assets/general-text.jsonl")
-        questions = (ROOT / "assets/demo-questions.jsonl").read_text().splitlines()[::6]
+        questions = (ROOT / "assets/demo-questions.jsonl").read_text().splitlines()[::7]
         (folder / "assets/demo-questions.jsonl").write_text("\n".join(questions) + "\n")
         shutil.copytree(tiny_base, folder / "base")
         project = Project(folder, real)

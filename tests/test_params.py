@@ -47,10 +47,11 @@ def test_all_problems_are_listed_with_keys_and_near_matches(tmp_path: Path) -> N
     path = changed(
         tmp_path,
         ("  learning_rate:", "  learning_rte:"),
-        ("    r: 16", "    r: 0\n    typo: 3"),
+        ("    r: 32", "    r: 0\n    typo: 3"),
         ("overlong: truncate", "overlong: cut"),
         ("max_steps: null", "max_steps: '10'"),
-        ("test_fraction: 0.1", "test_fraction: 0.99"),
+        ("validation_fraction: null", "validation_fraction: 0.1"),
+        ("test_fraction: null", "test_fraction: 0.99"),
     )
     message = problems(path)
     assert "7 problems" in message
@@ -104,6 +105,17 @@ def test_settings_that_exclude_each_other(tmp_path: Path, edits: list[str], expe
 )
 def test_a_wrong_value_names_its_key(tmp_path: Path, old: str, new: str, expected: str) -> None:
     assert expected in problems(changed(tmp_path, (old, new)))
+
+
+@pytest.mark.parametrize("name", ["validation", "test"])
+def test_a_null_fraction_needs_a_column(tmp_path: Path, name: str) -> None:
+    other = {"validation": "test", "test": "validation"}[name]
+    edits = [(", split: split}", "}"), (f"{other}_fraction: null", f"{other}_fraction: 0.1")]
+    message = problems(changed(tmp_path, *edits))
+    assert f"  split.{name}_fraction: null takes" in message
+    assert "fetch.columns.split" in message and f"{other}_fraction" not in message
+    edits.append((f"  {name}_fraction: null", f"  {name}_fraction: 0.1"))
+    assert read_params(changed(tmp_path, *edits)).fetch.columns.split is None
 
 
 def test_a_hub_base_must_be_pinned_to_a_commit(tmp_path: Path) -> None:

@@ -25,13 +25,20 @@ A Mistral-architecture causal language model with {parameters:,} parameters, pre
 scratch by this project. It exists so that the whole pipeline runs in minutes on a CPU, without a
 download. This card was written by the program that trained the model, from what it measured.
 
-- Text: {source}.
+- Text: {source}; and texts made by this project's tools/practice.py: passages of those documents
+  followed by their own sentences in another order, and fact sheets on made companies, with figures
+  restated, compared, added and subtracted. The fact sheets practise the reading that the demo's
+  questions ask for. They hold none of the questions' companies, passages or prompts, and no questions
+  at all. But they share the names of measures, the ranges of figures and plain phrases with the
+  questions: most of the sums that a question asks for stand in them ("$4 million and $3 million make
+  $7 million"), and an answer compares two figures in their words ("That $4 million is over $3 million
+  is true", "Of cash and rent, $4 million or $3 million, the cash is the larger").
 - Shape: {layers} layers, width {hidden_size}, feed-forward {intermediate_size}, {heads} attention
   heads on {kv_heads} key/value heads, {vocab_size:,} tokens, {positions:,} positions, embeddings
   not tied.
-- Tokenizer: byte-level BPE of its own. It gives back every Unicode string exactly
-  (`skip_special_tokens=True` leaves out the `<s>` that encoding puts in front, as Mistral's does;
-  `add_special_tokens=False` encodes without it).
+- Tokenizer: byte-level BPE of its own, in which every digit is a token. It gives back every Unicode
+  string exactly (`skip_special_tokens=True` leaves out the `<s>` that encoding puts in front, as
+  Mistral's does; `add_special_tokens=False` encodes without it).
 - Files: bf16 safetensors; {folder_bytes:,} bytes together, this card not counted.
 
 ## How it was made
@@ -43,6 +50,8 @@ download. This card was written by the program that trained the model, from what
 | documents | {train_documents:,} train, {validation_documents:,} validation, \
 {test_documents:,} test (98/1/1 by a hash of the text); \
 {empty:,} empty and {repeated:,} repeated ones left out |
+| practice texts | up to {repeats:,} repeated passages and {sheets:,} fact sheets, {practice_bytes:,} \
+bytes, in the training part; in proportion in the validation part; none in the test part |
 | training text | {train_bytes:,} bytes, {train_tokens:,} tokens |
 | steps | {steps_done:,} done; {steps:,} asked for, {steps_planned:,} planned once the \
 speed was known |
@@ -71,7 +80,8 @@ On the test part: {test_bytes:,} bytes, {test_tokens:,} predicted tokens. No cho
 it. The model is measured as saved (bf16 weights, computed in float32), in windows of
 {context:,} tokens without overlap, so that the first tokens of each window have little context.
 Every byte counts; each document's end is predicted too, its start is given. The n-grams are
-interpolated modified Kneser-Ney models of the same tokens, trained on the same training part.
+interpolated modified Kneser-Ney models of the same tokens, trained on the documents of the training
+part, without the practice texts.
 
 | model | bits/byte | perplexity/byte | perplexity/token |
 |---|---:|---:|---:|
@@ -85,10 +95,10 @@ A continuation of "{prompt}", sampled at temperature 0.8, top-p 0.95:
 
 - It writes in the style of its text and knows nothing beyond it. It cannot answer questions, and
   what it states is invented. It is not for use outside trying this pipeline.
-- It saw {train_bytes:,} bytes of one kind of text about {epochs:.0f} times: it will repeat phrases
-  of it, and on any other kind of text it is far worse than the figures above.
+- It saw {train_bytes:,} bytes of two kinds of text about {epochs:.0f} times: it will repeat phrases
+  of them, and on any other kind of text it is far worse than the figures above.
 - {shared_percent:.1f} % of the held-out sequences of {shared_length} tokens also occur in the
-  training part, so the held-out text is not wholly new to it, nor to the n-grams.
+  documents of the training part, so the held-out text is not wholly new to it, nor to the n-grams.
 - It learnt positions up to {context:,} in training; the configuration allows {positions:,}.
 - Nothing was done against bias or offence in the text.
 

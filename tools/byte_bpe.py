@@ -17,11 +17,17 @@ def train_tokenizer(
     """Learn ``vocab_size`` entries from the texts, including four special tokens and all 256 bytes.
 
     Encoding prepends ``<s>``, as Mistral's tokenizer does, unless called with
-    ``add_special_tokens=False``. Without normalizer and prefix space, decoding returns the exact
-    text. Texts with too few different words give fewer entries; the other embedding rows are unused.
+    ``add_special_tokens=False``. Every digit is a token of its own, so that a figure is read and
+    written digit by digit. Without normalizer and prefix space, decoding returns the exact text.
+    Texts with too few different words give fewer entries; the other embedding rows are unused.
     """
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

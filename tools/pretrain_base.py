@@ -1,7 +1,10 @@
 """Pretrain the small base model that ships with the project, from scratch, on plain text.
 
+Documents are joined by practice texts (tools/practice.py): their sentences repeated in another order,
+and fact sheets of made companies.
+
     python -m tools.pretrain_base --text .cache/text/beige_book.parquet \\
-        --out assets/demo-base --minutes 3.5 --compile
+        --out assets/demo-base --compile
 
 Takes about five minutes on a data-centre GPU. The output is a Hugging Face model folder with
 tokenizer and card, moved into place when complete. Text: a .parquet file with a ``text`` column,
@@ -14,6 +17,7 @@ import shlex
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import tokenizers
@@ -37,6 +41,15 @@ from tools.corpus import (
     token_id,
 )
 from tools.ngram import score_ngrams
+from tools.practice import practice_texts
+
+
+@dataclass(frozen=True)
+class Practice:
+    """The numbers of repeated passages and of fact sheets that are added to the training part."""
+
+    repeats: int
+    sheets: int
 
 
 def check_out(out: Path) -> None:
@@ -59,10 +72,12 @@ def pretrain(
     device: torch.device,
     source: str,
     command: str,
+    practice: Practice,
 ) -> TrainingResult:
     """Train and score a model, write its card, and move the folder to ``out`` when complete.
 
-    ``source`` (a description of the text) and ``command`` are for the card.
+    Practice texts are added to the training and the validation part; the test part is documents
+    alone. ``source`` (a description of the text) and ``command`` are for the card.
 
     Raises:
         InputError: too little text, a loss that is not finite, or see ``check_out``.
@@ -74,9 +89,15 @@ def pretrain(
         print(f"[{time.perf_counter() - started:6.1f} s] {line}", flush=True)
 
     parts = split_documents(documents.texts)
+    counts = {name: len(texts) for name, texts in parts.items()}
+    for name in ("train", "validation"):
+        share = counts[name] / counts["train"]
+        sizes = (round(practice.repeats * share), round(practice.sheets * share))
+        parts[name] += list(practice_texts(parts[name], *sizes, name))
     tokenizer = train_tokenizer(parts["train"], shape.vocab_size, shape.positions)
     backend = tokenizer.backend_tokenizer
     streams = {name: encode_stream(backend, texts) for name, texts in parts.items()}
+    documents_alone = encode_stream(backend, parts["train"][: counts["train"]])
     if len(streams["train"]) <= settings.context:
         raise InputError(f"less than {settings.context} training tokens; lower --context")
     model = make_model(shape, tokenizer, settings.seed)
@@ -101,7 +122,7 @@ def pretrain(
         score, sample = score_folder(made, streams["test"], settings.context, test_bytes, device)
         scores = {"this model": score}
         baseline = score_ngrams(
-            streams["train"], streams["test"], shape.vocab_size, bos_id, test_bytes
+            documents_alone, streams["test"], shape.vocab_size, bos_id, test_bytes
         )
         scores |= {f"{order}-gram": figures for order, figures in baseline.items()}
         for name, figures in scores.items():
@@ -111,7 +132,9 @@ def pretrain(
             **vars(shape),
             **vars(settings),
             **vars(trained),
-            **{f"{name}_documents": len(texts) for name, texts in parts.items()},
+            **vars(practice),
+            **{f"{name}_documents": count for name, count in counts.items()},
+            "practice_bytes": byte_count(parts["train"][counts["train"] :]),
             "history": history_rows(trained.history, 12),
             "parameters": parameters,
             "source": source,
@@ -131,7 +154,7 @@ def pretrain(
             "scores": score_rows(scores),
             "prompt": PROMPT,
             "sample": sample,
-            "shared_percent": 100 * shared_share(streams["train"], streams["test"]),
+            "shared_percent": 100 * shared_share(documents_alone, streams["test"]),
             "shared_length": SHARED_LENGTH,
         }
         (made / "README.md").write_text(write_card(facts), encoding="utf-8")
@@ -160,8 +183,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="torch.compile (for a GPU)")
     numbers: dict[str, int | float] = {
-        "steps": 6000,
-        "minutes": 3.5,
+        "repeats": 6000,
+        "sheets": 20000,
+        "steps": 9000,
+        "minutes": 5.0,
         "rows": 32,
         "context": 1024,
         "learning-rate": 2e-3,
@@ -206,7 +231,9 @@ def main(argv: list[str] | None = None) -> None:
         documents = read_documents(args.text)
         unknown = "not described (`--source` was not given)"
         device = torch.device(args.device)
-        pretrain(documents, args.out, shape, settings, device, source or unknown, command)
+        practice = Practice(args.repeats, args.sheets)
+        described = source or unknown
+        pretrain(documents, args.out, shape, settings, device, described, command, practice)
     except InputError as error:
         sys.exit(f"error: {error}")
 

@@ -6,6 +6,7 @@ python -m fintune ask                                        # one question afte
 """
 
 import argparse
+import json
 import logging
 import sys
 import tempfile
@@ -14,7 +15,7 @@ from typing import Any
 
 from fintune import paths
 from fintune.errors import UserError
-from fintune.params import read_params
+from fintune.params import Generation, read_params
 
 FOLDERS = (str(paths.MERGED), str(paths.ADAPTER))
 
@@ -37,15 +38,16 @@ def main(given: argparse.Namespace) -> None:
     """Print the answer to the given question, or to each one that is typed or piped in."""
     from transformers.utils.logging import disable_progress_bar
 
+    from fintune.generation.decoding import GREEDY, options
     from fintune.generation.tuned import generation_config
 
     disable_progress_bar()  # loading is over before anyone can read it
     logging.getLogger("transformers").setLevel(logging.ERROR)
     model, tokenizer, config = open_model(given.model)
     if config is None:
-        config = generation_config(tokenizer, read_params().merge_export.generation)
+        config = generation_config(tokenizer, own_decoding(read_params().generation))
     if given.greedy:
-        config.update(do_sample=False, temperature=None, top_p=None, top_k=None)
+        config.update(**options(GREEDY))
     if given.question is not None:
         print_answer(model, tokenizer, config, given.question, given.instruction)
         return
@@ -58,6 +60,17 @@ def main(given: argparse.Namespace) -> None:
             print(f"error: {error}", file=sys.stderr)
         except KeyboardInterrupt:  # ends the answer, not the conversation
             print()
+
+
+def own_decoding(given: Generation) -> dict[str, float]:
+    """Return this project's decoding: the evaluated one, else the given one, else greedy."""
+    from fintune.generation.decoding import GREEDY
+
+    if paths.EVALUATION.is_file():
+        evaluated: dict[str, float] = json.loads(paths.EVALUATION.read_text())["decoding"]
+        return evaluated
+    settings = GREEDY if given.decoding == "auto" else given.decoding.model_dump()
+    return {**settings, "max_new_tokens": given.max_new_tokens}
 
 
 def open_model(source: str) -> tuple[Any, Any, Any]:

@@ -13,10 +13,12 @@ from fintune import paths
 from fintune.errors import UserError
 
 ROWS = {
+    "accuracy": "right answers",
+    "checkable_rows": "of so many",
     "perplexity": "answer perplexity",
-    "token_accuracy": "token accuracy",
     "rouge_l": "ROUGE-L",
     "stop_rate": "stop rate",
+    "loop_rate": "loop rate",
     "mean_answer_tokens": "tokens an answer",
 }
 

@@ -9,11 +9,16 @@ import pyarrow as pa
 from tqdm.auto import tqdm
 
 from fintune.data.prompt import SPECIAL_TOKENS, Tokenizer, encode, render_completion, render_prompt
-from fintune.data.tables import COLUMNS, Row
+from fintune.data.tables import COLUMNS, Row, optional_columns
 from fintune.errors import UserError
 from fintune.params import Format
 
-SCHEMA = {**dict.fromkeys((*COLUMNS, "prompt", "completion"), pa.string()), "tokens": pa.int32()}
+
+def schema_of(rows: list[Row]) -> dict[str, pa.DataType]:
+    """Return the columns of formatted rows and their types; `result` and `kind` only where rows have them."""
+    optional = [name for name in optional_columns(rows) if name != "split"]
+    texts = (*COLUMNS, *optional, "prompt", "completion")
+    return {**dict.fromkeys(texts, pa.string()), "tokens": pa.int32()}
 
 
 def format_row(
@@ -31,9 +36,10 @@ def format_row(
     Returns:
         The record with `prompt`, `completion` and `tokens` (their total number) added, or None if the
         row is dropped; and the event: None, `truncated`, `too_long` (with overlong=drop),
-        `prompt_too_long`, or `special_token` (a text contains one of the prompt's special tokens).
+        `prompt_too_long`, or `special_token` (one of the three texts contains one of the prompt's special
+        tokens).
     """
-    if any(token in text for text in row.values() for token in SPECIAL_TOKENS):
+    if any(token in row[column] for column in COLUMNS for token in SPECIAL_TOKENS):
         return None, "special_token"
     prompt = render_prompt(row["instruction"], row["input"])
     completion = render_completion(row["output"])

@@ -6,10 +6,14 @@ import unicodedata
 from collections import Counter
 from typing import Any, Literal
 
-from fintune.data.tables import COLUMNS, Row, read_source
+from fintune.data.tables import COLUMNS, OPTIONAL, SPLITS, Row, read_source
 from fintune.errors import RecordError
 
 NOT_A_TEXT = {"nan", "none", "null"}
+SPLIT_NAMES = {
+    **{name: name for name in SPLITS},
+    **dict.fromkeys(("valid", "val", "dev", "eval"), "validation"),
+}
 
 
 def select_records(
@@ -23,18 +27,20 @@ def select_records(
 
     Args:
         rows: the source's rows; their columns may differ.
-        columns: the source's names for instruction, input and output; instruction may be null.
+        columns: the source's names for instruction, input and output, and perhaps for result, kind and
+            split; only input and output may not be null.
         default_instruction: the instruction of every record if the source has no column for it.
         invalid_rows: `drop` unusable rows and count them by reason, or `refuse` the source at the first.
         source: its name, for messages.
 
     Returns:
-        The records, and the number of rows dropped for each reason: `missing` (null or absent),
-        `not_text`, `empty` (only white space), `literal_nan` (`nan`, `none` or `null` as text, left by
-        an earlier export).
+        The records, with those optional columns that are named; and the number of rows dropped for each
+        reason: `missing` (null or absent), `not_text`, `empty` (only white space), `literal_nan` (`nan`,
+        `none` or `null` as text, left by an earlier export). An empty result or kind is None.
 
     Raises:
-        RecordError: a column does not exist, a row is unusable with `refuse`, or no row is usable.
+        RecordError: a column does not exist, a row is unusable with `refuse`, no row is usable, a result
+            or a kind is no text, or a split is not the name of one.
     """
     if not rows:
         raise RecordError(f"{source}: no rows")
@@ -49,11 +55,12 @@ def select_records(
         record = {
             column: default_instruction if name is None else row.get(name)
             for column, name in columns.items()
+            if column in COLUMNS
         }
         faults = ((column, fault) for column in COLUMNS if (fault := text_fault(record[column])))
         column, reason = next(faults, ("", ""))
         if not reason:
-            records.append(record)
+            records.append(record | _optional(row, columns, f"{source} row {number}"))
         elif invalid_rows == "refuse":
             raise RecordError(
                 f"{source} row {number}: {columns[column]} is {reason.replace('_', ' ')}: "
@@ -64,6 +71,29 @@ def select_records(
     if not records:
         raise RecordError(f"{source}: none of its {len(rows)} rows can be used: {dict(dropped)}")
     return records, dict(sorted(dropped.items()))
+
+
+def _optional(row: Row, columns: dict[str, str | None], place: str) -> Row:
+    """Read a row's optional columns; a split gets the name that the pipeline uses."""
+    values: Row = {}
+    for column in OPTIONAL:
+        name = columns.get(column)
+        if name is None:
+            continue
+        value = row.get(name)
+        fault = text_fault(value)
+        if fault == "not_text":
+            raise RecordError(f"{place}: {name} is not text: {value!r}; mend the source")
+        values[column] = None if fault in ("missing", "empty") else value
+    if "split" in values:
+        given = values["split"]
+        values["split"] = SPLIT_NAMES.get(str(given).strip().lower())
+        if values["split"] is None:
+            raise RecordError(
+                f"{place}: {columns['split']} is {given!r}, not one of {', '.join(SPLIT_NAMES)}; "
+                "mend the source, or set fetch.columns.split: null"
+            )
+    return values
 
 
 def read_passages(source: str) -> list[str]:
@@ -96,6 +126,11 @@ def text_fault(value: Any) -> str | None:
     if not value.strip():
         return "empty"
     return "literal_nan" if value.strip().lower() in NOT_A_TEXT else None
+
+
+def questions_of(rows: list[Row]) -> list[str]:
+    """Return the normalised question of each row."""
+    return [normalize_question(row["input"]) for row in rows]
 
 
 def normalize_question(text: str) -> str:

@@ -3,6 +3,9 @@
 A row's split depends only on its question and the seed, not on the order of rows or on rows added
 later. The one exception: a new near-duplicate joins the group of similar questions, and the group's
 split follows from its member with the smallest hash.
+
+Rows that the source assigns to validation or test stay there. A group of similar questions that it
+assigns to several splits goes to the one held out most, without its rows of the others.
 """
 
 import hashlib
@@ -11,7 +14,7 @@ from collections import Counter, defaultdict
 from typing import Any
 
 from fintune.data.records import normalize_question
-from fintune.data.tables import SPLITS
+from fintune.data.tables import COLUMNS, SPLITS
 from fintune.errors import UserError
 from fintune.params import Split
 
@@ -24,40 +27,62 @@ def split_rows(rows: list[Row], params: Split) -> tuple[dict[str, list[Row]], di
     """Assign every row to train, validation or test.
 
     Args:
-        rows: records with `instruction`, `input` and `output`; the question is `input`.
+        rows: records with `instruction`, `input` and `output`; the question is `input`. `split` is
+            where the source puts a row; the fractions are drawn from rows that it puts nowhere or in train.
 
     Returns:
-        The rows of each split in hash order, and the number of rows left out, by reason: `duplicate`
-        (all three texts equal another row's).
+        The rows of each split in hash order, and the number of rows left out, by reason:
+        `held_out_question` (the source puts the same or a similar question in a split held out more) and
+        `duplicate` (all three texts equal another row's).
 
     Raises:
         UserError: a split would be empty.
     """
-    unique = {tuple(row[key] for key in ("instruction", "input", "output")): row for row in rows}
-    questions = sorted({normalize_question(row["input"]) for row in unique.values()})
-    groups = group_questions(questions, params.near_duplicate_similarity)
+    given: dict[str, str] = {}  # of each question the split held out most
+    for row in rows:
+        question = normalize_question(row["input"])
+        given[question] = max(given.get(question, "train"), _given(row), key=SPLITS.index)
+    groups = group_questions(sorted(given), params.near_duplicate_similarity)
     side = {}
     for group in groups:
+        held_out = max((given[question] for question in group), key=SPLITS.index)
         leader = min(group, key=lambda question: _digest("leader", question))
         place = int.from_bytes(_digest(f"side {params.seed}", leader)[:8]) / 2**64
+        drawn = _side(place, params) if held_out == "train" else held_out
         for question in group:
-            side[question] = _side(place, params)
+            given[question], side[question] = held_out, drawn
+    kept = [row for row in rows if _given(row) == given[normalize_question(row["input"])]]
+    # sorted, so that the order of the rows does not decide which of two duplicates' results is kept
+    unique = {tuple(row[key] for key in COLUMNS): row for row in sorted(kept, key=str)}
     splits: dict[str, list[Row]] = {name: [] for name in SPLITS}
     for _, row in sorted(unique.items(), key=lambda item: _order(item[0], params.seed)):
         splits[side[normalize_question(row["input"])]].append(row)
     empty = [name for name, part in splits.items() if not part]
+    for name in empty:
+        if name != "train" and getattr(params, f"{name}_fraction") is None:
+            raise UserError(
+                f"split: {name} would be empty: the source's split column puts no question there; "
+                f"set split.{name}_fraction"
+            )
     if empty:
         raise UserError(
-            f"split: {' and '.join(empty)} would be empty: {len(questions)} different questions in "
+            f"split: {' and '.join(empty)} would be empty: {len(side)} different questions in "
             f"{len(groups)} groups are too few for these fractions; raise them, or bring more questions"
         )
-    return splits, {"duplicate": len(rows) - len(unique)}
+    left_out = {"duplicate": len(kept) - len(unique), "held_out_question": len(rows) - len(kept)}
+    return splits, left_out
+
+
+def _given(row: Row) -> str:
+    """Return the split that the source assigns to a row."""
+    return str(row.get("split") or "train")
 
 
 def _side(place: float, params: Split) -> str:
-    if place < params.test_fraction:
+    test = params.test_fraction or 0
+    if place < test:
         return "test"
-    if place < params.test_fraction + params.validation_fraction:
+    if place < test + (params.validation_fraction or 0):
         return "validation"
     return "train"
 

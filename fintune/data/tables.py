@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from fintune.errors import RecordError
 
 COLUMNS = ("instruction", "input", "output")
+OPTIONAL = ("result", "kind", "split")
 SPLITS = ("train", "validation", "test")
 FORMATS = (".parquet", ".jsonl", ".json", ".csv")
 
@@ -112,13 +113,18 @@ def read_rows(path: Path, columns: Iterable[str] = COLUMNS) -> list[Row]:
     return rows
 
 
+def optional_columns(rows: list[Row]) -> list[str]:
+    """Return which of the optional columns a record's rows have."""
+    return [name for name in OPTIONAL if any(name in row for row in rows)]
+
+
 def write_rows(path: Path, rows: list[Row], schema: dict[str, pa.DataType] | None = None) -> None:
     """Write rows as parquet, atomically; equal rows give equal bytes.
 
     Args:
-        schema: the columns and their types; by default the three strings of a record.
+        schema: the columns and their types; by default those of a record, all strings.
     """
-    fields = schema or dict.fromkeys(COLUMNS, pa.string())
+    fields = schema or dict.fromkeys((*COLUMNS, *optional_columns(rows)), pa.string())
     table = pa.Table.from_pylist(rows, schema=pa.schema(list(fields.items())))
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")

@@ -9,25 +9,27 @@ import numpy as np
 from fintune.evaluation.statistics import Row, Sums, quotients
 from fintune.metrics import finite
 
-BROKEN_DOWN = ("loss", "rouge_l", "stop_rate")
-TEMPLATES = 10  # most frequent instruction templates shown separately
+BROKEN_DOWN = ("accuracy", "loss", "rouge_l", "stop_rate")
+SHOWN = 10  # most frequent kinds or instruction templates shown separately
 EXTREMES = 20
 
 
 def break_down(
     rows: Sequence[Row], base: Sums, tuned: Sums
 ) -> dict[str, list[dict[str, float | str | None]]]:
-    """Compute both models' metrics by question length, answer length and instruction template.
+    """Compute both models' metrics by kind, question length, answer length and instruction template.
 
-    Lengths are cut at their quartiles.
+    Lengths are cut at their quartiles. Kinds are those of the source's column, if it has one.
 
     Returns:
         By kind, its parts in order: `label`, `rows`, and `base_` and `tuned_` with each metric.
     """
+    kinds = [str(row.get("kind") or "none") for row in rows]
     labels = {
+        **({"kind": _by_name(kinds)} if set(kinds) != {"none"} else {}),
         "question_words": _by_length([len(row["input"].split()) for row in rows]),
         "answer_words": _by_length([len(row["output"].split()) for row in rows]),
-        "instruction": _by_template([row["instruction"] for row in rows]),
+        "instruction": _by_name([row["instruction"] for row in rows]),
     }
     parts: dict[str, list[dict[str, float | str | None]]] = {}
     for kind, of_rows in labels.items():
@@ -56,11 +58,12 @@ def _by_length(words: Sequence[int]) -> list[tuple[int, str]]:
     return [(place, labels[place]) for place in places.tolist()]
 
 
-def _by_template(instructions: Sequence[str]) -> list[tuple[int, str]]:
-    ranked = sorted(Counter(instructions).items(), key=lambda item: (-item[1], item[0]))
-    place = {text: i for i, (text, _) in enumerate(ranked[:TEMPLATES])}
-    others = f"{len(ranked) - TEMPLATES} others"
-    return [(place[text], text) if text in place else (TEMPLATES, others) for text in instructions]
+def _by_name(names: Sequence[str]) -> list[tuple[int, str]]:
+    """Return each row's part: its place among the most frequent names, and the name."""
+    ranked = sorted(Counter(names).items(), key=lambda item: (-item[1], item[0]))
+    place = {text: i for i, (text, _) in enumerate(ranked[:SHOWN])}
+    others = f"{len(ranked) - SHOWN} others"
+    return [(place[text], text) if text in place else (SHOWN, others) for text in names]
 
 
 def extremes(base: Sums, tuned: Sums) -> tuple[list[int], list[int]]:

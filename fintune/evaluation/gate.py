@@ -8,7 +8,8 @@ from fintune.params import Gate
 def apply_gate(report: dict[str, Any], gate: Gate) -> dict[str, Any]:
     """Decide whether the tuned model may become champion.
 
-    Rules on a confidence interval use its end that is worse for the model. The champion rule holds if there
+    The rules on answers judge those of the decoding that is shipped. Rules on a confidence interval use its
+    end that is worse for the model. The champion rule holds if there
     is no champion, and is broken if the champion could not be fetched.
 
     Returns:
@@ -26,6 +27,15 @@ def apply_gate(report: dict[str, Any], gate: Gate) -> dict[str, Any]:
     if (limit := gate.min_stop_rate) is not None:
         rate = report["tuned"]["stop_rate"]
         rule("min_stop_rate", rate >= limit, f"stop rate {_shown(rate)}, {limit:g} required")
+    if (limit := gate.max_loop_rate) is not None:
+        rate = report["tuned"]["loop_rate"]
+        rule("max_loop_rate", rate <= limit, f"loop rate {_shown(rate)}, {limit:g} allowed")
+    if (limit := gate.min_accuracy_gain) is not None:
+        low = report["improvement"]["accuracy"]["low"]
+        reason = f"right answers up by at least {_shown(low)} (95 %), {limit:g} required"
+        if not report["tuned"]["checkable_rows"]:
+            reason = "no test row has a result that can be checked"
+        rule("min_accuracy_gain", low is not None and low >= limit, reason)
     if (limit := gate.max_forgetting) is not None:
         high = report["forgetting"]["rise"]["high"]
         reason = f"general text's loss up by at most {_shown(high)} (95 %), {limit:g} allowed"

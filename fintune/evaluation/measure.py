@@ -1,20 +1,23 @@
 """Measure base, tuned model and champion on the same rows, loading the base once."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fintune.data.prompt import RESPONSE_END, encode, end_token_id, load_tokenizer
+from fintune.data.prompt import encode, end_token_id, load_tokenizer
 from fintune.errors import UserError
+from fintune.evaluation.choice import choose
 from fintune.evaluation.harness import run_harness
-from fintune.evaluation.statistics import Sums
-from fintune.evaluation.texts import similarities, text_scores
-from fintune.generation.decoding import Decoding
+from fintune.evaluation.rows import Chosen, result_of
+from fintune.evaluation.scores import Question
+from fintune.evaluation.texts import similarities
+from fintune.generation.decoding import Decoding, title
 from fintune.generation.generate import Answer
 from fintune.generation.generate import generate as generate_answers
 from fintune.generation.slots import FEWEST_ROWS
@@ -23,7 +26,7 @@ from fintune.merging.merge import merge_into_folder
 from fintune.model.adapter import AdapterInfo, load_adapter, load_another_adapter, read_training
 from fintune.model.base import base_of, load_base
 from fintune.model.likelihood import Likelihood, likelihood
-from fintune.params import Evaluate
+from fintune.params import Evaluate, Generation
 
 PASSAGE_TOKENS = 512
 Generate = Callable[..., list[Answer]]  # from prompts and a Decoding
@@ -31,20 +34,25 @@ Generate = Callable[..., list[Answer]]  # from prompts and a Decoding
 
 @dataclass(frozen=True)
 class ModelResult:
-    """The measurements of one model; `general` is the likelihood of the general text, if any."""
+    """The measurements of one model.
+
+    `answers` holds a row's samples; `greedy` its most likely answer, where that is not the same;
+    `general` is the likelihood of the general text, if any.
+    """
 
     scores: Likelihood
-    answers: list[Answer]
+    answers: list[list[Answer]]
+    greedy: list[Answer]
     general: Likelihood | None
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Results by model name (base, tuned, champion if measured), with samples, harness and metadata."""
+    """Results by model name (base, tuned, champion if measured), with decoding, harness and metadata."""
 
     results: dict[str, ModelResult]
+    decoding: dict[str, Any]
     similarity: dict[str, np.ndarray]
-    sampled: list[str]
     harness: dict[str, Any]
     champion_fault: str  # why a fetched champion was not measured, or empty
     about: dict[str, Any]
@@ -53,18 +61,21 @@ class Measured:
 def measure(
     adapter: Path,
     champion: Path | None,
-    rows: list[dict[str, Any]],
-    references: list[list[str]],
+    test: Chosen,
+    validation: Chosen,
     passages: list[str],
     params: Evaluate,
+    generation: Generation,
 ) -> Measured:
     """Load the base once, and measure base, tuned model and champion by switching adapters.
+
+    The tuned model comes first: if `generation.decoding` is `auto`, its answers to the validation rows
+    decide how all of them answer the test rows.
 
     Args:
         adapter: the tuned model's folder.
         champion: folder of the champion's adapter, or None.
-        rows: formatted test rows, with `prompt` and `completion`.
-        references: all answers to each row's question.
+        test, validation: formatted rows, with `prompt` and `completion`, and their references.
         passages: general text; empty to skip forgetting.
     """
     trained = read_training(adapter)
@@ -72,8 +83,8 @@ def measure(
     tokenizer = load_tokenizer(base)
     model = load_adapter(load_base(base, tokenizer, train["quantization"], dtype), adapter)
     states: dict[str, Callable[[], AbstractContextManager[Any]]] = {
-        "base": model.disable_adapter,
         "tuned": nullcontext,
+        "base": model.disable_adapter,
     }
     folders = {"base": None, "tuned": adapter, "champion": champion}
     champion_fault = ""
@@ -83,18 +94,14 @@ def measure(
             states["champion"] = nullcontext
         except UserError as error:  # a faulty champion must not stop the evaluation
             champion_fault = str(error)
-    tokens = [encode(tokenizer, row["prompt"], row["completion"]) for row in rows]
+    tokens = [encode(tokenizer, row["prompt"], row["completion"]) for row in test.rows]
     general = [encode_passage(tokenizer, passage) for passage in passages]
     prompts = [prompt for prompt, _ in tokens]
-    greedy = Decoding(end_token_id(tokenizer), params.max_new_tokens)
-    sampling = replace(
-        greedy,
-        temperature=params.sampling.temperature,
-        top_p=params.sampling.top_p,
-        seed=params.seed,
-    )
+    asked = _once(validation, tokenizer) if generation.decoding == "auto" else []
+    longest = max(prompts + [each.prompt for each in asked], key=len)
+    plain = Decoding(end_token_id(tokenizer), generation.max_new_tokens, seed=params.seed)
     results: dict[str, ModelResult] = {}
-    sampled: list[Answer] = []
+    report: dict[str, Any] = {}
     for name, state in states.items():
         model.set_adapter("champion" if name == "champion" else "default")
         with state():
@@ -105,17 +112,28 @@ def measure(
                 else None
             )
             written = partial(plain_folder, trained, tokenizer, folders[name])
-            with engine(model, tokenizer, prompts, params, name, written) as (generate, version):
-                answers = _once_each(generate, prompts, greedy, f"{name} answers")
-                # cannot sample from non-finite logits
-                if name == "tuned" and np.isfinite(scores.nll).all():
-                    sampled = generate(prompts[: params.sampling.rows], sampling, title="samples")
-        results[name] = ModelResult(scores, answers, passage)
+            most = len(longest) + generation.max_new_tokens
+            with engine(model, tokenizer, most, params, name, written) as (generate, version):
+                if not report:
+                    answers = len(set(map(tuple, prompts))) * (params.samples_per_prompt + 1)
+                    budget = answers * len(states)
+                    report = _decide(generate, asked, plain, generation, budget)
+                    decoding = plain.using(report)
+                begun = time.perf_counter()
+                samples = 1 if decoding.is_greedy else params.samples_per_prompt
+                found = _answer_rows(generate, prompts, decoding, samples, f"{name} answers")
+                greedy = (
+                    [each[0] for each in found]
+                    if decoding == plain
+                    else [
+                        row[0]
+                        for row in _answer_rows(generate, prompts, plain, 1, f"{name} greedy")
+                    ]
+                )
+                report["answer_seconds"] += time.perf_counter() - begun
+        results[name] = ModelResult(scores, found, greedy, passage)
+    report["samples_per_prompt"] = samples
     model.set_adapter("default")
-    similarity = {}
-    if params.embedding:
-        texts = {name: [a.text for a in result.answers] for name, result in results.items()}
-        similarity = similarities(texts, references, params.embedding, model.device)
     compared = {name: states[name] for name in ("base", "tuned")}
     about = {
         "base": base.model,
@@ -130,12 +148,70 @@ def measure(
     }
     return Measured(
         results,
-        similarity,
-        [each.text for each in sampled],
+        report,
+        _similarity(results, test.references, params, model.device),
         run_harness(model, tokenizer, params.harness, compared, FEWEST_ROWS, params.seed),
         champion_fault,
         about,
     )
+
+
+def _once(chosen: Chosen, tokenizer: Any) -> list[Question]:
+    """Return each prompt of the validation rows once."""
+    found: dict[tuple[int, ...], Question] = {}
+    for row, references in zip(chosen.rows, chosen.references, strict=True):
+        prompt, _ = encode(tokenizer, row["prompt"], row["completion"])
+        found.setdefault(tuple(prompt), Question(prompt, references, result_of(row), row["input"]))
+    return list(found.values())
+
+
+def _decide(
+    generate: Generate,
+    asked: list[Question],
+    plain: Decoding,
+    generation: Generation,
+    budget: int,
+) -> dict[str, Any]:
+    """Return the report's `decoding`: the values to answer with, and how they were found."""
+    begun = time.perf_counter()
+
+    def answer(prompts: list[list[int]], settings: list[dict[str, float]]) -> list[Answer]:
+        return generate(prompts, [plain.using(each) for each in settings], title="decodings")
+
+    if generation.decoding == "auto":
+        found = choose(asked, answer, budget)
+        settings = found.pop("settings")
+    else:
+        found = {"decided_by": "parameters", "candidates": []}
+        settings = generation.decoding.model_dump()
+        found["reason"] = f"{title(settings)}: given in generation.decoding"
+    return {
+        **settings,
+        "max_new_tokens": generation.max_new_tokens,
+        "title": title(settings),
+        **found,
+        "choice_seconds": time.perf_counter() - begun,
+        "answer_seconds": 0.0,
+    }
+
+
+def _similarity(
+    results: dict[str, ModelResult],
+    references: list[list[str]],
+    params: Evaluate,
+    device: Any,
+) -> dict[str, np.ndarray]:
+    """Compute the mean similarity of each row's samples to its references, if an embedding is set."""
+    if not params.embedding:
+        return {}
+    samples = len(results["tuned"].answers[0])
+    texts = {
+        name: [each.text for row in result.answers for each in row]
+        for name, result in results.items()
+    }
+    repeated = [each for each in references for _ in range(samples)]
+    found = similarities(texts, repeated, params.embedding, device)
+    return {name: values.reshape(-1, samples).mean(axis=1) for name, values in found.items()}
 
 
 def plain_folder(trained: AdapterInfo, tokenizer: Any, adapter: Path | None, folder: Path) -> None:
@@ -149,7 +225,7 @@ def plain_folder(trained: AdapterInfo, tokenizer: Any, adapter: Path | None, fol
 def engine(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[list[int]],
+    most: int,
     params: Evaluate,
     name: str,
     write: Callable[[Path], None],
@@ -158,7 +234,7 @@ def engine(
 
     Args:
         model: generates with its active adapter.
-        prompts: must include the longest prompt to generate from.
+        most: tokens of a prompt and its answer together.
         name: of the model, for messages.
         write: writes the same model to a folder.
     """
@@ -167,19 +243,23 @@ def engine(
         how: dict[str, Any] = {"rows_at_once": rows, "kernels": params.kernels}
         yield partial(generate_answers, model, tokenizer, **how), "built_in"
         return
-    most = max(map(len, prompts)) + params.max_new_tokens
     dtype = base_of(model).get_output_embeddings().weight.dtype
     with serving(write, dtype, most, rows, f"{name} answers") as (server, version):
         yield partial(server.generate, tokenizer), f"vllm {version}"
 
 
-def _once_each(
-    generate: Generate, prompts: Sequence[list[int]], decoding: Decoding, title: str
-) -> list[Answer]:
-    """Generate one answer for all rows with the same prompt."""
+def _answer_rows(
+    generate: Generate,
+    prompts: Sequence[list[int]],
+    decoding: Decoding,
+    samples: int,
+    title: str,
+) -> list[list[Answer]]:
+    """Generate `samples` answers to each different prompt, the same ones for all rows that have it."""
     different = list(dict.fromkeys(tuple(prompt) for prompt in prompts))
-    answers = generate([list(prompt) for prompt in different], decoding, title=title)
-    by_prompt = dict(zip(different, answers, strict=True))
+    repeated = [list(prompt) for prompt in different for _ in range(samples)]
+    answers = iter(generate(repeated, decoding, title=title))
+    by_prompt = {prompt: [next(answers) for _ in range(samples)] for prompt in different}
     return [by_prompt[tuple(prompt)] for prompt in prompts]
 
 
@@ -190,31 +270,3 @@ def encode_passage(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
     """
     ids = tokenizer(text)["input_ids"][:PASSAGE_TOKENS]
     return ids[:1], ids[1:]
-
-
-def metric_sums(
-    result: ModelResult,
-    rows: Sequence[dict[str, Any]],
-    references: Sequence[Sequence[str]],
-    similarity: np.ndarray | None,
-) -> Sums:
-    """Compute each metric's numerator and denominator for every row."""
-    scores, answers = result.scores, result.answers
-    texts = text_scores([each.text for each in answers], references)
-    one = np.ones(len(rows))
-    answer_bytes = [len(row["completion"].removesuffix(RESPONSE_END).encode()) for row in rows]
-    sums = {
-        "loss": (scores.nll, scores.tokens),
-        "perplexity": (scores.nll, scores.tokens),
-        "bits_per_byte": (scores.nll / np.log(2), np.array(answer_bytes, dtype=float)),
-        "token_accuracy": (scores.correct, scores.tokens),
-        **{key: (texts[key], one) for key in ("rouge_1", "rouge_2", "rouge_l", "chrf")},
-        **({} if similarity is None else {"similarity": (similarity, one)}),
-        "stop_rate": (np.array([float(each.stopped) for each in answers]), one),
-        "empty_rate": (np.array([float(not each.text) for each in answers]), one),
-        "distinct_2": (texts["distinct_2"], one),
-        "longest_repeat": (texts["longest_repeat"], one),
-        "mean_answer_tokens": (np.array([float(each.tokens) for each in answers]), one),
-        "length_ratio": (texts["words"], texts["reference_words"]),
-    }
-    return sums

@@ -15,7 +15,19 @@ TEMPLATE = Path(__file__).with_name("page.html.jinja")
 # Placeholder colours by plot part; the page's colours replace them and follow light and dark mode.
 COLORS = {name: f"#00010{k}" for k, name in enumerate(("ink", "soft", "line", "base", "tuned"))}
 SIZE = (4.6, 3.2)  # inches; as wide as a phone, so text stays readable there
+SAMPLES = 10  # rows shown with all texts
 DRAWN_POINTS = 3000  # of a scatter plot; more are rasterized
+CANDIDATE_COLUMNS = {
+    "prompts": "Questions",
+    "accuracy": "Right",
+    "stop_rate": "Stop rate",
+    "loop_rate": "Loop rate",
+    "rouge_1": "ROUGE-1",
+    "rouge_l": "ROUGE-L",
+    "distinct_2": "distinct-2",
+    "length_ratio": "Length",
+    "tokens": "Tokens",
+}
 DIRECTION_MARKS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u200e\u200f"
 
 Report = dict[str, Any]
@@ -38,13 +50,19 @@ def render(
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"number": number, "short": short, "visible": visible}
+    environment.filters |= {
+        "number": number,
+        "short": short,
+        "visible": visible,
+        "percent": percent,
+    }
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         report=report,
         metrics={key: metric for key, metric in METRICS.items() if key in report["base"]},
         outcome=outcome,
+        candidate_columns=CANDIDATE_COLUMNS,
         plots=plots(report, table, curve),
-        samples=table[: params.sampling.rows] or table[:1],
+        samples=table[:SAMPLES],
         extremes={
             "Rows where the loss fell least, or rose": [table[i] for i in report["worst_rows"]],
             "Rows where the loss fell most": [table[i] for i in report["best_rows"]],
@@ -56,6 +74,11 @@ def render(
 def short(value: float | None) -> str:
     """Format with three significant digits, for dense tables."""
     return "–" if value is None else f"{value:.3g}".replace("-", "−")
+
+
+def percent(share: float | None) -> str:
+    """Format a share as per cent."""
+    return number(None if share is None else 100 * share) + " %"
 
 
 def visible(text: str) -> str:

@@ -5,34 +5,48 @@ from typing import Any
 import pyarrow as pa
 
 from fintune.evaluation.breakdown import break_down, calibration_curve, extremes
+from fintune.evaluation.correctness import is_correct
 from fintune.evaluation.gate import apply_gate
 from fintune.evaluation.measure import Measured
+from fintune.evaluation.rows import Chosen, result_of
 from fintune.evaluation.statistics import Sums, compare, summarize
+from fintune.evaluation.sums import metric_sums
 from fintune.metrics import number
 from fintune.params import Evaluate
 from fintune.registry.champion import Champion
 
-TEXTS = ("instruction", "question", "reference", "base", "tuned", "sampled")
+COLUMNS = {
+    "instruction": "instruction",
+    "question": "input",
+    "reference": "output",
+    "result": "result",
+    "kind": "kind",
+}
 SCHEMA = {
-    **dict.fromkeys(TEXTS, pa.string()),
-    **dict.fromkeys(("base_stopped", "tuned_stopped"), pa.bool_()),
+    **dict.fromkeys((*COLUMNS, "base", "tuned", "tuned_greedy"), pa.string()),
+    **dict.fromkeys(("base_stopped", "tuned_stopped", "base_right", "tuned_right"), pa.bool_()),
     **dict.fromkeys(("base_loss", "tuned_loss", "base_rouge_l", "tuned_rouge_l"), pa.float64()),
 }
 
 
 def conclude(
-    measured: Measured,
-    sums: dict[str, Sums],
-    rows: list[dict[str, Any]],
-    questions: list[str],
-    champion: Champion,
-    params: Evaluate,
-) -> dict[str, Any]:
-    """Compute the content of evaluation.json: metrics, differences with intervals, breakdowns and gate."""
+    measured: Measured, test: Chosen, champion: Champion, params: Evaluate
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Compute the content of evaluation.json, and the table of predictions.
+
+    Returns:
+        Metrics, differences with intervals, decoding, breakdowns and gate; and each test row with both
+        models' answers and figures.
+    """
     draws = (params.bootstrap_samples, params.seed)
-    results = measured.results
+    results, questions = measured.results, test.questions
+    sums, greedy = {}, {}
+    for name, result in results.items():
+        sums[name], greedy[name] = metric_sums(result, test, measured.similarity.get(name))
     report: dict[str, Any] = {name: summarize(sums[name]) for name in ("base", "tuned")}
     report["improvement"] = compare(sums["base"], sums["tuned"], questions, *draws)
+    report["decoding"] = measured.decoding
+    report["greedy"] = {name: summarize(greedy[name]) for name in ("base", "tuned")}
     report["champion"] = {
         "compared": "champion" in sums,
         "version": champion.version,
@@ -55,29 +69,27 @@ def conclude(
         report["forgetting"] |= {"rise": rise, "passages": len(ids)}
     if measured.harness:
         report["harness"] = measured.harness
-    report["rows"] = len(rows)
+    report["rows"] = len(test.rows)
     report["questions"] = len(set(questions))
     report["gate"] = apply_gate(report, params.gate)
     report["calibration"] = {n: calibration_curve(r.scores.calibration) for n, r in results.items()}
-    report["breakdown"] = break_down(rows, sums["base"], sums["tuned"])
+    report["breakdown"] = break_down(test.rows, sums["base"], sums["tuned"])
     report["worst_rows"], report["best_rows"] = extremes(sums["base"], sums["tuned"])
-    return report
+    return report, predictions(test.rows, measured, sums)
 
 
 def predictions(
     rows: list[dict[str, Any]], measured: Measured, sums: dict[str, Sums]
 ) -> list[dict[str, Any]]:
-    """Tabulate each test row's question, reference, and both models' answers and figures."""
+    """Tabulate each test row's question, reference, and both models' first answers and figures."""
     table = []
     for i, row in enumerate(rows):
-        line = {
-            key: row[column]
-            for key, column in zip(TEXTS, ("instruction", "input", "output"), strict=False)
-        }
-        line["sampled"] = measured.sampled[i] if i < len(measured.sampled) else None
+        line = {key: row.get(column) for key, column in COLUMNS.items()}
+        line["tuned_greedy"] = measured.results["tuned"].greedy[i].text
         for name in ("base", "tuned"):
-            answer, (nll, tokens) = measured.results[name].answers[i], sums[name]["loss"]
+            answer, (nll, tokens) = measured.results[name].answers[i][0], sums[name]["loss"]
             line |= {name: answer.text, f"{name}_stopped": answer.stopped}
+            line[f"{name}_right"] = is_correct(result_of(row), answer.text, row["input"])
             line[f"{name}_loss"] = float(nll[i] / tokens[i])
             line[f"{name}_rouge_l"] = float(sums[name]["rouge_l"][0][i])
         table.append(line)
@@ -92,8 +104,14 @@ def row_losses(table: list[dict[str, Any]]) -> str:
 
 def summary(report: dict[str, Any]) -> list[str]:
     """Format the terminal output: one line per model and one for the gate."""
-    shown = ("loss", "perplexity", "token_accuracy", "rouge_l", "stop_rate", "mean_answer_tokens")
-    lines = []
+    shown: tuple[str, ...] = ("loss", "perplexity", "rouge_1", "rouge_l", "stop_rate", "loop_rate")
+    if checked := report["tuned"]["checkable_rows"]:
+        shown = ("accuracy", *shown)
+    lines = [f"decoding: {report['decoding']['reason']}"]
+    if checked:
+        lines.append(
+            f"{checked:.0f} of {report['rows']} test rows have a result that can be checked"
+        )
     for name in ("base", "tuned"):
         figures = (f"{key} {number(report[name][key])}" for key in shown)
         lines.append(f"{name:<5} " + "  ".join(figures))

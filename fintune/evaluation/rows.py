@@ -2,21 +2,28 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from fintune.evaluation.statistics import Row
 
 
-def select_rows(
-    rows: Sequence[Row], questions: Sequence[str], max_rows: int | None
-) -> tuple[list[Row], list[str], list[list[str]]]:
+@dataclass(frozen=True)
+class Chosen:
+    """Rows to measure, the normalised question of each, and all different answers to it in the table."""
+
+    rows: list[Row]
+    questions: list[str]
+    references: list[list[str]]
+
+
+def select_rows(rows: Sequence[Row], questions: Sequence[str], max_rows: int | None) -> Chosen:
     """Select the rows to measure, independently of the table's order.
 
     Args:
         questions: the normalised question of each row.
 
     Returns:
-        At most `max_rows` rows in hash order, with the rows of a question together; the question of
-        each; and all different answers to it in the table.
+        At most `max_rows` rows in hash order, with the rows of a question together.
     """
     references: dict[str, list[str]] = {}
     for row, question in zip(rows, questions, strict=True):
@@ -27,11 +34,16 @@ def select_rows(
         return _digest(question), _digest("\0".join((row["prompt"], row["completion"])))
 
     chosen = sorted(zip(rows, questions, strict=True), key=place)[:max_rows]
-    return (
+    return Chosen(
         [row for row, _ in chosen],
         [question for _, question in chosen],
         [sorted(set(references[question])) for _, question in chosen],
     )
+
+
+def result_of(row: Row) -> str:
+    """Return what of a row's reference can be right or wrong: its result, or else all of it."""
+    return str(row.get("result") or row["output"])
 
 
 def _digest(text: str) -> bytes:

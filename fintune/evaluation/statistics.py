@@ -63,6 +63,9 @@ def compare(
 
     with np.errstate(all="ignore"):
         values, spread = differences(all_rows), differences(drawn)
+        for k, name in enumerate(names):  # a draw without a row that counts says nothing
+            counted = (drawn[:, :, k, 1] != 0).all(axis=1)
+            spread[name] = spread[name][counted] if counted.any() else spread[name]
         return {
             name: {
                 "value": finite(values[name][0]),

@@ -1,5 +1,6 @@
 """Scores of generated answers: similarity to the references, length and repetition."""
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
@@ -11,8 +12,13 @@ import numpy as np
 from fintune.errors import UserError
 from fintune.params import Embedding
 
-SCORES = ("rouge_1", "rouge_2", "rouge_l", "chrf", "distinct_2", "longest_repeat")
+SCORES = ("rouge_1", "rouge_2", "rouge_l", "chrf", "distinct_2", "longest_repeat", "loop_rate")
 LENGTHS = ("words", "reference_words")
+TIMES = 3  # that a loop says its passage
+LEAST_WORDS = {1: 16, 2: 16}  # of a loop, by the different words in its passage; else 9
+UNIT = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_]+(?:[.,'’%/&-][^\W_]+)*")
+ENUMERATION = re.compile(r"(?m)^\s*[-*•#]+\s+|(?:^|(?<=\s))\(?(?:\d{1,3}|[a-z])[.)]\s+")
+ONE_WORD = 40  # characters; a longer one is looked at by character
 SERIAL_WORK = 3e7  # word pairs; a few seconds, about as long as starting processes
 TEXTS_PER_PASS = 64
 
@@ -32,7 +38,8 @@ def text_scores(
         Arrays of shape (rows,): ROUGE-1, -2 and -L as F1 of stems (Lin 2004), from 0 to 1;
         `chrf` (Popović 2015), from 0 to 100; `distinct_2`, the fraction of distinct word bigrams, 1 if
         there are none; `longest_repeat`, the length in words of the longest stretch that occurs earlier
-        in the answer; `words`, and `reference_words` of the reference nearest in length.
+        in the answer; `loop_rate`, 1 for an answer that ends in a loop, else 0; `words`,
+        and `reference_words` of the reference nearest in length.
     """
     jobs = [(answer, tuple(each)) for answer, each in zip(answers, references, strict=True)]
     different = list(dict.fromkeys(jobs))
@@ -59,6 +66,7 @@ def _score(job: tuple[str, tuple[str, ...]]) -> tuple[float, ...]:
         chrf.sentence_score(answer, references).score,
         distinct_2(words),
         longest_repeat(words),
+        ends_in_loop(answer),
         len(words),
         min(lengths, key=lambda length: (abs(length - len(words)), length)),
     )
@@ -109,6 +117,35 @@ def longest_repeat(words: Sequence[str]) -> int:
         if len(ends):
             longest = max(longest, int((ends[1::2] - ends[::2]).max()))
     return longest
+
+
+def ends_in_loop(text: str) -> bool:
+    """Return whether a text ends in a passage said three times in a row or more, the last perhaps cut off.
+
+    Case, punctuation and the marks of a list count for nothing. A passage of one or two different words
+    counts from 16 words on, any other from nine: a row of a table may well hold a few equal cells.
+    """
+    units = [
+        unit
+        for word in UNIT.findall(ENUMERATION.sub("", text.casefold()))
+        for unit in (word if len(word) > ONE_WORD else [word])
+    ]
+    return _loops(units) or (len(units) > 1 and _loops(units[:-1], cut_off=units[-1]))
+
+
+def _loops(units: Sequence[str], cut_off: str = "") -> bool:
+    """Return whether the units end in a loop that goes on with a word that begins with `cut_off`."""
+    number: dict[str, int] = {}
+    ids = np.array([number.setdefault(unit, len(number)) for unit in units])
+    for period in range(1, len(ids) // TIMES + 1):
+        same = ids[period:] == ids[:-period]
+        run = int(same[::-1].argmin()) if not same.all() else len(same)
+        length = run + period
+        if length < TIMES * period or not units[-period].startswith(cut_off):
+            continue
+        if length >= LEAST_WORDS.get(len(set(units[-period:])), 9):
+            return True
+    return False
 
 
 def similarities(

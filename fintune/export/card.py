@@ -8,6 +8,7 @@ from huggingface_hub import ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from fintune import paths
+from fintune.generation.decoding import title
 from fintune.hub.client import stated_license
 from fintune.hub.models import local_folder
 from fintune.metrics import METRICS, number
@@ -68,7 +69,7 @@ def write_card(
         merged=measured is not None,
         measured=measured,
         instruction=trained.instruction,
-        generation=params.generation,
+        decoding=title(evaluation["decoding"]),
         evaluation=evaluation,
         metrics=list(_lines(evaluation)),
         forgetting=(evaluation.get("forgetting") or {}).get("rise"),

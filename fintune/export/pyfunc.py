@@ -7,6 +7,7 @@ referenced by revision, not copied.
 """
 
 import importlib.metadata
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
 from fintune.data.prompt import end_token_id
 from fintune.errors import UserError
-from fintune.params import Generation
 from fintune.stage import prepare
 
 PACKAGES = (
@@ -48,12 +48,15 @@ class TunedModel:
         from fintune.generation.tuned import load_tuned
 
         self.model, self.tokenizer = load_tuned(folder)
+        signature = mlflow.models.Model.load(str(folder)).signature
+        self.decoding = {spec.name: spec.default for spec in signature.params}
 
     def predict(self, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> Any:
         """Answer each row's `question`, with its `instruction` if it has one.
 
         Args:
-            params: `temperature` (default 0, greedy), `top_p`, `max_new_tokens`, `seed`.
+            params: `temperature` (0 is greedy), `top_p`, `min_p`, `top_k`, `repetition_penalty`,
+                `max_new_tokens`, `seed`; by default the decoding that was evaluated.
 
         Returns:
             A data frame with the column `answer` and the input's index.
@@ -65,7 +68,7 @@ class TunedModel:
         from fintune.generation.generate import generate
         from fintune.generation.tuned import prompt_tokens
 
-        wanted = params or {}
+        wanted = self.decoding | (params or {})
         instructions = model_input.get("instruction", pd.Series(None, model_input.index))
         prompts = []
         for row, question, instruction in zip(
@@ -78,13 +81,7 @@ class TunedModel:
                 raise MlflowException(
                     f"row {row}: {error}", error_code=INVALID_PARAMETER_VALUE
                 ) from None
-        decoding = Decoding(
-            end_token_id(self.tokenizer),
-            int(wanted["max_new_tokens"]),
-            float(wanted.get("temperature", 0)),
-            float(wanted.get("top_p", 1)),
-            int(wanted.get("seed", 0)),
-        )
+        decoding = Decoding(end_token_id(self.tokenizer), **wanted)
         answers = generate(self.model, self.tokenizer, prompts, decoding, "answers")
         return pd.DataFrame({"answer": [each.text for each in answers]}, index=model_input.index)
 
@@ -94,8 +91,15 @@ def _load_pyfunc(path: str) -> TunedModel:
     return TunedModel(Path(path))
 
 
-def write_model_files(folder: Path, generation: Generation, run_id: str) -> None:
-    """Add the files that make an adapter's folder an MLflow model: `MLmodel`, packages, code, example."""
+def write_model_files(folder: Path, decoding: Mapping[str, float], run_id: str) -> None:
+    """Add the files that make an adapter's folder an MLflow model: `MLmodel`, packages, code, example.
+
+    Args:
+        decoding: the settings and `max_new_tokens`, as evaluation.json has them.
+    """
+    from fintune.generation.decoding import SETTINGS
+
+    whole = ("top_k", "max_new_tokens")
     signature = ModelSignature(
         inputs=Schema(
             [ColSpec("string", "question"), ColSpec("string", "instruction", required=False)]
@@ -103,9 +107,12 @@ def write_model_files(folder: Path, generation: Generation, run_id: str) -> None
         outputs=Schema([ColSpec("string", "answer")]),
         params=ParamSchema(
             [
-                ParamSpec("temperature", "double", 0.0),
-                ParamSpec("top_p", "double", generation.top_p),
-                ParamSpec("max_new_tokens", "long", generation.max_new_tokens),
+                *(
+                    ParamSpec(name, "double", float(decoding[name]))
+                    for name in SETTINGS
+                    if name not in whole
+                ),
+                *(ParamSpec(name, "long", int(decoding[name])) for name in whole),
                 ParamSpec("seed", "long", 0),
             ]
         ),

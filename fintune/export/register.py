@@ -42,9 +42,9 @@ def register_adapter(
     evaluation = records["evaluation"]
     with tempfile.TemporaryDirectory() as scratch:
         files = Path(scratch) / "model"
-        write_model_files(files, params.generation, run_id)
+        write_model_files(files, evaluation["decoding"], run_id)
         tokenizer = load_tokenizer(trained.base)
-        generation_config(tokenizer, params.generation).save_pretrained(files)
+        generation_config(tokenizer, evaluation["decoding"]).save_pretrained(files)
         write_card(files, trained, records, None, params)
         client.log_artifacts(run_id, str(files), "adapter")
     quality = {f"tuned_{key}": str(value) for key, value in evaluation["tuned"].items()}

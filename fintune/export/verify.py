@@ -12,6 +12,7 @@ from fintune.data.prompt import Tokenizer, add_chat_template, encode, load_token
 from fintune.data.tables import read_rows
 from fintune.errors import UserError
 from fintune.export.gguf.check import check_gguf, transformers_answers
+from fintune.export.gguf.ollama import write_modelfile
 from fintune.export.gguf.write import export_gguf
 from fintune.generation.tuned import generation_config
 from fintune.hardware import DTYPES, free_memory
@@ -28,8 +29,13 @@ GGUF_MIN_EQUAL = {"f16": 0.97, "q8_0": 0.93}  # minimum share of equal choices
 LOGIT_ROWS = 8  # few, since their logits are in memory: rows x tokens x vocabulary
 
 
-def export(folder: Path, trained: AdapterInfo, params: MergeExport) -> dict[str, Any]:
+def export(
+    folder: Path, trained: AdapterInfo, params: MergeExport, decoding: Mapping[str, float]
+) -> dict[str, Any]:
     """Write the merged model to `folder` and compare it with the adapter on test rows.
+
+    Args:
+        decoding: how the model answers, as evaluation.json has it.
 
     Returns:
         `base_loss` and `adapter_loss` of the base without and with its adapter, both as trained (in 4 bits
@@ -47,7 +53,7 @@ def export(folder: Path, trained: AdapterInfo, params: MergeExport) -> dict[str,
     dtype = DTYPES[params.dtype]
     nf4_compute_dtype = trained.nf4_compute_dtype if params.weights == "trained_on" else None
     merge_into_folder(trained.base, tokenizer, paths.ADAPTER, folder, dtype, nf4_compute_dtype)
-    generation_config(tokenizer, params.generation).save_pretrained(folder)
+    generation_config(tokenizer, decoding).save_pretrained(folder)
     plain = load_plain(folder)
     merged_loss = likelihood(plain, tokens, "merged").loss
     after = answer_logits(plain, tokens[:LOGIT_ROWS])
@@ -63,6 +69,8 @@ def export(folder: Path, trained: AdapterInfo, params: MergeExport) -> dict[str,
         kind: export_gguf(folder, folder, params.registered_model, [kind])[0]
         for kind in params.gguf
     }
+    if files:
+        write_modelfile(next(iter(files.values())), trained.instruction, decoding)
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))[:GGUF_PROMPTS]
     return {
         "max_logit_difference": difference,

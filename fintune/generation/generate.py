@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import LogitsProcessor, LogitsProcessorList
 
-from fintune.generation.decoding import Decoding
-from fintune.generation.slots import FEWEST_ROWS, MOST_ROWS, generate_with_slots
+from fintune.generation.decoding import Decoding, TokenDraw, table, uniforms
+from fintune.generation.slots import FEWEST_ROWS, MOST_ROWS, Prompt, generate_with_slots
 from fintune.model.batch import batches_by_length
 from fintune.model.fused.model import unsupported
 
@@ -29,18 +31,18 @@ def generate(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[list[int]],
-    decoding: Decoding,
+    decoding: Decoding | Sequence[Decoding],
     title: str,
     rows_at_once: int | str = "auto",
     kernels: str = "auto",
 ) -> list[Answer]:
     """Generate an answer to each prompt, up to the end token.
 
-    The base's own end-of-text token also ends an answer, but does not count as stopped. Greedy answers are
-    independent of each other; sampled ones are drawn together, and are reproducible for the same prompts,
-    settings and hardware.
+    The base's own end-of-text token also ends an answer, but does not count as stopped. Each answer depends
+    on its prompt, the seed and how often the prompt came before, not on the other prompts or the batch.
 
     Args:
+        decoding: of all prompts, or of each; they may differ in their settings alone.
         title: of the progress bar.
         rows_at_once: maximum batch size; `auto` takes as many as memory allows, up to a few hundred.
         kernels: `fused`, `plain` (transformers' own loop) or `auto`, as for training.
@@ -49,10 +51,12 @@ def generate(
         One answer per prompt, in the order of the prompts.
     """
     model.eval()
-    ends = end_tokens(tokenizer, decoding.end_id)
-    torch.manual_seed(decoding.seed)
+    decodings = of_each(decoding, prompts)
+    end_id = decodings[0].end_id
+    ends = end_tokens(tokenizer, end_id)
     plain = kernels == "plain" or (kernels == "auto" and unsupported(model) is not None)
     loop = _generate_with_transformers if plain else generate_with_slots
+    drawn = uniforms(prompts, decodings)
     tokens: dict[int, list[int]] = {}
     with tqdm(total=len(prompts), desc=title, unit="answer", leave=False) as bar:
 
@@ -62,9 +66,13 @@ def generate(
 
         rows = rows_at_once
         while len(tokens) < len(prompts):
-            left = [(i, prompt) for i, prompt in enumerate(prompts) if i not in tokens]
+            left = [
+                Prompt(i, prompt, decodings[i], drawn[i])
+                for i, prompt in enumerate(prompts)
+                if i not in tokens
+            ]
             try:
-                loop(model, left, ends, decoding, rows, finish)
+                loop(model, left, ends, rows, finish)
             except torch.OutOfMemoryError:
                 tried = MOST_ROWS["cuda"] if rows == "auto" else int(rows)
                 rows = min(tried, len(left)) // 2
@@ -72,7 +80,14 @@ def generate(
                     raise
                 log.warning("warning: out of memory; going on with %d answers at once", rows)
                 torch.cuda.empty_cache()
-    return [to_answer(tokenizer, tokens[i], decoding.end_id) for i in range(len(prompts))]
+    return [to_answer(tokenizer, tokens[i], end_id) for i in range(len(prompts))]
+
+
+def of_each(
+    decoding: Decoding | Sequence[Decoding], prompts: Sequence[list[int]]
+) -> list[Decoding]:
+    """Return the decoding of each prompt."""
+    return [decoding] * len(prompts) if isinstance(decoding, Decoding) else list(decoding)
 
 
 def end_tokens(tokenizer: Any, end_id: int) -> list[int]:
@@ -88,39 +103,50 @@ def to_answer(tokenizer: Any, new: Sequence[int], end_id: int) -> Answer:
     return Answer(text, length, stopped=length < len(new) and new[length] == end_id)
 
 
+class _Draw(LogitsProcessor):
+    """Leave only the token that `TokenDraw` chooses, so that transformers' greedy loop takes it."""
+
+    def __init__(self, prompts: Sequence[Prompt], width: int, device: torch.device) -> None:
+        decodings = [prompt.decoding for prompt in prompts]
+        self.draw, self.width = TokenDraw(decodings), width
+        self.settings = table(decodings).to(device)
+        self.drawn = torch.stack([prompt.uniforms for prompt in prompts]).to(device)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        seen = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, input_ids, True)
+        drawn = self.drawn[:, input_ids.shape[1] - self.width]
+        chosen = self.draw(scores, seen, self.settings, drawn)
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
+
+
 @torch.no_grad()
 def _generate_with_transformers(
     model: Any,
-    prompts: Sequence[tuple[int, list[int]]],
+    prompts: Sequence[Prompt],
     ends: list[int],
-    decoding: Decoding,
     rows: int | str,
     finish: Callable[[int, list[int]], None],
 ) -> None:
     """Generate in batches padded on the left, longest first; a batch runs until its last answer ends."""
-    options: dict[str, Any] = {
-        "do_sample": False,
-        "temperature": None,
-        "top_p": None,
-        "top_k": None,
-    }
-    if not decoding.is_greedy:
-        options = {"do_sample": True, "top_k": 0}
-        options |= {"temperature": decoding.temperature, "top_p": decoding.top_p}
+    greedy = dict.fromkeys(("temperature", "top_p", "min_p", "top_k", "repetition_penalty"))
     at_once = FEWEST_ROWS if rows == "auto" else int(rows)
-    for batch in batches_by_length([len(p) for _, p in prompts], 2**31, at_once):
-        width = len(prompts[batch[0]][1])
-        pads = [width - len(prompts[k][1]) for k in batch]
-        ids = torch.tensor([[0] * pad + prompts[k][1] for pad, k in zip(pads, batch, strict=True)])
+    for batch in batches_by_length([len(each.tokens) for each in prompts], 2**31, at_once):
+        chosen = [prompts[k] for k in batch]
+        width = len(chosen[0].tokens)
+        pads = [width - len(each.tokens) for each in chosen]
+        # padded with its own first token, which a repetition penalty counts anyway
+        ids = torch.tensor([p.tokens[:1] * n + p.tokens for n, p in zip(pads, chosen, strict=True)])
         mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads])
         output = model.generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
-            max_new_tokens=decoding.max_new_tokens,
+            max_new_tokens=chosen[0].decoding.max_new_tokens,
             eos_token_id=ends,
             pad_token_id=ends[0],
             use_cache=True,
-            **options,
+            logits_processor=LogitsProcessorList([_Draw(chosen, width, model.device)]),
+            do_sample=False,
+            **greedy,
         )[:, width:].tolist()
-        for k, new in zip(batch, output, strict=True):
-            finish(prompts[k][0], new)
+        for each, new in zip(chosen, output, strict=True):
+            finish(each.index, new)

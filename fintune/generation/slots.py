@@ -1,13 +1,13 @@
 """Continuous batching: a free slot takes the next prompt."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
-from fintune.generation.decoding import Decoding
+from fintune.generation.decoding import SETTINGS, Decoding, TokenDraw, table
 from fintune.hardware import GIB, room_gib
 from fintune.model.attention import PackedSequences, attend
 from fintune.model.base import base_of
@@ -19,32 +19,41 @@ STEPS_BETWEEN_CHECKS = 8  # checking which answers have ended forces a device sy
 PREFILL_TOKENS = 16_384  # of prompts in one prefill
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt's tokens with its index, decoding and random numbers, (max_new_tokens,)."""
+
+    index: int
+    tokens: list[int]
+    decoding: Decoding
+    uniforms: Tensor
+
+
 @torch.no_grad()
 def generate_with_slots(
     model: Any,
-    prompts: Sequence[tuple[int, list[int]]],
+    prompts: Sequence[Prompt],
     ends: list[int],
-    decoding: Decoding,
     rows: int | str,
     finish: Callable[[int, list[int]], None],
 ) -> None:
     """Generate answers, longest prompts first; a free slot takes the next one."""
-    waiting = sorted(prompts, key=lambda prompt: len(prompt[1]))
-    length = len(waiting[-1][1]) + decoding.max_new_tokens
-    count, cache = _room(model, length, min(len(prompts), _most(model, rows)))
+    waiting = sorted(prompts, key=lambda prompt: len(prompt.tokens))
+    limit = waiting[0].decoding.max_new_tokens
+    length = len(waiting[-1].tokens) + limit
+    draw = TokenDraw([prompt.decoding for prompt in prompts])
+    count, cache = _room(model, length, min(len(prompts), _most(model, rows)), draw.samples)
     dtype = base_of(model).get_output_embeddings().weight.dtype
     fused = FusedModel(model, dtype, cache_weights=cache, training=False)
-    slots = DecodingSlots(fused, count, length, ends, decoding.max_new_tokens)
-    if not decoding.is_greedy:
-        slots.sample = _sampler(decoding)
+    slots = DecodingSlots(fused, count, length, ends, limit, draw)
     owner: dict[int, int] = {}
     while waiting or owner:
         free = [slot for slot in range(count) if slot not in owner]
         # a prefill costs as much as several decode steps: wait until several slots are free
         if waiting and len(free) >= min(len(waiting), max(1, count // 8)):
-            taken = [(slot, *waiting.pop()) for slot in free[: len(waiting)]]
-            owner.update({slot: i for slot, i, _ in taken})
-            slots.read([(slot, prompt) for slot, _, prompt in taken])
+            taken = {slot: waiting.pop() for slot in free[: len(waiting)]}
+            owner |= {slot: prompt.index for slot, prompt in taken.items()}
+            slots.read(taken)
         slots.advance(sorted(owner), STEPS_BETWEEN_CHECKS)
         for slot, new in slots.ended(owner):
             finish(owner.pop(slot), new)
@@ -54,36 +63,19 @@ def _most(model: Any, rows: int | str) -> int:
     return MOST_ROWS[model.device.type] if rows == "auto" else int(rows)
 
 
-def _room(model: Any, length: int, wanted: int) -> tuple[int, bool]:
+def _room(model: Any, length: int, wanted: int, samples: bool) -> tuple[int, bool]:
     """Return how many slots of `length` tokens fit, and whether 16-bit weights can be cached beside them."""
     config = base_of(model).config
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     values = 2 * config.num_hidden_layers * config.num_key_value_heads * size
     width = base_of(model).get_output_embeddings().weight.dtype.itemsize
-    a_slot = (length * values * width + 12 * config.vocab_size) / GIB
+    scores = 40 if samples else 12  # bytes a token of the vocabulary; sorting takes the most
+    a_slot = (length * values * width + scores * config.vocab_size) / GIB
     cached = cached_weights_gib(model)
     free = 0.9 * room_gib() - 1
     cache = free - cached >= min(wanted, FEWEST_ROWS) * a_slot
     fitting = int((free - cached * cache) / a_slot)
     return max(1, min(wanted, fitting)), cache
-
-
-def _argmax(logits: Tensor) -> Tensor:
-    return logits.argmax(dim=-1)
-
-
-def _sampler(decoding: Decoding) -> Callable[[Tensor], Tensor]:
-    """Build a function that draws tokens, (rows,), from logits, (rows, vocabulary)."""
-    warm = TemperatureLogitsWarper(decoding.temperature)
-    cut = TopPLogitsWarper(decoding.top_p)
-
-    def draw(logits: Tensor) -> Tensor:
-        nothing: Any = None
-        probabilities = cut(nothing, warm(nothing, logits.float())).softmax(dim=-1)
-        # exponential race: unlike torch.multinomial, without a device sync
-        return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(dim=-1)
-
-    return draw
 
 
 class DecodingSlots:
@@ -94,40 +86,57 @@ class DecodingSlots:
     """
 
     def __init__(
-        self, fused: FusedModel, count: int, length: int, ends: Sequence[int], limit: int
+        self,
+        fused: FusedModel,
+        count: int,
+        length: int,
+        ends: Sequence[int],
+        limit: int,
+        draw: TokenDraw,
     ) -> None:
-        self.fused, self.limit = fused, limit
+        self.fused, self.limit, self.draw = fused, limit, draw
         self.spare = count
-        table = fused.embedding
+        embedding = fused.embedding
         kv_heads, size = (
             fused.layers[0].kv_heads,
             fused.layers[0].qkv.outputs[1] // fused.layers[0].kv_heads,
         )
         shape = (count + 1, length, kv_heads, size)
-        self.keys = [table.new_zeros(shape) for _ in fused.layers]
-        self.values = [table.new_zeros(shape) for _ in fused.layers]
+        self.keys = [embedding.new_zeros(shape) for _ in fused.layers]
+        self.values = [embedding.new_zeros(shape) for _ in fused.layers]
 
         def numbers(*sizes: int) -> Tensor:
-            return torch.zeros(*sizes, dtype=torch.long, device=table.device)
+            return torch.zeros(*sizes, dtype=torch.long, device=embedding.device)
 
         self.last_token, self.positions, self.num_generated = (numbers(count + 1) for _ in range(3))
-        self.answers = numbers(count + 1, limit + 1)  # last column: overflow
+        self.answers = numbers(count + 1, self.limit + 1)  # last column: overflow
         self.active = numbers(count + 1).bool()
-        self.ends = torch.tensor(ends, device=table.device)
+        self.ends = torch.tensor(ends, device=embedding.device)
         self.chosen = numbers(count) + self.spare
-        self.sample: Callable[[Tensor], Tensor] = _argmax
+        self.uniforms = torch.zeros(count + 1, self.limit + 1, device=embedding.device)
+        self.settings = torch.ones(count + 1, len(SETTINGS), device=embedding.device)
+        vocabulary = len(fused.head) if draw.penalizes else 0
+        self.seen = numbers(count + 1, vocabulary).bool()
         self._graphs: dict[int, Any] = {}
 
-    def read(self, prompts: Sequence[tuple[int, list[int]]]) -> None:
+    def read(self, prompts: Mapping[int, Prompt]) -> None:
         """Start rows in the given slots: prefill all tokens of their prompts but the last."""
         device = self.last_token.device
-        where = torch.tensor([slot for slot, _ in prompts], device=device)
-        self.last_token[where] = torch.tensor([prompt[-1] for _, prompt in prompts], device=device)
-        self.positions[where] = torch.tensor([len(p) - 1 for _, p in prompts], device=device)
+        where = torch.tensor(list(prompts), device=device)
+        tokens = [prompt.tokens for prompt in prompts.values()]
+        self.last_token[where] = torch.tensor([ids[-1] for ids in tokens], device=device)
+        self.positions[where] = torch.tensor([len(ids) - 1 for ids in tokens], device=device)
+        self.uniforms[where, :-1] = torch.stack([p.uniforms for p in prompts.values()]).to(device)
+        self.settings[where] = table([p.decoding for p in prompts.values()]).to(device)
+        if self.draw.penalizes:
+            self.seen[where] = False
+            lengths = torch.tensor([len(ids) for ids in tokens], device=device)
+            every = torch.tensor([token for ids in tokens for token in ids], device=device)
+            self.seen[where.repeat_interleave(lengths), every] = True
         self.num_generated[where] = 0
         self.active[where] = True
         part: list[tuple[int, list[int]]] = []
-        for slot, prompt in prompts:
+        for slot, prompt in zip(prompts, tokens, strict=True):
             if part and sum(len(ids) for _, ids in part) + len(prompt) > PREFILL_TOKENS:
                 self._read_together(part)
                 part = []
@@ -210,7 +219,11 @@ class DecodingSlots:
                 )
 
             x = layer.infer(x, cos, sin, cached_attention)
-        new = self.sample(self.fused.logits(self.fused.body.norm(x)))
+        logits = self.fused.logits(self.fused.body.norm(x))
+        drawn = self.uniforms[slots, num_generated]
+        new = self.draw(logits, self.seen[slots], self.settings[slots], drawn)
+        if self.draw.penalizes:
+            self.seen.index_put_((slots, new), torch.ones_like(active))
         self.answers[slots, num_generated] = new
         ended = (new[:, None] == self.ends).any(dim=1) | (num_generated + 1 >= self.limit)
         self.last_token[slots] = new

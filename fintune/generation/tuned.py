@@ -1,5 +1,6 @@
 """Load a tuned model, an adapter on its base or a merged folder, and encode questions for it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +8,10 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from fintune.data.prompt import SPECIAL_TOKENS, Tokenizer, end_token_id
 from fintune.errors import UserError
+from fintune.generation.decoding import options
 from fintune.hardware import device
 from fintune.model.adapter import load_adapter, read_training
 from fintune.model.base import load_base, load_plain
-from fintune.params import Generation
 
 
 def load_tuned(folder: Path) -> tuple[Any, Tokenizer]:
@@ -45,14 +46,15 @@ def _load_tuned_base(adapter: Path) -> tuple[Any, Tokenizer]:
     return load_adapter(base, adapter), tokenizer
 
 
-def generation_config(tokenizer: Tokenizer, generation: Generation) -> GenerationConfig:
-    """Build the generation config of the tuned model: sampling and end tokens."""
+def generation_config(tokenizer: Tokenizer, decoding: Mapping[str, float]) -> GenerationConfig:
+    """Build the generation config of the tuned model: decoding and end tokens.
+
+    Args:
+        decoding: the settings and `max_new_tokens`, as evaluation.json has them.
+    """
     return GenerationConfig(
-        do_sample=True,
-        temperature=generation.temperature,
-        top_p=generation.top_p,
-        top_k=0,
-        max_new_tokens=generation.max_new_tokens,
+        **options(decoding),
+        max_new_tokens=int(decoding["max_new_tokens"]),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=[end_token_id(tokenizer), tokenizer.eos_token_id],
         pad_token_id=tokenizer.pad_token_id,

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from fintune.errors import UserError
 from fintune.generation import process
 from fintune.generation.decoding import Decoding
-from fintune.generation.generate import Answer, end_tokens, to_answer
+from fintune.generation.generate import Answer, end_tokens, of_each, to_answer
 from fintune.generation.process import running
 from fintune.hardware import device, free_memory
 
@@ -53,24 +53,29 @@ class Server:
     at_once: int
 
     def generate(
-        self, tokenizer: Any, prompts: Sequence[list[int]], decoding: Decoding, title: str
+        self,
+        tokenizer: Any,
+        prompts: Sequence[list[int]],
+        decoding: Decoding | Sequence[Decoding],
+        title: str,
     ) -> list[Answer]:
         """Generate answers as `generate.generate` does, but sample each from a seed of its own.
 
         Raises:
             UserError: the server has died or has rejected a request.
         """
+        decodings = of_each(decoding, prompts)
+        end_id = decodings[0].end_id
         body = {
             "model": str(self.folder),
-            "max_tokens": decoding.max_new_tokens,
-            "stop_token_ids": end_tokens(tokenizer, decoding.end_id),
+            "max_tokens": decodings[0].max_new_tokens,
+            "stop_token_ids": end_tokens(tokenizer, end_id),
             "ignore_eos": True,  # only stop_token_ids end an answer
             "return_token_ids": True,
-            "temperature": decoding.temperature,
-            **({} if decoding.is_greedy else {"top_p": decoding.top_p}),
         }
         bodies = [
-            body | {"prompt": prompt, "seed": decoding.seed + i} for i, prompt in enumerate(prompts)
+            body | each.settings | {"prompt": prompt, "seed": each.seed + i}
+            for i, (prompt, each) in enumerate(zip(prompts, decodings, strict=True))
         ]
         with tqdm(total=len(prompts), desc=title, unit="answer", leave=False) as bar:
             try:
@@ -81,7 +86,7 @@ class Server:
                 with suppress(subprocess.TimeoutExpired):  # give it time to log the reason
                     self.process.wait(process.PATIENCE)
                 raise self.failure(f"died while it generated ({error})") from error
-        return [to_answer(tokenizer, new, decoding.end_id) for new in tokens]
+        return [to_answer(tokenizer, new, end_id) for new in tokens]
 
     async def _ask(
         self, bodies: Sequence[dict[str, Any]], done: Callable[[], Any]

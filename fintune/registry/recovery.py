@@ -13,7 +13,7 @@ from mlflow.tracking import MlflowClient
 from fintune import paths
 from fintune.data.tables import read_rows
 from fintune.lineage import locked_params, locked_stages
-from fintune.registry.results import log_predictions, log_results
+from fintune.registry.results import log_results, log_rows
 from fintune.tracking.runs import COMPLETE, existing_run, log_training
 
 log = logging.getLogger("fintune")
@@ -64,7 +64,8 @@ def restore_evaluation(client: Any, run_id: str) -> None:
     files = (paths.EVALUATION, paths.PREDICTIONS, paths.EVALUATION_PAGE)
     there = [file for file in files if file.is_file()]
     log_results(client, run_id, report, settings | {"gate_passed": report["gate"]["passed"]}, there)
-    log_predictions(client, run_id, read_rows(paths.PREDICTIONS, []))
+    log_rows(client, run_id, "predictions", read_rows(paths.PREDICTIONS, []))
+    log_rows(client, run_id, "decodings", report["decoding"]["candidates"])
     log.info("MLflow had no evaluation of this adapter; logged it again")
 
 

@@ -40,16 +40,18 @@ def log_results(
         upload(client, run_id, file)
 
 
-def log_predictions(client: MlflowClient, run_id: str, rows: list[dict[str, Any]]) -> None:
-    """Log rows as a table on the run's page.
+def log_rows(client: MlflowClient, run_id: str, name: str, rows: list[dict[str, Any]]) -> None:
+    """Log rows as a table on the run's page, in place of an earlier table of this name.
 
-    `mlflow.log_table` would append them to the table of an earlier evaluation.
+    `mlflow.log_table` would append them to it.
     """
     import pandas as pd
 
-    name = "predictions.json"
+    file = f"{name}.json"
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / name
+        path = Path(folder) / file
         pd.DataFrame(rows).to_json(path, orient="split", index=False)
         client.log_artifact(run_id, str(path))
-    client.set_tag(run_id, TABLES, json.dumps([{"path": name, "type": "table"}]))
+    there = json.loads(client.get_run(run_id).data.tags.get(TABLES, "[]"))
+    table = {"path": file, "type": "table"}
+    client.set_tag(run_id, TABLES, json.dumps([*(t for t in there if t != table), table]))

@@ -65,5 +65,10 @@ class Bar(ProgressCallback):
             self.training_bar.set_postfix(self.shown)
 
 
-SHOWN = {"loss": "loss", "eval_loss": "validation"}
-CURVE = {"loss": "loss", "eval_loss": "validation_loss", "learning_rate": "learning_rate"}
+SHOWN = {"loss": "loss", "eval_loss": "validation", "eval_answers": "answers"}
+CURVE = {
+    "loss": "loss",
+    "eval_loss": "validation_loss",
+    "eval_answers": "validation_answers",
+    "learning_rate": "learning_rate",
+}

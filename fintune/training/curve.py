@@ -23,8 +23,8 @@ def curve_of(history: list[dict[str, Any]]) -> Curve:
 
 
 def validations(curve: Curve) -> Curve:
-    """Select the steps with a validation loss, and the loss."""
-    names = ("step", "validation_loss")
+    """Select the validated steps, with the loss and the score of the answers."""
+    names = ("step", "validation_loss", "validation_answers")
     return [
         {name: point[name] for name in names}
         for point in curve

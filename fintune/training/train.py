@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -16,7 +17,7 @@ from fintune.model.batch import TokenRow
 from fintune.model.fused.model import unsupported
 from fintune.model.sizes import ModelSize
 from fintune.params import Train
-from fintune.training.callbacks import Bar, StepTimer
+from fintune.training.callbacks import CURVE, Bar, StepTimer
 from fintune.training.checkpoints import last_checkpoint
 from fintune.training.curve import curve_of
 from fintune.training.plan import Plan, plan_execution
@@ -32,9 +33,9 @@ SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_
 class TrainingResult:
     """The tuned model, its loss curve and the cost of the run.
 
-    `curve` has one row per logged step: step, loss, validation_loss, learning_rate (None where not
-    measured). `step_tokens` are the tokens of each step, `largest_micro_batch` is the largest number of
-    tokens in a micro-batch. `metrics` are the keys of reports/train.json.
+    `curve` has one row per logged step: step, loss, validation_loss, validation_answers, learning_rate
+    (None where not measured). `step_tokens` are the tokens of each step, `largest_micro_batch` is the
+    largest number of tokens in a micro-batch. `metrics` are the keys of reports/train.json.
     """
 
     model: PeftModel
@@ -51,7 +52,7 @@ def train(
     rows: Sequence[TokenRow],
     params: Train,
     dtype: torch.dtype,
-    validate: Callable[[PeftModel], float],
+    validate: Callable[[PeftModel], dict[str, float]],
     scratch: Path,
     on_log: Callable[[int, dict[str, float]], None],
 ) -> TrainingResult:
@@ -64,7 +65,8 @@ def train(
         model: the base with a new adapter.
         rows: prompt and completion token ids of the training rows.
         dtype: autocast type of the matrix products; float32 disables autocast.
-        validate: returns the model's loss on the validation rows, in nats per answer token.
+        validate: returns the model's `loss` on the validation rows, in nats per answer token, and with
+            `keep: best_answers` the score of its `answers`, higher for better ones.
         scratch: folder for checkpoints; the caller removes it once the adapter is saved.
         on_log: called with the step and the values measured there.
     """
@@ -108,8 +110,7 @@ def train(
         largest_micro_batch=trainer.largest_micro_batch,
         metrics={
             "train_loss": _step_weighted_mean(losses),
-            "validation_loss": float(trainer.state.best_metric),
-            "best_step": trainer.state.best_global_step,
+            **_kept(trainer.state, params.keep),
             "steps": trainer.state.global_step,
             "seconds": timer.seconds,
             "tokens_per_second": tokens / timer.seconds,
@@ -174,9 +175,9 @@ def _arguments(
         save_strategy="steps",
         save_steps=params.validate_every_steps,
         save_total_limit=2,
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_loss",
-        greater_is_better=False,
+        load_best_model_at_end=params.keep != "last",
+        metric_for_best_model="eval_answers" if params.keep == "best_answers" else "eval_loss",
+        greater_is_better=params.keep == "best_answers",
         logging_steps=max(1, steps // POINTS),  # each forces a device sync
         report_to="none",
         seed=params.seed,
@@ -185,6 +186,14 @@ def _arguments(
         remove_unused_columns=False,
         dataloader_pin_memory=False,  # each micro-batch is pinned separately
     )
+
+
+def _kept(state: Any, keep: str) -> dict[str, float]:
+    """Return the step whose weights are kept, and what its validation measured."""
+    step = state.global_step if keep == "last" else state.best_global_step
+    found = next(e for e in state.log_history if e["step"] == step and "eval_loss" in e)
+    names = {name: key for key, name in CURVE.items() if key.startswith("eval_") and key in found}
+    return {"best_step": step, **{name: float(found[key]) for name, key in names.items()}}
 
 
 def _step_weighted_mean(losses: list[tuple[int, float]]) -> float:

@@ -51,7 +51,7 @@ class AnswerTrainer(SFTTrainer):
     def __init__(
         self,
         *,
-        validate: Callable[[PeftModel], float],
+        validate: Callable[[PeftModel], dict[str, float]],
         plan: Plan,
         dtype: torch.dtype,
         timer: StepTimer,
@@ -165,9 +165,9 @@ class AnswerTrainer(SFTTrainer):
             ).sum()
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Compute the validation loss per token; the Trainer's own averages batches of unequal size."""
+        """Validate; the Trainer's own loss averages batches of unequal size."""
         with self.timer.pause():
-            metrics = {"eval_loss": self._validate(self.model)}
+            metrics = {f"eval_{key}": value for key, value in self._validate(self.model).items()}
         self.model.train()
         self.log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(

@@ -1,11 +1,13 @@
 """The prompt, the completion, and the handling of rows that are too long."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fintune.data.formatting import describe_tokens, format_row
+from fintune.data.formatting import describe_tokens, format_row, schema_of
 from fintune.data.prompt import encode, end_token_id, render_completion, render_prompt
+from fintune.data.tables import read_rows, write_rows
 
 ROW = {
     "instruction": "Answer briefly.",
@@ -93,6 +95,20 @@ def test_dropping_instead_of_cutting(tokenizer: Any) -> None:
 def test_a_text_that_holds_a_special_token_is_dropped(tokenizer: Any, column: str) -> None:
     row = {**ROW, column: "ignore this <response|end> and say"}
     assert format_row(tokenizer, row, 200, "truncate") == (None, "special_token")
+
+
+def test_the_optional_columns_are_no_texts_of_the_prompt(tokenizer: Any, tmp_path: Path) -> None:
+    """Special tokens do no harm there, and null is no text; the source's split is not kept."""
+    optional = {"result": "<response>", "kind": None, "split": "test"}
+    formatted, happened = format_row(tokenizer, {**ROW, **optional}, 200, "truncate")
+    assert formatted is not None and happened is None
+    plain, _ = format_row(tokenizer, ROW, 200, "truncate")
+    assert plain is not None
+    for row, names in ((formatted, ["result", "kind"]), (plain, [])):
+        write_rows(tmp_path / "rows.parquet", [row], schema_of([row]))
+        (stored,) = read_rows(tmp_path / "rows.parquet")
+        assert list(stored) == [*ROW, *names, "prompt", "completion", "tokens"]
+        assert stored == {key: row[key] for key in stored}
 
 
 def test_token_counts() -> None:

@@ -57,7 +57,7 @@ def test_no_row_is_lost_and_no_question_is_on_two_sides() -> None:
     assert sorted(map(key, (row for part in splits.values() for row in part))) == sorted(
         map(key, source)
     )
-    assert dropped == {"duplicate": 0}
+    assert dropped == {"duplicate": 0, "held_out_question": 0}
     assert describe_splits(splits)["overlapping_questions"] == 0
     shares = {name: len(part) / len(source) for name, part in splits.items()}
     assert shares["test"] == pytest.approx(0.2, abs=0.05)
@@ -92,7 +92,9 @@ def test_the_seed_moves_questions() -> None:
 def test_exact_duplicates_are_removed_and_counted() -> None:
     source = rows()
     doubled = [*source, *source[:7]]
-    assert split_rows(doubled, PARAMS) == (split_rows(source, PARAMS)[0], {"duplicate": 7})
+    splits, dropped = split_rows(doubled, PARAMS)
+    assert splits == split_rows(source, PARAMS)[0]
+    assert dropped == {"duplicate": 7, "held_out_question": 0}
 
 
 @pytest.mark.parametrize(
@@ -151,6 +153,77 @@ def test_near_duplicates_stay_on_one_side_whatever_the_seed() -> None:
 def test_questions_with_other_numbers_are_other_questions() -> None:
     loans = [f"what is the monthly payment on a loan of ${n}000 over five years" for n in (5, 9)]
     assert len(group_questions(loans, 0.7)) == 2
+
+
+ASSIGNED = PARAMS.model_copy(update={"validation_fraction": None, "test_fraction": None})
+
+
+def assigned(count: int = 400) -> list[Row]:
+    """Return the rows with the split of a source: of 16 questions one validation, two test."""
+    parts = ["validation", "test", "test", *["train"] * 13]
+    part = {question: parts[number % 16] for number, question in enumerate(questions(count))}
+    return [{**row, "split": part[row["input"]]} for row in rows(count)]
+
+
+def test_without_fractions_rows_stay_where_the_source_puts_them() -> None:
+    source = assigned()
+    splits, dropped = split_rows(source, ASSIGNED)
+    assert all(row["split"] == name for name, part in splits.items() for row in part)
+    assert sum(map(len, splits.values())) == len(source)
+    assert dropped == {"duplicate": 0, "held_out_question": 0}
+
+
+def test_a_fraction_beside_the_column_is_drawn_from_train() -> None:
+    source = [row for row in assigned(1000) if row["split"] != "validation"]
+    params = PARAMS.model_copy(update={"test_fraction": None})
+    splits, dropped = split_rows(source, params)
+    assert {row["split"] for row in splits["validation"]} == {"train"}
+    official = [row for row in source if row["split"] == "test"]
+    assert len(splits["test"]) == len(official) and all(row in official for row in splits["test"])
+    share = len(splits["validation"]) / (len(source) - len(official))
+    assert share == pytest.approx(0.1, abs=0.03)
+    assert sum(dropped.values()) == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "less"), [("test", "validation"), ("test", "train"), ("validation", "train")]
+)
+@pytest.mark.parametrize("other", [ALIKE[1], ALIKE[2], ALIKE[0].upper() + "?"])
+def test_a_question_of_two_splits_stays_in_the_more_held_out(
+    more: str, less: str, other: str
+) -> None:
+    """The same one in another spelling, a similar one, and one that is similar through a third."""
+    held = {"instruction": "Answer.", "input": ALIKE[0], "output": "So.", "split": more}
+    third = {**held, "input": ALIKE[1], "output": "Through it."}
+    rest = {**held, "input": other, "output": "Or so.", "split": less}
+    for source in ([held, third, rest], [rest, third, held]):
+        splits, dropped = split_rows([*assigned(60), *source], ASSIGNED)
+        assert held in splits[more] and third in splits[more]
+        assert not any(rest in part for part in splits.values())
+        assert dropped == {"duplicate": 0, "held_out_question": 1}
+        assert describe_splits(splits)["overlapping_questions"] == 0
+
+
+def test_a_row_in_train_and_test_stays_in_test() -> None:
+    source = assigned()
+    copied = [{**row, "split": "train"} for row in source if row["split"] == "test"]
+    splits, dropped = split_rows([*source, *copied], ASSIGNED)
+    assert splits == split_rows(source, ASSIGNED)[0]
+    assert dropped == {"duplicate": 0, "held_out_question": len(copied)}
+
+
+def test_the_order_does_not_decide_which_duplicate_s_result_stays() -> None:
+    source = [{**row, "result": result} for row in assigned(60) for result in ("a", None, "b")]
+    splits, dropped = split_rows(source, ASSIGNED)
+    assert split_rows(source[::-1], ASSIGNED) == (splits, dropped)
+    assert dropped["duplicate"] == len(source) * 2 // 3
+
+
+@pytest.mark.parametrize("part", ["validation", "test"])
+def test_a_split_that_the_source_leaves_empty_is_named(part: str) -> None:
+    source = [row for row in assigned() if row["split"] != part]
+    with pytest.raises(UserError, match=f"{part} would be empty.*set split.{part}_fraction"):
+        split_rows(source, ASSIGNED)
 
 
 def test_too_few_questions_are_refused() -> None:

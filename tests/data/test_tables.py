@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 
 from fintune.data.records import read_passages, select_records
@@ -115,6 +116,78 @@ def test_columns_are_mapped_and_a_default_instruction_fills_in() -> None:
     rows = [{"question": "Why?", "answer": "Because."}]
     records, _ = select(rows, instruction=None, input="question", output="answer")
     assert records == [{"instruction": "Help.", "input": "Why?", "output": "Because."}]
+
+
+MORE = {"result": "answer_key", "kind": "topic", "split": "part"}
+
+
+def test_optional_columns_are_carried_and_may_be_null(tmp_path: Path) -> None:
+    """A result or a kind that is null, absent or empty makes no row unusable."""
+    given: list[dict[str, Any]] = [
+        {"answer_key": "42", "topic": "sums", "part": "train"},
+        {"answer_key": None, "topic": float("nan"), "part": "test"},
+        {"part": "validation"},
+        {"answer_key": " ", "topic": "", "part": "train"},
+        {"answer_key": "none", "topic": "nan", "part": "train"},
+    ]
+    records, dropped = select([{**ROWS[0], **more} for more in given], "refuse", **MORE)
+    assert dropped == {}
+    nothing = (None, None)
+    expected = [("42", "sums"), nothing, nothing, nothing, ("none", "nan")]
+    assert [(record["result"], record["kind"]) for record in records] == expected
+    assert all({**ROWS[0], **record} == record for record in records)
+    write_rows(tmp_path / "qa.parquet", records)
+    assert read_rows(tmp_path / "qa.parquet") == records
+
+
+def test_columns_that_are_not_named_are_not_carried(tmp_path: Path) -> None:
+    more = {"result": "42", "kind": "sums", "split": "train"}
+    unnamed = dict.fromkeys(more)
+    assert select([{**row, **more} for row in ROWS], **unnamed) == select(ROWS)
+    records, _ = select([{**row, **more} for row in ROWS], kind="kind")
+    assert records == [{**row, "kind": "sums"} for row in ROWS]
+    write_rows(tmp_path / "qa.parquet", ROWS)
+    assert pq.read_schema(tmp_path / "qa.parquet").names == ["instruction", "input", "output"]
+
+
+@pytest.mark.parametrize(
+    ("names", "split"),
+    [
+        (["train", "Train", " TRAIN "], "train"),
+        (["validation", "valid", "val", "dev", "eval", "VAL", "Dev"], "validation"),
+        (["test", "Test"], "test"),
+    ],
+)
+def test_usual_names_of_splits(names: list[str], split: str) -> None:
+    records, _ = select([{**ROWS[0], "part": name} for name in names], split="part")
+    assert [record["split"] for record in records] == [split] * len(names)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("result", 42, r"row 2: answer_key is not text: 42"),
+        ("kind", ["a"], r"row 2: topic is not text: \['a'\]"),
+        ("split", 1, r"row 2: part is not text: 1"),
+        (
+            "split",
+            "holdout",
+            r"row 2: part is 'holdout', not one of train, validation, test, .*null",
+        ),
+        ("split", None, r"row 2: part is None, not one of train"),
+    ],
+)
+def test_a_wrong_value_of_an_optional_column_names_the_row(
+    column: str, value: Any, message: str
+) -> None:
+    good = {**ROWS[0], "answer_key": "a", "topic": "b", "part": "train"}
+    with pytest.raises(RecordError, match=message):
+        select([good, {**good, MORE[column]: value}], **MORE)
+
+
+def test_an_optional_column_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(RecordError, match=r"fetch\.columns\.split: no column 'part'"):
+        select(ROWS, split="part")
 
 
 def test_a_column_that_does_not_exist_is_refused_with_a_near_match() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fintune.data.prompt import SPECIAL_TOKENS, load_tokenizer
 from fintune.data.records import normalize_question, select_records
@@ -71,17 +71,42 @@ def test_the_two_tokens_are_single_and_new(params: Params) -> None:
     tokenizer = load_tokenizer(params.base)
     for token in SPECIAL_TOKENS:
         (token_id,) = tokenizer(token, add_special_tokens=False).input_ids
-        assert token_id >= 6144
+        assert token_id >= len(AutoTokenizer.from_pretrained(BASE))
 
 
-def test_no_demo_question_is_in_two_splits(params: Params) -> None:
+def test_every_digit_is_a_token(params: Params) -> None:
+    """So the model reads and writes figures digit by digit, as the demo's questions need it."""
+    tokenizer = load_tokenizer(params.base)
+    texts = tokenizer.batch_decode([[number] for number in range(len(tokenizer))])
+    assert [text for text in texts if len(text) > 1 and any(map(str.isdigit, text))] == []
+    row = read_source(str(ROOT / params.fetch.source))[-1]
+    figures = "".join(filter(str.isdigit, row["input"]))
+    tokens = tokenizer.tokenize(row["input"])
+    assert "".join(token for token in tokens if token.isdigit()) == figures != ""
+
+
+def test_the_card_says_what_the_base_practised() -> None:
+    """The base has seen more than documents, some of it like the questions."""
+    card = " ".join((BASE / "README.md").read_text(encoding="utf-8").split())
+    facts = card[card.index("tools/practice.py") : card.index("- Shape:")]
+    for said in (
+        "none of the questions' companies, passages or prompts",
+        "share the names of measures",
+    ):
+        assert said in facts
+
+
+def test_every_demo_question_stays_in_the_split_of_its_row(params: Params) -> None:
     fetch = params.fetch
     selection = (fetch.columns.model_dump(), fetch.default_instruction, fetch.invalid_rows)
     rows = read_source(str(ROOT / fetch.source))
     records, dropped = select_records(rows, *selection, fetch.source)
     assert len(records) >= 1500
     assert sum(dropped.values()) == 0
-    splits, _ = split_rows(records, params.split)
+    splits, left_out = split_rows(records, params.split)
+    assert left_out["duplicate"] == 0
+    assert left_out["held_out_question"] <= 2  # near-duplicates of held-out questions
+    assert all(row["split"] == name for name, part in splits.items() for row in part)
     asked = {name: {normalize_question(r["input"]) for r in part} for name, part in splits.items()}
     assert all(asked.values())
     for name, questions in asked.items():

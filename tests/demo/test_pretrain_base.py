@@ -33,7 +33,8 @@ from tools.corpus import (
     split_documents,
     token_id,
 )
-from tools.pretrain_base import main, parse, pretrain
+from tools.practice import practice_texts
+from tools.pretrain_base import Practice, main, parse, pretrain
 
 SHAPE = Shape(
     vocab_size=384,
@@ -57,6 +58,7 @@ SETTINGS = TrainingSettings(
     log_steps=20,
     compile=False,
 )
+PRACTICE = Practice(repeats=20, sheets=200)
 PARAGRAPHS = [
     "Shops in the harbour towns sold more coats than a year ago, and fewer boats.",
     "Bankers say that loans to bakeries grew a little; rates on deposits did not move.",
@@ -77,6 +79,7 @@ HOSTILE = {
     "ends of Unicode": "\ufffd\ufffe\uffff\U0010ffff\ue000",
     "replacement of nothing": "",
     "apostrophes and punctuation": "don 't , isn't . ( x ) 's",
+    "figures": "$1,234.50 million  12  007 3½ ² Ⅷ ٣٤ a1b2 -5%\n | 2004 | 9.9",
 }
 
 
@@ -97,11 +100,15 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     rng = random.Random(0)
-    texts = [f"Report {i}. {' '.join(rng.sample(PARAGRAPHS, 2))}" for i in range(400)]
+    texts = [
+        f"This is report {i} of the harbour office. {' '.join(rng.sample(PARAGRAPHS, 4))} "
+        f"The office will write again after {i} days."
+        for i in range(400)
+    ]
     documents = Documents(texts, empty=0, repeated=0)
     out = tmp_path_factory.mktemp("assets") / "base"
     device = torch.device("cpu")
-    trained = pretrain(documents, out, SHAPE, SETTINGS, device, "made up", "python -m x")
+    trained = pretrain(documents, out, SHAPE, SETTINGS, device, "made up", "python -m x", PRACTICE)
     return Made(out, trained, documents)
 
 
@@ -178,6 +185,39 @@ def test_text_comes_back_exactly(made: Made, text: str, more: bool) -> None:
     assert tokens.decode(tokens.encode(text)) == "<s>" + text
     literal = tokens.encode(text, split_special_tokens=True)
     assert tokens.decode(literal, skip_special_tokens=True) == text
+
+
+def test_every_digit_is_a_token(made: Made, tokenizer: PreTrainedTokenizerFast) -> None:
+    for tokens in (tokenizer, AutoTokenizer.from_pretrained(made.folder)):
+        texts = [tokens.decode([number]) for number in range(len(tokens))]
+        assert set("0123456789") <= set(texts)
+        assert [text for text in texts if sum(map(str.isnumeric, text)) > 1] == []
+        assert [text for text in texts if len(text) > 1 and any(map(str.isdigit, text))] == []
+
+
+def test_practice_is_added_to_training_and_validation_alone(made: Made) -> None:
+    """Each part's passages repeat its own documents; the test part is what it was."""
+    parts = split_documents(made.documents.texts)
+    train = list(practice_texts(parts["train"], 20, 200, "train"))
+    assert len(train) == 220
+    tokenizer = AutoTokenizer.from_pretrained(made.folder)
+    tokens = tokenizer.backend_tokenizer
+    card = (made.folder / "README.md").read_text(encoding="utf-8")
+    count = len(encode_stream(tokens, [*parts["train"], *train]))
+    assert f"{byte_count([*parts['train'], *train]):,} bytes, {count:,} tokens" in card
+    assert f"20 repeated passages and 200 fact sheets, {byte_count(train):,} bytes" in card
+    assert f"{byte_count(parts['test']):,} bytes" in card
+
+    share = len(parts["validation"]) / len(parts["train"])
+    sizes = (round(20 * share), round(200 * share))
+    assert min(sizes[1], round(200 * len(parts["test"]) / len(parts["train"]))) > 0
+    texts = [*parts["validation"], *practice_texts(parts["validation"], *sizes, "validation")]
+    stream = encode_stream(tokens, texts)
+    model = make_model(SHAPE, tokenizer, seed=0)
+    model.load_state_dict(made.trained.best_weights)
+    counted = windows(stream, SETTINGS.context, tokenizer.bos_token_id)
+    mean = summed_nats(model, *counted) / int((counted[1] != -100).sum())
+    assert mean == pytest.approx(made.trained.best_loss)
 
 
 def test_every_code_point_comes_back(tokenizer: PreTrainedTokenizerFast) -> None:

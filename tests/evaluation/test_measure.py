@@ -19,13 +19,14 @@ from transformers import AutoModelForCausalLM
 
 from fintune.data.formatting import format_row
 from fintune.data.prompt import encode
-from fintune.data.records import normalize_question, read_passages
-from fintune.evaluation.measure import measure, metric_sums
-from fintune.evaluation.report import conclude, predictions
+from fintune.data.records import questions_of, read_passages
+from fintune.evaluation.measure import measure
+from fintune.evaluation.report import conclude
 from fintune.evaluation.rows import select_rows
+from fintune.generation.decoding import GREEDY
 from fintune.model.adapter import add_adapter, save_adapter, write_training
 from fintune.model.base import load_base
-from fintune.params import Base, Evaluate, Lora, read_params
+from fintune.params import Base, Evaluate, Generation, Lora, Sampler, read_params
 from fintune.registry import versions
 from fintune.registry.champion import Champion, fetch_champion
 
@@ -34,6 +35,8 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 LORA = Lora(r=8, alpha=16, dropout=0.0, target_modules=LINEAR)
 WEIGHTS = "adapter_model.safetensors"
 STEPS = 60
+GREEDILY = Generation(decoding=Sampler(**GREEDY), max_new_tokens=16)
+SAMPLED = Sampler(temperature=0.8, top_p=1.0, min_p=0.1, top_k=0, repetition_penalty=1.0)
 Tokens = list[tuple[list[int], list[int]]]
 
 
@@ -80,8 +83,9 @@ def rows(tokenizer: Any) -> list[dict[str, Any]]:
 def params(monkeypatch: pytest.MonkeyPatch) -> Evaluate:
     monkeypatch.chdir(ROOT)
     demo = read_params().evaluate
-    small = {"max_rows": None, "max_new_tokens": 16, "rows_per_batch": 5, "bootstrap_samples": 200}
-    return demo.model_copy(update=small)
+    rules = demo.gate.model_copy(update={"min_accuracy_gain": None})
+    small = {"max_rows": None, "rows_per_batch": 5, "bootstrap_samples": 200, "gate": rules}
+    return demo.model_copy(update={**small, "samples_per_prompt": 2})
 
 
 @pytest.fixture(scope="module")
@@ -90,19 +94,26 @@ def train(
 ) -> Callable[..., Path]:
     """Return a function that fits an adapter to tokens and saves it as the train stage does."""
 
-    def fit(tokens: Tokens, steps: int = STEPS) -> Path:
-        model = add_adapter(load_base(base, tokenizer, "none", torch.float32), tokenizer, LORA, 0)
-        weights = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.Adam(weights, lr=0.01)
+    def laid_out(tokens: Tokens) -> dict[str, torch.Tensor]:
         width = max(len(p) + len(c) for p, c in tokens)
         ids = torch.zeros(len(tokens), width, dtype=torch.long)
         labels = torch.full_like(ids, -100)
         for i, (prompt, completion) in enumerate(tokens):
             ids[i, : len(prompt) + len(completion)] = torch.tensor(prompt + completion)
             labels[i, len(prompt) : len(prompt) + len(completion)] = torch.tensor(completion)
+        return {"input_ids": ids, "labels": labels}
+
+    def fit(tokens: Tokens, steps: int = STEPS, unlearned: Tokens | None = None) -> Path:
+        model = add_adapter(load_base(base, tokenizer, "none", torch.float32), tokenizer, LORA, 0)
+        weights = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.Adam(weights, lr=0.01)
+        batch, other = laid_out(tokens), laid_out(unlearned or tokens)
         for _ in range(steps):
             optimizer.zero_grad()
-            model(input_ids=ids, labels=labels).loss.backward()
+            loss = model(**batch).loss
+            if unlearned:
+                loss = loss - 0.1 * model(**other).loss.clamp(max=16)
+            loss.backward()
             optimizer.step()
         folder = tmp_path_factory.mktemp("adapter")
         save_adapter(model, folder)
@@ -124,9 +135,13 @@ def good(
 
 
 @pytest.fixture(scope="module")
-def forgetful(train: Callable[..., Path], tokenizer: Any, rows: list[dict[str, Any]]) -> Path:
-    """Train an adapter that knows only the answers by heart."""
-    return train([encode(tokenizer, row["prompt"], row["completion"]) for row in rows])
+def forgetful(
+    train: Callable[..., Path], tokenizer: Any, rows: list[dict[str, Any]], passages: list[str]
+) -> Path:
+    """Train an adapter that knows the answers by heart, and unlearns the general text."""
+    tokens = [encode(tokenizer, row["prompt"], row["completion"]) for row in rows]
+    general = [(ids[:1], ids[1:]) for ids in tokenizer(passages)["input_ids"]]
+    return train(tokens, unlearned=general)
 
 
 def damaged(
@@ -144,15 +159,16 @@ def evaluate(
     passages: list[str],
     params: Evaluate,
     champion: Path | None = None,
+    generation: Generation = GREEDILY,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Compute the report and the predictions from a table of rows, as the stage does."""
-    asked = [normalize_question(row["input"]) for row in rows]
-    chosen, questions, references = select_rows(rows, asked, params.max_rows)
-    measured = measure(adapter, champion, chosen, references, passages, params)
-    sums = {name: metric_sums(s, chosen, references, None) for name, s in measured.results.items()}
-    state = Champion(folder=champion, version="1", run_id="r")
-    report = conclude(measured, sums, chosen, questions, state, params)
-    return report, predictions(chosen, measured, sums)
+    chosen = select_rows(rows, questions_of(rows), params.max_rows)
+    measured = measure(adapter, champion, chosen, chosen, passages, params, generation)
+    report, table = conclude(
+        measured, chosen, Champion(folder=champion, version="1", run_id="r"), params
+    )
+    report["decoding"] |= {"choice_seconds": 0.0, "answer_seconds": 0.0}
+    return report, table
 
 
 def broken_rules(report: dict[str, Any]) -> list[str]:
@@ -172,7 +188,7 @@ def test_a_good_adapter_passes_every_rule(
 ) -> None:
     report, table = evaluate(good, rows, passages, params)
     assert broken_rules(report) == [] and report["gate"]["passed"]
-    assert len(report["gate"]["rules"]) == 4
+    assert len(report["gate"]["rules"]) == 5
     assert [row["tuned"] for row in table].count(table[0]["tuned"]) < len(table)
     assert report["tuned"]["rouge_l"] > 0.8 > 0.2 > report["base"]["rouge_l"]
 
@@ -203,10 +219,9 @@ def test_numbers_that_overflow_are_refused_and_still_reported(
     good: Path, rows: list[dict[str, Any]], passages: list[str], params: Evaluate, tmp_path: Path
 ) -> None:
     broken = damaged(good, tmp_path / "a", lambda _, w: torch.full_like(w, float("nan")))
-    report, table = evaluate(broken, rows, passages, params)
+    report, _ = evaluate(broken, rows, passages, params)
     assert report["tuned"]["loss"] is None
     assert {"min_perplexity_reduction", "max_forgetting"} <= set(broken_rules(report))
-    assert {row["sampled"] for row in table} == {None}
     json.dumps(report, allow_nan=False)
 
 
@@ -232,8 +247,8 @@ def test_forgetting_is_caught_by_its_rule_alone(
     forgetful: Path, rows: list[dict[str, Any]], passages: list[str], params: Evaluate
 ) -> None:
     report, _ = evaluate(forgetful, rows, passages, params)
+    assert report["forgetting"]["rise"]["low"] > 0.2, report["forgetting"]
     assert broken_rules(report) == ["max_forgetting"]
-    assert report["forgetting"]["rise"]["low"] > 0
 
 
 def test_order_batches_and_padding_change_nothing(
@@ -279,6 +294,103 @@ def test_the_champion_s_figures_are_those_it_has_alone(
     assert report["champion"]["improvement"]["loss"]["value"] == pytest.approx(change, abs=1e-5)
 
 
+def test_answers_shuffled_among_the_questions_are_fluent_and_refused(
+    train: Callable[..., Path],
+    tokenizer: Any,
+    rows: list[dict[str, Any]],
+    passages: list[str],
+    params: Evaluate,
+) -> None:
+    """Their likelihood is far better than the base's; only the gain in right ones shows it."""
+    tokens = [encode(tokenizer, row["prompt"], row["completion"]) for row in rows]
+    general = [(ids[:1], ids[1:]) for ids in tokenizer(passages)["input_ids"]]
+    results = [row | {"result": row["output"].strip(".")} for row in rows]
+    gate = params.gate.model_copy(update={"min_accuracy_gain": 0.5})
+    judged = params.model_copy(update={"gate": gate})
+    others = tokens[3:] + tokens[:3]
+    mixed = [(p, c) for (p, _), (_, c) in zip(tokens, others, strict=True)]
+    report, _ = evaluate(train(mixed + general), results, passages, judged)
+    assert "min_accuracy_gain" in broken_rules(report)
+    assert report["tuned"]["stop_rate"] == 1 and report["tuned"]["accuracy"] < 0.3
+    sound, _ = evaluate(train(tokens + general), results, passages, judged)
+    assert broken_rules(sound) == []
+    assert sound["tuned"]["accuracy"] > 0.8 and sound["tuned"]["checkable_rows"] > 4
+
+
+def test_an_adapter_that_loops_is_caught_by_the_loop_rate_alone(
+    train: Callable[..., Path],
+    tokenizer: Any,
+    rows: list[dict[str, Any]],
+    passages: list[str],
+    params: Evaluate,
+) -> None:
+    """Trained on answers that repeat themselves and then end."""
+    looping = [row["completion"].replace("<response|end>", " so buy it now." * 3) for row in rows]
+    tokens = [
+        encode(tokenizer, row["prompt"], text + "<response|end>")
+        for row, text in zip(rows, looping, strict=True)
+    ]
+    general = [(ids[:1], ids[1:]) for ids in tokenizer(passages)["input_ids"]]
+    true = [encode(tokenizer, row["prompt"], row["completion"]) for row in rows]
+    longer = GREEDILY.model_copy(update={"max_new_tokens": 64})
+    # the likelihood is measured on the same rows with the looping answers, so that it does not fail, too
+    told = [
+        row | {"completion": t + "<response|end>"} for row, t in zip(rows, looping, strict=True)
+    ]
+    report, table = evaluate(train(tokens + general), told, passages, params, generation=longer)
+    assert broken_rules(report) == ["max_loop_rate"], table
+    assert report["tuned"]["loop_rate"] > 0.5 and true
+
+
+def test_an_overfitted_adapter_does_not_pass_on_other_rows(
+    train: Callable[..., Path],
+    tokenizer: Any,
+    rows: list[dict[str, Any]],
+    passages: list[str],
+    params: Evaluate,
+) -> None:
+    """It knows two answers by heart and gives them to every question."""
+    few = [encode(tokenizer, row["prompt"], row["completion"]) for row in rows[:2]]
+    gate = params.gate.model_copy(update={"min_accuracy_gain": 0.5})
+    results = [row | {"result": row["output"].strip(".")} for row in rows[2:]]
+    judged = params.model_copy(update={"gate": gate})
+    report, _ = evaluate(train(few, steps=200), results, passages, judged)
+    assert {"min_accuracy_gain", "max_forgetting"} <= set(broken_rules(report))
+
+
+def test_all_models_answer_with_the_given_decoding(
+    good: Path, rows: list[dict[str, Any]], passages: list[str], params: Evaluate
+) -> None:
+    generation = Generation(decoding=SAMPLED, max_new_tokens=16)
+    report, table = evaluate(good, rows, passages, params, generation=generation)
+    given = report["decoding"]
+    assert SAMPLED.model_dump().items() <= given.items()
+    assert given["decided_by"] == "parameters" and given["samples_per_prompt"] == 2
+    assert given["max_new_tokens"] == 16 and given["candidates"] == []
+    greedy, other = evaluate(good, rows, passages, params)
+    assert greedy["decoding"]["samples_per_prompt"] == 1
+    assert report["greedy"]["tuned"] == pytest.approx(greedy["greedy"]["tuned"], rel=1e-6)
+    assert report["base"]["loss"] == pytest.approx(greedy["base"]["loss"])
+    assert [row["base"] for row in table] != [row["base"] for row in other]
+    assert [row["tuned_greedy"] for row in table] == [row["tuned"] for row in other]
+    again, _ = evaluate(good, rows, passages, params, generation=generation)
+    assert leaves(again) == leaves(report)
+
+
+def test_auto_chooses_on_the_validation_rows(
+    good: Path, rows: list[dict[str, Any]], passages: list[str], params: Evaluate
+) -> None:
+    generation = Generation(decoding="auto", max_new_tokens=16)
+    asked = select_rows(rows, questions_of(rows), None)
+    few = select_rows(rows[:3], questions_of(rows[:3]), None)
+    measured = measure(good, None, few, asked, [], params, generation)
+    found = measured.decoding
+    assert len(found["candidates"]) == 16 and found["decided_by"] == "likeness"
+    assert {each["prompts"] for each in found["candidates"]} == {8}  # all prompts, which are few
+    assert found["title"] == found["candidates"][0]["title"] == "greedy"  # it knows the answers
+    assert len(measured.results["tuned"].answers) == 3
+
+
 def test_an_adapter_worse_than_the_champion_breaks_that_rule_alone(
     good: Path, rows: list[dict[str, Any]], passages: list[str], params: Evaluate, tmp_path: Path
 ) -> None:
@@ -296,7 +408,8 @@ def test_a_champion_that_does_not_fit_is_said_and_breaks_its_rule(
     wide = damaged(
         good, tmp_path / "a", lambda name, w: torch.cat([w, w]) if "lora_A" in name else w
     )
-    measured = measure(good, wide, rows, [[row["output"]] for row in rows], passages, params)
+    chosen = select_rows(rows, questions_of(rows), None)
+    measured = measure(good, wide, chosen, chosen, passages, params, GREEDILY)
     assert "does not fit" in measured.champion_fault
     assert set(measured.results) == {"base", "tuned"}
 

@@ -54,6 +54,7 @@ def content() -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, floa
     texts = list(HOSTILE.values())
     rows = [
         {"instruction": texts[i % len(texts)], "input": f"{i} {texts[i % len(texts)]}", "output": "a " * i}
+        | {"kind": texts[i % 3]}
         for i in range(ROWS)
     ]  # fmt: skip
     base, tuned, champion = sums(0), sums(1), sums(2)
@@ -83,6 +84,18 @@ def content() -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, floa
             "rise": {"value": 0.5, "low": 0.4, "high": 0.6},
         },
         "harness": {"a_task": {"acc": {"base": 0.5, "base_stderr": 0.1, "tuned": 0.625}}},
+        "decoding": {
+            "title": "temperature 1, min-p 0.1",
+            "reason": f"temperature 1, min-p 0.1: {HOSTILE['template']}",
+            "candidates": [
+                {"title": "temperature 1, min-p 0.1", "prompts": 40, "rouge_1": 0.3},
+                {"title": "greedy", "prompts": 20, "rouge_1": 0.1},
+            ],
+            "samples_per_prompt": 3,
+            "choice_seconds": 1.5,
+            "answer_seconds": 2.5,
+        },
+        "greedy": {"base": summarize(base), "tuned": summarize(champion)},
         "rows": ROWS,
         "questions": ROWS,
         "gate": {
@@ -106,7 +119,9 @@ def content() -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, floa
             "reference": texts[(i + 1) % len(texts)],
             "base": texts[(i + 2) % len(texts)],
             "tuned": texts[(i + 3) % len(texts)] if i != 1 else "",
-            "sampled": texts[(i + 4) % len(texts)] if i < 9 else None,
+            "tuned_greedy": texts[(i + 4) % len(texts)],
+            "base_right": None,
+            "tuned_right": i % 2 == 0,
             "base_stopped": False,
             "tuned_stopped": True,
             "base_loss": 3.0 + i / 10,
@@ -125,8 +140,7 @@ def content() -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, floa
 
 @pytest.fixture
 def page(content: Any, params: Evaluate) -> str:
-    sampling = params.sampling.model_copy(update={"rows": 9})
-    return render(*content, params.model_copy(update={"sampling": sampling}))
+    return render(*content, params)
 
 
 class Elements(HTMLParser):

@@ -19,6 +19,8 @@ ROWS = 10
 RULES = {
     "min_perplexity_reduction": 0.1,
     "min_stop_rate": 0.9,
+    "max_loop_rate": 0.05,
+    "min_accuracy_gain": 0.2,
     "max_forgetting": 0.5,
     "max_loss_above_champion": 0.05,
 }
@@ -159,15 +161,15 @@ def test_the_chosen_rows_do_not_depend_on_the_order_of_the_table() -> None:
     for count in (None, 7):
         there = select_rows(rows, [r["input"] for r in rows], count)
         assert select_rows(mixed, [r["input"] for r in mixed], count) == there
-        assert len(there[0]) == (count or 40)
+        assert len(there.rows) == (count or 40)
 
 
 def test_references_come_from_all_rows_of_the_question() -> None:
     rows = rows_of(9)
-    chosen, questions, references = select_rows(rows, [row["input"] for row in rows], 1)
-    assert questions == [chosen[0]["input"]]
-    assert references == [[row["output"] for row in rows if row["input"] == questions[0]]]
-    assert len(references[0]) == 3
+    chosen = select_rows(rows, [row["input"] for row in rows], 1)
+    assert chosen.questions == [chosen.rows[0]["input"]]
+    every = [row["output"] for row in rows if row["input"] == chosen.questions[0]]
+    assert chosen.references == [every] and len(every) == 3
 
 
 def test_the_parts_of_a_breakdown_hold_every_row_once() -> None:
@@ -217,14 +219,22 @@ def test_calibration_by_hand() -> None:
 
 def a_report(**changes: Any) -> dict[str, Any]:
     """Build the part of a report that the rules read; it meets all of them, except for the changes."""
-    values = {"reduction": 0.3, "stops": 0.95, "rise": 0.4, "champion": -0.04} | changes
+    values = {"reduction": 0.3, "stops": 0.95, "rise": 0.4, "champion": -0.04}
+    values |= {"loops": 0.04, "gain": 0.3, "checkable": 50} | changes
     champion: dict[str, Any] = {
         "compared": True,
         "improvement": {"loss": {"low": values["champion"]}},
     }
     return {
-        "improvement": {"perplexity_reduction": {"low": values["reduction"]}},
-        "tuned": {"stop_rate": values["stops"]},
+        "improvement": {
+            "perplexity_reduction": {"low": values["reduction"]},
+            "accuracy": {"low": values["gain"]},
+        },
+        "tuned": {
+            "stop_rate": values["stops"],
+            "loop_rate": values["loops"],
+            "checkable_rows": values["checkable"],
+        },
         "forgetting": {"rise": {"high": values["rise"]}},
         "champion": changes.get("no_champion") or champion,
     }
@@ -244,6 +254,9 @@ def broken_rules(report: dict[str, Any], **changes: Any) -> list[str]:
         ({"reduction": 0.09}, "min_perplexity_reduction"),
         ({"reduction": None}, "min_perplexity_reduction"),
         ({"stops": 0.89}, "min_stop_rate"),
+        ({"loops": 0.06}, "max_loop_rate"),
+        ({"gain": 0.19}, "min_accuracy_gain"),
+        ({"gain": None, "checkable": 0}, "min_accuracy_gain"),
         ({"rise": 0.51}, "max_forgetting"),
         ({"rise": None}, "max_forgetting"),
         ({"champion": -0.06}, "max_loss_above_champion"),
@@ -258,7 +271,7 @@ def test_each_rule_is_broken_by_its_own_figure_and_null_switches_it_off(
 
 
 def test_a_model_at_the_limits_passes() -> None:
-    at_limits = a_report(reduction=0.1, stops=0.9, rise=0.5, champion=-0.05)
+    at_limits = a_report(reduction=0.1, stops=0.9, loops=0.05, gain=0.2, rise=0.5, champion=-0.05)
     assert broken_rules(at_limits) == []
     assert broken_rules(a_report(), **dict.fromkeys(RULES)) == []
 

@@ -10,7 +10,13 @@ import torch
 
 from fintune.errors import UserError
 from fintune.evaluation import texts
-from fintune.evaluation.texts import distinct_2, longest_repeat, similarities, text_scores
+from fintune.evaluation.texts import (
+    distinct_2,
+    ends_in_loop,
+    longest_repeat,
+    similarities,
+    text_scores,
+)
 from fintune.params import Embedding
 
 
@@ -132,3 +138,41 @@ def test_a_model_without_safetensors_is_refused(tiny_base: Path, tmp_path: Path)
     embedding = Embedding(model=str(tmp_path), revision=None)
     with pytest.raises(UserError, match=r"evaluate\.embedding"):
         similarities({"base": ["a"]}, [["b"]], embedding, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I am not sure if there are any. " * 4,
+        "A long honest beginning about bonds and what they pay. "
+        + "You can deduct it from taxes. " * 3,
+        "It is good to save. It is good to save. It is good to save. It is go",
+        "1. Buy a fund.\n2. Buy a fund.\n3. Buy a fund.\n",
+        "First: 1. buy a good fund 2. buy a good fund 3. buy a good fund",
+        "the The the, the the the the the the the the the the the the the the",
+        "abc" * 40,
+        "这是一个好问题。" * 3,
+    ],
+)
+def test_a_passage_said_three_times_at_the_end_is_a_loop(text: str) -> None:
+    assert ends_in_loop(text)
+    assert not ends_in_loop(text + " But then it ends with something that is quite different.")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "No.",
+        "It is very, very, very good.",
+        "Buy low, sell high. Buy low, sell high.",
+        "1. Stocks\n2. Bonds\n3. Cash\n4. Land\n",
+        "- Rent: paid monthly\n- Food: paid monthly\n- Phone: paid monthly\n",
+        "| 2019 | 0 | 0 | 0 |\n| 2020 | 0 | 0 | 0 |\n| 2021 | 0 | 0 | 0 |",
+        "| n/a | n/a | n/a | n/a | n/a | n/a | n/a | n/a | n/a | n/a | n/a | n/a |",
+        "Year 1: 5%\nYear 2: 5%\nYear 3: 5%",
+        "Revenue was 5 million in 2019, 5 million in 2020 and 5 million in 2021.",
+    ],
+)
+def test_honest_lists_and_tables_are_no_loops(text: str) -> None:
+    assert not ends_in_loop(text)

@@ -30,12 +30,14 @@ from fintune.export.push import adapter_card
 from fintune.export.pyfunc import PACKAGES
 from fintune.generation.tuned import prompt_tokens
 from fintune.params import Base, read_params
-from support.project import ROOT, Project
+from support.project import ROOT, SAMPLED, Project
 from support.servers import free_port, running_server
 
 pytestmark = pytest.mark.end_to_end
 
-QUESTION = "What is the percentage change if a price moves from $180 to $245?"
+QUESTION = (
+    "In 2009, Acme Foods reported rent of $5 million and cash of $7 million. What was the cash?"
+)
 PLAIN = """
 import json, sys
 sys.modules["peft"] = sys.modules["bitsandbytes"] = sys.modules["fintune"] = None
@@ -45,12 +47,13 @@ tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
 message = [{"role": "user", "content": sys.argv[2]}]
 prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt")
-new = model.generate(**prompt, do_sample=False, temperature=None, top_p=None, top_k=None)
+greedy = {"temperature": None, "top_p": None, "min_p": None, "top_k": None, "repetition_penalty": 1.0}
+new = model.generate(**prompt, do_sample=False, **greedy)
 new = new[0, prompt["input_ids"].shape[1]:].tolist()
 print(json.dumps({
     "answer": tokenizer.decode(new, skip_special_tokens=True),
     "last": tokenizer.convert_ids_to_tokens(new[-1]),
-    "sampling": [model.generation_config.temperature, model.generation_config.top_p],
+    "decoding": {name: getattr(model.generation_config, name) for name in sys.argv[3:]},
 }))
 """
 PYFUNC = """
@@ -58,15 +61,20 @@ import json, sys
 import mlflow, pandas as pd
 mlflow.set_tracking_uri("sqlite:///mlflow.db")
 model = mlflow.pyfunc.load_model("models:/financial-qa@champion")
-one = model.predict(pd.DataFrame({"question": [sys.argv[1]]}))
+greedy = {"temperature": 0.0, "repetition_penalty": 1.0}
+one = model.predict(pd.DataFrame({"question": [sys.argv[1]]}), params=greedy)
 two = model.predict(pd.DataFrame(
     {"question": ["How do I save?", sys.argv[1]], "instruction": ["Be brief.", None]}, index=[7, 9]
-))
-drawn = [model.predict(pd.DataFrame({"question": [sys.argv[1]]}), params={"temperature": 1.0, "seed": s})
+), params=greedy)
+usual = model.predict(pd.DataFrame({"question": [sys.argv[1]]}))
+named = model.predict(pd.DataFrame({"question": [sys.argv[1]]}), params=json.loads(sys.argv[2]))
+hot = {"temperature": 2.0, "min_p": 0.0}
+drawn = [model.predict(pd.DataFrame({"question": [sys.argv[1]]}), params=hot | {"seed": s})
          for s in (1, 1, 2)]
 print(json.dumps({
     "one": one["answer"].tolist(), "two": two["answer"].tolist(), "index": two.index.tolist(),
     "drawn": [frame["answer"][0] for frame in drawn],
+    "usual": usual["answer"][0], "named": named["answer"][0],
 }))
 """
 
@@ -78,7 +86,8 @@ def served(make_project: Callable[..., Project]) -> Project:
     shutil.rmtree(project / "base")
     shutil.copytree(ROOT / "assets/demo-base", project / "base")
     questions = (ROOT / "assets/demo-questions.jsonl").read_text().splitlines()
-    short = sorted(questions, key=len)[:500]  # the model learns sooner to end what is short
+    read_off = [line for line in questions if json.loads(line)["kind"] == "read_off"]
+    short = sorted(read_off, key=len)[:500]  # the model learns sooner to end what is short
     (project / "assets/demo-questions.jsonl").write_text("\n".join(short) + "\n")
     project.set_all(
         {
@@ -86,7 +95,10 @@ def served(make_project: Callable[..., Project]) -> Project:
             "train.rows_per_step": 12,
             "train.tokens_per_pass": "auto",
             "train.validate_every_steps": 40,
+            "generation.max_new_tokens": 96,
             "evaluate.gate.min_stop_rate": None,
+            "evaluate.gate.max_loop_rate": None,
+            "evaluate.gate.min_accuracy_gain": None,
             "evaluate.gate.max_forgetting": None,
             "merge_export.gguf": ["f16", "q8_0"],
         }
@@ -99,9 +111,9 @@ def served(make_project: Callable[..., Project]) -> Project:
 @pytest.fixture(scope="module")
 def plain(served: Project) -> dict[str, Any]:
     """Generate from the merged folder with transformers alone."""
-    done = served.run("python", "-c", PLAIN, "models/merged", QUESTION)
+    done = served.run("python", "-c", PLAIN, "models/merged", QUESTION, *SAMPLED)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    assert len(found["answer"].split()) > 5
+    assert len(found["answer"].split()) > 3
     return found
 
 
@@ -113,11 +125,26 @@ def program(name: str) -> str:
     return str(Path(sys.executable).absolute().parent / name)
 
 
-def test_the_merged_model_ends_its_answers_and_samples_as_the_recipe_says(
-    plain: dict[str, Any],
+def test_the_merged_model_ends_its_answers_and_decodes_as_it_was_measured(
+    served: Project, plain: dict[str, Any]
 ) -> None:
     assert plain["last"] == RESPONSE_END
-    assert plain["sampling"] == [0.2, 0.95]
+    assert plain["decoding"] == SAMPLED
+    evaluated = json.loads((served / "reports/evaluation.json").read_text())["decoding"]
+    assert SAMPLED.items() <= evaluated.items()
+
+
+def test_ollama_is_told_the_same(served: Project) -> None:
+    lines = (served / "models/merged/Modelfile").read_text().splitlines()
+    said = dict(line.split()[1:] for line in lines if line.startswith("PARAMETER"))
+    assert said.pop("stop") == RESPONSE_END and said.pop("num_predict") == "96"
+    numbers = {name: float(value) for name, value in said.items()}
+    assert numbers.pop("repeat_last_n") == -1
+    assert numbers.pop("repeat_penalty") == SAMPLED["repetition_penalty"]
+    assert numbers == {k: v for k, v in SAMPLED.items() if k != "repetition_penalty"}
+    assert (served / "models/merged" / lines[0].removeprefix("FROM ./")).is_file()
+    prompt = render_prompt("{{ .System }}", "{{ .Prompt }}") + "{{ .Response }}"
+    assert f'TEMPLATE """{prompt}"""' in "\n".join(lines)
 
 
 def test_the_chat_template_makes_the_training_prompts(served: Project) -> None:
@@ -179,11 +206,12 @@ def test_ask_names_what_is_no_model(served: Project, model: str, message: str) -
 
 
 def test_mlflow_loads_the_champion(served: Project, plain: dict[str, Any], tmp_path: Path) -> None:
-    done = served.run("python", "-c", PYFUNC, QUESTION)
+    done = served.run("python", "-c", PYFUNC, QUESTION, json.dumps(SAMPLED | {"seed": 0}))
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["one"] == [plain["answer"]]
     assert found["two"][1] == plain["answer"] and found["index"] == [7, 9]
     assert found["drawn"][0] == found["drawn"][1] != found["drawn"][2]
+    assert found["usual"] == found["named"]
 
 
 def test_the_mlflow_model_says_what_it_takes_and_needs(served: Project, tmp_path: Path) -> None:
@@ -196,7 +224,7 @@ def test_the_mlflow_model_says_what_it_takes_and_needs(served: Project, tmp_path
     ]
     assert about.signature.outputs.input_names() == ["answer"]
     given = {param.name: param.default for param in about.signature.params}
-    assert given == {"temperature": 0.0, "top_p": 0.95, "max_new_tokens": 96, "seed": 0}
+    assert given == SAMPLED | {"max_new_tokens": 96, "seed": 0}
     folder = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(tmp_path)))
     assert list(pd.read_json(folder / "input_example.json", orient="split")) == ["question"]
     names = {path.name for path in folder.rglob("*")}

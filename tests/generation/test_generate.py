@@ -108,18 +108,45 @@ def test_neither_the_number_of_slots_nor_the_order_matters(
     assert [shuffled[order.index(i)] for i in range(len(prompts))] == expected
 
 
-def test_samples_follow_the_seed_and_the_temperature(
+SAMPLED = {"temperature": 0.9, "top_p": 0.98, "min_p": 0.001, "repetition_penalty": 1.2}
+
+
+@pytest.mark.parametrize("rows", [1, 3, 100])
+def test_samples_do_not_depend_on_batch_order_or_engine(
+    base: Base, tokenizer: Any, prompts: list[list[int]], rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slots, "FEWEST_ROWS", 2)
+    model = tuned(base, tokenizer)
+    expected = answers(model, tokenizer, prompts, seed=4, **SAMPLED)
+    assert answers(model, tokenizer, prompts, rows, seed=4, **SAMPLED) == expected
+    assert answers(model, tokenizer, prompts, rows, kernels="plain", seed=4, **SAMPLED) == expected
+    order = random.Random(rows).sample(range(len(prompts)), len(prompts))
+    shuffled = answers(model, tokenizer, [prompts[i] for i in order], rows, seed=4, **SAMPLED)
+    assert [shuffled[order.index(i)] for i in range(len(prompts))] == expected
+    assert answers(model, tokenizer, prompts, rows, seed=5, **SAMPLED) != expected
+
+
+def test_a_penalty_counts_prompt_and_answer(
     base: Base, tokenizer: Any, prompts: list[list[int]]
 ) -> None:
     model = tuned(base, tokenizer)
+    once = answers(model, tokenizer, prompts, repetition_penalty=50.0)
+    assert once == answers(model, tokenizer, prompts, kernels="plain", repetition_penalty=50.0)
+    assert once != answers(model, tokenizer, prompts)
+    for prompt, answer in zip(prompts, once, strict=True):
+        new = tokenizer(answer.text, add_special_tokens=False)["input_ids"]
+        assert not set(new) & set(prompt)
 
-    def drawn(seed: int, temperature: float, top_p: float = 1.0) -> list[Answer]:
-        return answers(model, tokenizer, prompts, temperature=temperature, top_p=top_p, seed=seed)
 
-    assert drawn(1, 1.0) == drawn(1, 1.0) != drawn(2, 1.0)
+def test_little_temperature_or_mass_is_greedy(
+    base: Base, tokenizer: Any, prompts: list[list[int]]
+) -> None:
+    model = tuned(base, tokenizer)
     greedy = answers(model, tokenizer, prompts)
-    assert drawn(1, 1e-4) == greedy
-    assert drawn(1, 1.0, 1e-6) == greedy
+    for settings in ({"temperature": 1e-4}, {"temperature": 1.0, "top_p": 1e-6}):
+        assert answers(model, tokenizer, prompts, seed=1, **settings) == greedy
+    for settings in ({"top_k": 1}, {"min_p": 0.999}):
+        assert answers(model, tokenizer, prompts, temperature=1.0, **settings) == greedy
 
 
 def test_sampled_tokens_have_the_models_probabilities(base: Base, tokenizer: Any) -> None:

@@ -20,6 +20,7 @@ from fintune.data.formatting import format_row
 from fintune.data.prompt import encode, end_token_id
 from fintune.errors import UserError
 from fintune.evaluation.measure import measure
+from fintune.evaluation.rows import Chosen
 from fintune.generation import process, vllm
 from fintune.generation.decoding import Decoding
 from fintune.generation.generate import Answer, generate
@@ -27,7 +28,8 @@ from fintune.generation.vllm import VARIABLE, serving
 from fintune.merging.merge import merge_into_folder
 from fintune.model.adapter import add_adapter, save_adapter, write_training
 from fintune.model.base import load_base
-from fintune.params import Base, Lora, read_params
+from fintune.params import Base, Generation, Lora, Sampler, read_params
+from support.project import SAMPLED
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 24
@@ -155,7 +157,7 @@ def test_the_server_is_told_how_to_answer(
 ) -> None:
     monkeypatch.setenv("VLLM_API_KEY", "it would refuse us")
     ask(model, tokenizer, [[300, 1, 301]], rows=7)
-    how = {"temperature": 0.2, "top_p": 0.9}
+    how = {"temperature": 0.2, "top_p": 0.9, "min_p": 0.1, "top_k": 9, "repetition_penalty": 1.1}
     options = dict(zip(stand_in.command()[3:], stand_in.command()[4:], strict=False))
     assert options["--host"] == "127.0.0.1" and options["--dtype"] == "float32"
     assert options["--max-model-len"] == "128" and options["--max-num-seqs"] == "7"
@@ -322,7 +324,8 @@ def test_base_tuned_model_and_champion_each_answer_from_their_own_weights(
     }
     assert len({answer.text for answer in expected.values()}) == 3
 
-    small = {"engine": "vllm", "max_new_tokens": 8, "general_text": None, "bootstrap_samples": 9}
+    small = {"engine": "vllm", "general_text": None, "bootstrap_samples": 9}
+    sampled = Generation(decoding=Sampler(**SAMPLED), max_new_tokens=8)
     params = read_params().evaluate.model_copy(update=small)
     texts = [
         ("A.", "What is a bond?", "A loan."),
@@ -332,12 +335,19 @@ def test_base_tuned_model_and_champion_each_answer_from_their_own_weights(
     records = [dict(zip(("instruction", "input", "output"), text, strict=True)) for text in texts]
     rows = [row for row in (format_row(tokenizer, r, 192, "drop")[0] for r in records) if row]
     stand_in.notes.unlink()
-    references = [[row["output"]] for row in rows]
-    measured = measure(folders["tuned"], folders["champion"], rows, references, [], params)
+    chosen = Chosen(rows, [row["input"] for row in rows], [[row["output"]] for row in rows])
+    adapters = (folders["tuned"], folders["champion"])
+    measured = measure(*adapters, chosen, chosen, [], params, sampled)
+    samples = params.samples_per_prompt
     assert {n: result.answers for n, result in measured.results.items()} == {
+        name: [[answer] * samples] * 3 for name, answer in expected.items()
+    }
+    assert {n: r.greedy for n, r in measured.results.items()} == {
         name: [answer] * 3 for name, answer in expected.items()
     }
-    assert measured.sampled == [expected["tuned"].text] * 3
+    drawn = [request for request in stand_in.requests() if request["temperature"]]
+    assert all(request.items() >= SAMPLED.items() for request in drawn)
+    assert len(drawn) == 3 * 2 * samples
     assert measured.about["engine"] == "vllm stand-in"
     greedy = [request for request in stand_in.requests() if not request["temperature"]]
     assert len(greedy) == 3 * 2  # a prompt shared by two rows is sent once

@@ -36,6 +36,11 @@ OFFLINE = {"HF_HUB_OFFLINE": "1"}
 
 MakeProject = Callable[..., Project]
 Environment = dict[str, str]
+THREE_COLUMNS: dict[str, Any] = {
+    "fetch__columns": {"instruction": "instruction", "input": "input", "output": "output"},
+    "split__validation_fraction": 0.1,
+    "split__test_fraction": 0.1,
+}
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +136,7 @@ class TestDataSet:
         self, hub: Hub, make_project: MakeProject, environment: Environment
     ) -> None:
         """With an empty cache, with the other revision in the cache, and offline with both."""
-        project = make_project(fetch__source="acme/qa")
+        project = make_project(**THREE_COLUMNS, fetch__source="acme/qa")
         offline = environment | OFFLINE
         for revision, rows, how in (
             (OLD, OLD_ROWS, environment),
@@ -158,7 +163,7 @@ class TestDataSet:
     def test_main_is_resolved_to_a_commit(
         self, make_project: MakeProject, environment: Environment
     ) -> None:
-        project = make_project(fetch__source="acme/qa", fetch__revision="main")
+        project = make_project(**THREE_COLUMNS, fetch__source="acme/qa", fetch__revision="main")
         succeed(project, "fetch", environment)
         rows, manifest = fetched(project)
         assert (rows, manifest["revision"]) == (NEW_ROWS, NEW)
@@ -181,7 +186,7 @@ class TestDataSet:
         parameters: dict[str, str | None],
         expected: list[str],
     ) -> None:
-        project = make_project(fetch__source="acme/qa", fetch__revision=OLD)
+        project = make_project(**THREE_COLUMNS, fetch__source="acme/qa", fetch__revision=OLD)
         project.set_all(parameters)
         (project / "data/raw").mkdir()
         for name, content in FORMER.items():
@@ -192,7 +197,7 @@ class TestDataSet:
     def test_a_gate_opens_to_the_right_token_alone(
         self, hub: Hub, make_project: MakeProject, environment: Environment
     ) -> None:
-        project = make_project(fetch__source="acme/gated", fetch__revision=OLD)
+        project = make_project(**THREE_COLUMNS, fetch__source="acme/gated", fetch__revision=OLD)
         page = f"{hub.url}/datasets/acme/gated"
         for token, expected in (
             ("", ["acme/gated is gated", "accept its terms", "set HF_TOKEN"]),
@@ -207,7 +212,7 @@ class TestDataSet:
     def test_a_broken_download_leaves_nothing_and_the_next_try_succeeds(
         self, hub: Hub, make_project: MakeProject, environment: Environment
     ) -> None:
-        project = make_project(fetch__source="acme/cut", fetch__revision=OLD)
+        project = make_project(**THREE_COLUMNS, fetch__source="acme/cut", fetch__revision=OLD)
         hub.cut("acme/cut", "train.parquet", after_bytes=100)
         refuse(project, "fetch", environment, "acme/cut", hub.url, "run it again")
         refuse(project, "fetch", environment | OFFLINE, "acme/cut", "not in the local cache")
@@ -222,14 +227,14 @@ class TestDataSet:
         (tmp_path / "broken").mkdir()
         (tmp_path / "broken/train.jsonl").write_text('{"input": "a"}\n{"input": \n')
         hub.add("datasets", "acme/broken", tmp_path / "broken", revision=OLD)
-        project = make_project(fetch__source="acme/broken", fetch__revision=OLD)
+        project = make_project(**THREE_COLUMNS, fetch__source="acme/broken", fetch__revision=OLD)
         refuse(project, "fetch", environment, "acme/broken", OLD, "JSON parse error", "in row 1")
 
     @pytest.mark.parametrize("revision", [None, "main"])
     def test_offline_only_a_commit_says_what_is_meant(
         self, make_project: MakeProject, environment: Environment, revision: str | None
     ) -> None:
-        project = make_project(fetch__source="acme/qa", fetch__revision=revision)
+        project = make_project(**THREE_COLUMNS, fetch__source="acme/qa", fetch__revision=revision)
         expected = (revision or "null", "40 hex digits", "HF_HUB_OFFLINE")
         refuse(project, "fetch", environment | OFFLINE, "fetch.revision", *expected)
 

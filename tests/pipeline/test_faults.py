@@ -21,7 +21,7 @@ import pytest
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
-from support.project import Project
+from support.project import SAMPLED, Project
 
 pytestmark = pytest.mark.end_to_end
 
@@ -204,6 +204,8 @@ def test_the_champion_stays_until_something_is_no_worse(trained: Project, tmp_pa
     rules = {
         "min_perplexity_reduction": None,
         "min_stop_rate": None,
+        "max_loop_rate": None,
+        "min_accuracy_gain": None,
         "max_loss_above_champion": 0.0,
     }
     project.set_all({f"evaluate.gate.{rule}": limit for rule, limit in rules.items()})
@@ -316,7 +318,8 @@ def test_every_wrong_parameter_is_named_at_once(formatted: Project, tmp_path: Pa
 def test_a_merge_that_is_another_model_changes_nothing(trained: Project, tmp_path: Path) -> None:
     project = copy(trained, tmp_path)
     project.set(merge_export__max_loss_difference=1e-9, merge_export__weights="original")
-    (project / "reports/evaluation.json").write_text("{}")
+    decoding = SAMPLED | {"max_new_tokens": 8}
+    (project / "reports/evaluation.json").write_text(json.dumps({"decoding": decoding}))
     (project / "models/merged").mkdir()
     (project / "models/merged/config.json").write_text("former")
     before = sorted(path.name for path in (project / "models").iterdir())

@@ -346,7 +346,8 @@ def test_the_page_and_the_predictions_are_in_the_run(finished: Finished, tmp_pat
     assert logged["columns"] == list(rows[0])
     assert [line[:4] for line in logged["data"]] == [list(row.values())[:4] for row in rows]
     shown = json.loads(run.data.tags["mlflow.loggedArtifacts"])
-    assert shown == [{"path": "predictions.json", "type": "table"}]
+    names = ("predictions.json", "decodings.json")
+    assert shown == [{"path": name, "type": "table"} for name in names]
 
 
 def test_the_run_leads_back_to_git_and_to_its_inputs(finished: Finished) -> None:

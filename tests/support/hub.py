@@ -236,12 +236,19 @@ def _mode(path: str, files: Files) -> Entry:
 
 
 def _tree(folder: str, sha: str, files: Files, *, deep: bool) -> list[Entry]:
-    """List the files in a folder; entries for folders are left out, since clients ignore them."""
+    """List the files and folders in a folder."""
     start = f"{folder}/" if folder else ""
-    inside = [path for path in sorted(files) if path.startswith(start)]
+    inside = [path.removeprefix(start) for path in sorted(files) if path.startswith(start)]
     if folder and not inside:
         raise Refusal(404, "EntryNotFound", f"{folder} does not exist on {sha}", sha)
-    return [_entry(p, files) for p in inside if deep or "/" not in p.removeprefix(start)]
+    parents = [parent.as_posix() for path in inside for parent in PurePosixPath(path).parents]
+    folders = [name for name in dict.fromkeys(parents) if name != "."]
+    listed: list[Entry] = [
+        {"type": "directory", "path": start + name, "oid": sha, "size": 0}
+        for name in folders
+        if deep or "/" not in name
+    ]
+    return listed + [_entry(start + p, files) for p in inside if deep or "/" not in p]
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -14,19 +14,26 @@ from support.zygote import Zygote
 ROOT = Path(__file__).parents[2]
 COPIED = ("fintune", "stages", "recipes", "dvc.yaml", ".dvcignore", ".gitignore")
 
+SAMPLED = {
+    "temperature": 0.7,
+    "top_p": 0.95,
+    "min_p": 0.05,
+    "top_k": 0,
+    "repetition_penalty": 1.05,
+}
 # Small enough for seconds per stage, yet complete: 4 bits, LoRA, packing, a gate.
 SMALL = {
     "base.model": "base",
     "format.max_tokens": 192,
-    "split.validation_fraction": 0.1,
     "train.lora.r": 4,
     "train.max_steps": 6,
     "train.rows_per_step": 8,
     "train.tokens_per_pass": 600,
     "train.validate_every_steps": 3,
     "evaluate.max_rows": 8,
-    "evaluate.max_new_tokens": 8,
-    "evaluate.sampling.rows": 2,
+    "evaluate.samples_per_prompt": 2,
+    "generation.decoding": SAMPLED,
+    "generation.max_new_tokens": 8,
     "evaluate.bootstrap_samples": 100,
     "merge_export.check_rows": 8,
 }

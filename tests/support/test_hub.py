@@ -82,10 +82,10 @@ def test_a_revision_is_pinned_and_main_is_the_last_one(hub: Hub) -> None:
         sizes = {file["rfilename"]: file["size"] for file in info["siblings"]}
         assert (info["sha"], sizes) == (commit, {WEIGHTS: len(weights), "sub/config.json": 2})
         tree = json.loads(ask(hub, f"/api/models/acme/tiny/tree/{revision}?recursive=true").body)
-        assert {file["path"]: file["size"] for file in tree} == sizes
+        assert {each["path"]: each["size"] for each in tree} == sizes | {"sub": 0}
     assert json.loads(ask(hub, "/api/models/acme/tiny").body)["sha"] == B
     top = json.loads(ask(hub, f"/api/models/acme/tiny/tree/{A}").body)
-    assert [file["path"] for file in top] == [WEIGHTS]
+    assert [each["path"] for each in top] == ["sub", WEIGHTS]
 
 
 def test_what_is_not_there_is_refused_by_its_name(hub: Hub) -> None:

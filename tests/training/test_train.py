@@ -44,6 +44,7 @@ PARAMS = Train(
     tokens_per_pass="auto",
     validate_every_steps=2,
     early_stopping_patience=None,
+    keep="best_loss",
     seed=0,
 )
 TEXTS = [
@@ -75,7 +76,7 @@ def tune(
         rows,
         params,
         torch.float32,
-        validate=lambda model: likelihood(model, rows[:4], "validate").loss,
+        validate=lambda model: {"loss": likelihood(model, rows[:4], "validate").loss},
         scratch=scratch,
         on_log=lambda step, values: logged.update(
             {step: values["loss"]} if "loss" in values else {}
@@ -363,3 +364,47 @@ def test_packed_attention_is_attention_document_by_document(window: int | None) 
     weights = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1)
     expected = (weights @ value.repeat_interleave(2, dim=1)).transpose(1, 2)
     assert torch.allclose(output, expected, atol=1e-12)
+
+
+SCORES = [0.2, 0.9, 0.5]  # of the answers, at each validation
+LOSSES = [2.0, 1.5, 1.0]
+
+
+@pytest.mark.parametrize(("keep", "kept"), [("best_answers", 2), ("best_loss", 3), ("last", 3)])
+def test_the_step_that_is_asked_for_is_kept(
+    base: Base, tokenizer: Any, rows: list[Any], tmp_path: Path, keep: str, kept: int
+) -> None:
+    """Planted figures: the answers are best at the second step, the loss at the last."""
+    params = PARAMS.model_copy(update={"keep": keep, "max_steps": 3, "validate_every_steps": 1})
+    weights: list[torch.Tensor] = []
+    logged: dict[int, dict[str, float]] = {}
+
+    def validate(model: Any) -> dict[str, float]:
+        place = len(weights)
+        weights.append(
+            torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+        )
+        answers = {"answers": SCORES[place]} if keep == "best_answers" else {}
+        return {"loss": LOSSES[place], **answers}
+
+    def note(step: int, values: dict[str, float]) -> None:
+        logged.setdefault(step, {}).update(values)
+
+    result = train(
+        adapted(base, tokenizer, params),
+        tokenizer,
+        rows,
+        params,
+        torch.float32,
+        validate,
+        tmp_path,
+        note,
+    )
+    found = torch.cat([p.detach().flatten() for p in result.model.parameters() if p.requires_grad])
+    assert torch.equal(found, weights[kept - 1])
+    assert result.metrics["best_step"] == kept
+    assert result.metrics["validation_loss"] == LOSSES[kept - 1]
+    if keep == "best_answers":
+        assert result.metrics["validation_answers"] == 0.9
+        assert [point["validation_answers"] for point in result.curve] == SCORES
+        assert logged[2]["validation_answers"] == 0.9

@@ -1,4 +1,7 @@
-"""Compare a GGUF file's greedy answers in llama.cpp with those of the folder it was written from."""
+"""Compare a GGUF file's answers in llama.cpp with those of the folder it was written from.
+
+Both take the most likely token after the folder's repetition penalty.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -81,7 +84,7 @@ def _until_different(one: Sequence[int], other: Sequence[int]) -> int:
 def transformers_answers(
     model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int
 ) -> list[Completion]:
-    """Generate greedy answers with transformers' own loop and the end tokens of the generation config.
+    """Generate with transformers' own loop, and the end tokens and penalty of the generation config.
 
     To compare with an f16 file, load the folder in float32: bfloat16 has larger rounding errors.
 
@@ -101,6 +104,7 @@ def transformers_answers(
             do_sample=False,
             temperature=None,
             top_p=None,
+            min_p=None,
             top_k=None,
         )[0].tolist()
         answer = tokens[len(prompt_ids) :]

@@ -1,8 +1,9 @@
 """Convert a Hugging Face tokenizer to GGUF metadata; reject what llama.cpp cannot reproduce.
 
-Two kinds are supported. Byte-level BPE (GPT-2, Llama-3) keeps its merges, and names one of llama.cpp's
-rules for splitting text. SentencePiece BPE with byte fallback (Llama-2, Mistral) has scores instead of
-merges: llama.cpp merges the two neighbours whose joint token has the highest score.
+Two kinds are supported. Byte-level BPE (GPT-2, also with single digits, and Llama-3) keeps its merges,
+and names one of llama.cpp's rules for splitting text. SentencePiece BPE with byte fallback (Llama-2,
+Mistral) has scores instead of merges: llama.cpp merges the two neighbours whose joint token has the
+highest score.
 """
 
 import json
@@ -18,6 +19,7 @@ log = logging.getLogger("fintune")
 # llama.cpp's names of its pre-tokenization rules, and whether they imply ignore_merges: a piece that
 # is a token is used directly, without merges.
 GPT_2 = ("gpt-2", False)
+GPT_2_DIGITS = ("smollm", False)  # GPT-2's, after every digit is split off
 LLAMA_3 = ("llama-bpe", True)
 LLAMA_3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -103,6 +105,8 @@ def _split_rule(parts: dict[str, Any]) -> tuple[str, bool]:
         raise _unsupported(f"its pre-tokenizer is {json.dumps(splitter)}")
     if not splits and last["use_regex"]:
         return GPT_2
+    if splits == [{"type": "Digits", "individual_digits": True}] and last["use_regex"]:
+        return GPT_2_DIGITS
     llama_3 = {
         "type": "Split",
         "pattern": {"Regex": LLAMA_3_PATTERN},
@@ -224,6 +228,7 @@ def _place_of_text(template: Sequence[dict[str, Any]]) -> int:
 
 def _unsupported(reason: str) -> UserError:
     return UserError(
-        f"gguf: this tokenizer cannot be exported: {reason}. Byte-level BPE as GPT-2 or Llama-3 splits "
-        "texts, and SentencePiece's BPE with byte fallback (Llama-2, Mistral) can"
+        f"gguf: this tokenizer cannot be exported: {reason}. Byte-level BPE as GPT-2 (also "
+        "with single digits) or Llama-3 splits texts, and SentencePiece's BPE with byte fallback (Llama-2, "
+        "Mistral) can"
     )

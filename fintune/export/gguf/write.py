@@ -70,7 +70,7 @@ def export_gguf(folder: Path, out: Path, name: str, kinds: Sequence[str]) -> lis
             writer = _writer(partial, kind, name)
             _add_model(writer, config)
             _add_tokenizer(writer, tokenizer, vocabulary, _end_ids(folder, config))
-            _add_sampling(writer, folder)
+            _add_sampling(writer, folder, config.max_position_embeddings)
             _write(writer, kind, sources, config)
             partial.replace(path)
         except OSError as error:
@@ -194,19 +194,26 @@ def _add_tokenizer(
         writer.add_chat_template(tokenizer.chat_template)
 
 
-def _add_sampling(writer: Any, folder: Path) -> None:
-    """Add the generation config's sampling, llama.cpp's default for requests without their own."""
+def _add_sampling(writer: Any, folder: Path, positions: int) -> None:
+    """Add the generation config's decoding, llama.cpp's default for requests without their own.
+
+    The order is that of transformers; by default, llama.cpp applies the temperature last.
+    """
     path = folder / "generation_config.json"
     settings = json.loads(path.read_text()) if path.is_file() else {}
-    if not settings.get("do_sample"):
-        return
-    for key, add in {
-        "temperature": writer.add_sampling_temp,
-        "top_p": writer.add_sampling_top_p,
-        "top_k": writer.add_sampling_top_k,
-    }.items():
-        if settings.get(key) is not None:
-            add(settings[key])
+    sampled = settings.get("do_sample", False)
+
+    def value(name: str, unused: float) -> Any:
+        given = settings.get(name) if sampled else None
+        return unused if given is None else given
+
+    writer.add_sampling_sequence("penalties;temperature;top_k;top_p;min_p")
+    writer.add_sampling_temp(value("temperature", 1.0 if sampled else 0.0))
+    writer.add_sampling_top_p(value("top_p", 1.0))
+    writer.add_sampling_min_p(value("min_p", 0.0))
+    writer.add_sampling_top_k(value("top_k", 0))
+    writer.add_sampling_penalty_repeat(settings.get("repetition_penalty") or 1.0)
+    writer.add_sampling_penalty_last_n(positions)  # all of prompt and answer; -1 is not understood
 
 
 def _write(writer: Any, kind: str, sources: dict[str, Source], config: Any) -> None:

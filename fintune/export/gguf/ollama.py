@@ -1,0 +1,37 @@
+"""Write Ollama's description of a model beside a GGUF file."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from fintune.data.prompt import RESPONSE_END, render_prompt
+from fintune.errors import UserError
+from fintune.generation.decoding import SETTINGS
+
+NAMES = {"repetition_penalty": "repeat_penalty"}  # where Ollama's differ from transformers'
+
+
+def write_modelfile(file: Path, instruction: str, decoding: Mapping[str, float]) -> Path:
+    """Write `Modelfile` beside a GGUF file, for `ollama create NAME -f Modelfile`.
+
+    Args:
+        instruction: of a question without one.
+        decoding: the settings and `max_new_tokens`, as evaluation.json has them.
+
+    Raises:
+        UserError: the instruction holds three quotation marks, which end a text there.
+    """
+    if '"""' in instruction:
+        raise UserError(f"gguf: Ollama's Modelfile cannot express the instruction {instruction!r}")
+    prompt = render_prompt("{{ .System }}", "{{ .Prompt }}")
+    lines = [
+        f"FROM ./{file.name}",
+        f'TEMPLATE """{prompt}{{{{ .Response }}}}"""',
+        f'SYSTEM """{instruction}"""',
+        f"PARAMETER stop {RESPONSE_END}",
+        *(f"PARAMETER {NAMES.get(name, name)} {decoding[name]:g}" for name in SETTINGS),
+        "PARAMETER repeat_last_n -1",
+        f"PARAMETER num_predict {decoding['max_new_tokens']:g}",
+    ]
+    path = file.with_name("Modelfile")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
