@@ -201,7 +201,7 @@ class Sampler(Section):
 
 
 class Generation(Section):
-    """How the tuned model answers, wherever it answers: measured, judged, shown and shipped.
+    """Decoding of the tuned model, wherever it answers: measured, judged, shown and shipped.
 
     `auto` measures a list of decodings on validation rows and takes the best.
     """

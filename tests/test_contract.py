@@ -14,6 +14,7 @@ from ruamel.yaml import YAML
 from fintune import paths
 from fintune.params import Params, read_params
 from fintune.training.checkpoints import CODE
+from tools.smollm2 import OUT as MADE_BASE
 
 ROOT = Path(__file__).parents[1]
 PIPELINE = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())
@@ -374,8 +375,11 @@ def test_shipped_params_are_the_demo_recipe() -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_recipe_is_valid(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
+def test_recipe_is_valid(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is read beside the shipped base and the one that `python -m tools.smollm2` makes."""
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    (tmp_path / MADE_BASE).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
     read_params(recipe)
 
 

@@ -83,7 +83,7 @@ SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 
 @dataclass(frozen=True)
 class _Result:
-    """What a reference states: one field is filled, or `yes` and `figures`."""
+    """The result that a reference states: one field is filled, or `yes` and `figures`."""
 
     figures: list[Claim] = field(default_factory=list)
     yes: bool | None = None

@@ -14,8 +14,8 @@ from fintune.data.prompt import encode, end_token_id, load_tokenizer
 from fintune.errors import UserError
 from fintune.evaluation.choice import choose
 from fintune.evaluation.harness import run_harness
-from fintune.evaluation.rows import Chosen, result_of
-from fintune.evaluation.scores import Question
+from fintune.evaluation.rows import Chosen
+from fintune.evaluation.scores import Question, result_of
 from fintune.evaluation.texts import similarities
 from fintune.generation.decoding import Decoding, title
 from fintune.generation.generate import Answer
@@ -36,8 +36,8 @@ Generate = Callable[..., list[Answer]]  # from prompts and a Decoding
 class ModelResult:
     """The measurements of one model.
 
-    `answers` holds a row's samples; `greedy` its most likely answer, where that is not the same;
-    `general` is the likelihood of the general text, if any.
+    `answers` holds each row's samples, and `greedy` its greedy answer; `general` is the
+    likelihood of the general text, if any.
     """
 
     scores: Likelihood
@@ -122,16 +122,11 @@ def measure(
                 begun = time.perf_counter()
                 samples = 1 if decoding.is_greedy else params.samples_per_prompt
                 found = _answer_rows(generate, prompts, decoding, samples, f"{name} answers")
-                greedy = (
-                    [each[0] for each in found]
-                    if decoding == plain
-                    else [
-                        row[0]
-                        for row in _answer_rows(generate, prompts, plain, 1, f"{name} greedy")
-                    ]
-                )
+                greedy = found
+                if decoding != plain:
+                    greedy = _answer_rows(generate, prompts, plain, 1, f"{name} greedy")
                 report["answer_seconds"] += time.perf_counter() - begun
-        results[name] = ModelResult(scores, found, greedy, passage)
+        results[name] = ModelResult(scores, found, [row[0] for row in greedy], passage)
     report["samples_per_prompt"] = samples
     model.set_adapter("default")
     compared = {name: states[name] for name in ("base", "tuned")}

@@ -8,7 +8,8 @@ from fintune.evaluation.breakdown import break_down, calibration_curve, extremes
 from fintune.evaluation.correctness import is_correct
 from fintune.evaluation.gate import apply_gate
 from fintune.evaluation.measure import Measured
-from fintune.evaluation.rows import Chosen, result_of
+from fintune.evaluation.rows import Chosen
+from fintune.evaluation.scores import result_of
 from fintune.evaluation.statistics import Sums, compare, summarize
 from fintune.evaluation.sums import metric_sums
 from fintune.metrics import number

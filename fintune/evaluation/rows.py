@@ -41,10 +41,5 @@ def select_rows(rows: Sequence[Row], questions: Sequence[str], max_rows: int | N
     )
 
 
-def result_of(row: Row) -> str:
-    """Return what of a row's reference can be right or wrong: its result, or else all of it."""
-    return str(row.get("result") or row["output"])
-
-
 def _digest(text: str) -> bytes:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()

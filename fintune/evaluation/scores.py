@@ -1,7 +1,8 @@
 """Score answers to validation questions."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,11 @@ class Question:
     references: list[str]
     result: str
     text: str
+
+
+def result_of(row: Mapping[str, Any]) -> str:
+    """Return the part of a row's reference that can be right or wrong: its result, or else all of it."""
+    return str(row.get("result") or row["output"])
 
 
 def measure_of(questions: Sequence[Question]) -> str:

@@ -7,7 +7,8 @@ import numpy as np
 from fintune.data.prompt import RESPONSE_END
 from fintune.evaluation.correctness import is_correct
 from fintune.evaluation.measure import ModelResult
-from fintune.evaluation.rows import Chosen, result_of
+from fintune.evaluation.rows import Chosen
+from fintune.evaluation.scores import result_of
 from fintune.evaluation.statistics import Sums
 from fintune.evaluation.texts import text_scores
 from fintune.generation.generate import Answer

@@ -1,14 +1,13 @@
 """Validate a model that is being trained."""
 
 import logging
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from fintune.data.prompt import end_token_id
-from fintune.evaluation.scores import Question, measure_of, score
+from fintune.evaluation.scores import Question, measure_of, result_of, score
 from fintune.generation.decoding import Decoding
 from fintune.generation.generate import generate
 from fintune.model.batch import TokenRow
@@ -18,7 +17,7 @@ from fintune.params import Train
 log = logging.getLogger("fintune")
 
 MOST_QUESTIONS = 128
-TOKENS_SHARE = 0.04  # of the tokens trained on between two validations; a tenth of the time at most
+TOKENS_SHARE = 0.04  # of the tokens trained on between two validations
 TEMPERATURE, MIN_P = 1.0, 0.1  # ends and does not loop, on any base that was tried
 
 
@@ -67,20 +66,17 @@ class _Answers:
         count = max(1, min(MOST_QUESTIONS, int(TOKENS_SHARE * trained_tokens) // limit))
         self.tokenizer = tokenizer
         self.questions = [
-            Question(prompt, [row["output"]], row.get("result") or row["output"], row["input"])
+            Question(prompt, [row["output"]], result_of(row), row["input"])
             for row, (prompt, _) in zip(rows, tokens[:count], strict=False)
         ]
         self.decoding = Decoding(
             end_token_id(tokenizer), limit, TEMPERATURE, min_p=MIN_P, seed=seed
         )
         self.measure = measure_of(self.questions)
-        self.seconds = 0.0
         log.info("kept: the step with the best %s of %d answers", self.measure, count)
 
     def __call__(self, model: Any) -> float:
         """Return the mean accuracy or likeness of the model's answers."""
-        begun = time.perf_counter()
         prompts = [question.prompt for question in self.questions]
         answers = generate(model, self.tokenizer, prompts, self.decoding, "validation answers")
-        self.seconds += time.perf_counter() - begun
         return float(np.nanmean(score(self.questions, answers)[self.measure]))

@@ -126,21 +126,25 @@ def train(
 
 
 @pytest.fixture(scope="module")
-def good(
-    train: Callable[..., Path], tokenizer: Any, rows: list[dict[str, Any]], passages: list[str]
-) -> Path:
-    """Train an adapter that knows the answers by heart, and the general text no worse than the base."""
-    tokens = [encode(tokenizer, row["prompt"], row["completion"]) for row in rows]
-    return train(tokens + [(ids[:1], ids[1:]) for ids in tokenizer(passages)["input_ids"]])
+def tokens(tokenizer: Any, rows: list[dict[str, Any]]) -> Tokens:
+    return [encode(tokenizer, row["prompt"], row["completion"]) for row in rows]
 
 
 @pytest.fixture(scope="module")
-def forgetful(
-    train: Callable[..., Path], tokenizer: Any, rows: list[dict[str, Any]], passages: list[str]
-) -> Path:
+def general(tokenizer: Any, passages: list[str]) -> Tokens:
+    """Return the passages as prompts of one token and completions."""
+    return [(ids[:1], ids[1:]) for ids in tokenizer(passages)["input_ids"]]
+
+
+@pytest.fixture(scope="module")
+def good(train: Callable[..., Path], tokens: Tokens, general: Tokens) -> Path:
+    """Train an adapter that knows the answers by heart, and the general text no worse than the base."""
+    return train(tokens + general)
+
+
+@pytest.fixture(scope="module")
+def forgetful(train: Callable[..., Path], tokens: Tokens, general: Tokens) -> Path:
     """Train an adapter that knows the answers by heart, and unlearns the general text."""
-    tokens = [encode(tokenizer, row["prompt"], row["completion"]) for row in rows]
-    general = [(ids[:1], ids[1:]) for ids in tokenizer(passages)["input_ids"]]
     return train(tokens, unlearned=general)
 
 
@@ -294,25 +298,34 @@ def test_the_champion_s_figures_are_those_it_has_alone(
     assert report["champion"]["improvement"]["loss"]["value"] == pytest.approx(change, abs=1e-5)
 
 
+def with_results(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add the whole answer as the result that is checked."""
+    return [row | {"result": row["output"].strip(".")} for row in rows]
+
+
+@pytest.fixture
+def demanding(params: Evaluate) -> Evaluate:
+    """Return the parameters with a gate that asks for right answers."""
+    gate = params.gate.model_copy(update={"min_accuracy_gain": 0.5})
+    return params.model_copy(update={"gate": gate})
+
+
 def test_answers_shuffled_among_the_questions_are_fluent_and_refused(
     train: Callable[..., Path],
-    tokenizer: Any,
+    tokens: Tokens,
+    general: Tokens,
+    good: Path,
     rows: list[dict[str, Any]],
     passages: list[str],
-    params: Evaluate,
+    demanding: Evaluate,
 ) -> None:
-    """Their likelihood is far better than the base's; only the gain in right ones shows it."""
-    tokens = [encode(tokenizer, row["prompt"], row["completion"]) for row in rows]
-    general = [(ids[:1], ids[1:]) for ids in tokenizer(passages)["input_ids"]]
-    results = [row | {"result": row["output"].strip(".")} for row in rows]
-    gate = params.gate.model_copy(update={"min_accuracy_gain": 0.5})
-    judged = params.model_copy(update={"gate": gate})
+    """Such a model ends its answers as a good one does; the gain in right answers gives it away."""
     others = tokens[3:] + tokens[:3]
-    mixed = [(p, c) for (p, _), (_, c) in zip(tokens, others, strict=True)]
-    report, _ = evaluate(train(mixed + general), results, passages, judged)
+    mixed = [(prompt, answer) for (prompt, _), (_, answer) in zip(tokens, others, strict=True)]
+    report, _ = evaluate(train(mixed + general), with_results(rows), passages, demanding)
     assert "min_accuracy_gain" in broken_rules(report)
     assert report["tuned"]["stop_rate"] == 1 and report["tuned"]["accuracy"] < 0.3
-    sound, _ = evaluate(train(tokens + general), results, passages, judged)
+    sound, _ = evaluate(good, with_results(rows), passages, demanding)
     assert broken_rules(sound) == []
     assert sound["tuned"]["accuracy"] > 0.8 and sound["tuned"]["checkable_rows"] > 4
 
@@ -320,41 +333,34 @@ def test_answers_shuffled_among_the_questions_are_fluent_and_refused(
 def test_an_adapter_that_loops_is_caught_by_the_loop_rate_alone(
     train: Callable[..., Path],
     tokenizer: Any,
+    general: Tokens,
     rows: list[dict[str, Any]],
     passages: list[str],
     params: Evaluate,
 ) -> None:
-    """Trained on answers that repeat themselves and then end."""
-    looping = [row["completion"].replace("<response|end>", " so buy it now." * 3) for row in rows]
-    tokens = [
-        encode(tokenizer, row["prompt"], text + "<response|end>")
-        for row, text in zip(rows, looping, strict=True)
+    """It is trained and measured on answers that repeat themselves and then end."""
+    end = "<response|end>"
+    looping = [
+        row | {"completion": row["completion"].removesuffix(end) + " so buy it now." * 3 + end}
+        for row in rows
     ]
-    general = [(ids[:1], ids[1:]) for ids in tokenizer(passages)["input_ids"]]
-    true = [encode(tokenizer, row["prompt"], row["completion"]) for row in rows]
+    tokens = [encode(tokenizer, row["prompt"], row["completion"]) for row in looping]
     longer = GREEDILY.model_copy(update={"max_new_tokens": 64})
-    # the likelihood is measured on the same rows with the looping answers, so that it does not fail, too
-    told = [
-        row | {"completion": t + "<response|end>"} for row, t in zip(rows, looping, strict=True)
-    ]
-    report, table = evaluate(train(tokens + general), told, passages, params, generation=longer)
-    assert broken_rules(report) == ["max_loop_rate"], table
-    assert report["tuned"]["loop_rate"] > 0.5 and true
+    report, _ = evaluate(train(tokens + general), looping, passages, params, generation=longer)
+    assert broken_rules(report) == ["max_loop_rate"]
+    assert report["tuned"]["loop_rate"] > 0.5
 
 
 def test_an_overfitted_adapter_does_not_pass_on_other_rows(
     train: Callable[..., Path],
-    tokenizer: Any,
+    tokens: Tokens,
     rows: list[dict[str, Any]],
     passages: list[str],
-    params: Evaluate,
+    demanding: Evaluate,
 ) -> None:
     """It knows two answers by heart and gives them to every question."""
-    few = [encode(tokenizer, row["prompt"], row["completion"]) for row in rows[:2]]
-    gate = params.gate.model_copy(update={"min_accuracy_gain": 0.5})
-    results = [row | {"result": row["output"].strip(".")} for row in rows[2:]]
-    judged = params.model_copy(update={"gate": gate})
-    report, _ = evaluate(train(few, steps=200), results, passages, judged)
+    overfitted = train(tokens[:2], steps=200)
+    report, _ = evaluate(overfitted, with_results(rows[2:]), passages, demanding)
     assert {"min_accuracy_gain", "max_forgetting"} <= set(broken_rules(report))
 
 

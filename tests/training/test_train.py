@@ -366,6 +366,11 @@ def test_packed_attention_is_attention_document_by_document(window: int | None) 
     assert torch.allclose(output, expected, atol=1e-12)
 
 
+def trainable(model: Any) -> torch.Tensor:
+    """Return a copy of all trainable weights."""
+    return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+
+
 SCORES = [0.2, 0.9, 0.5]  # of the answers, at each validation
 LOSSES = [2.0, 1.5, 1.0]
 
@@ -381,9 +386,7 @@ def test_the_step_that_is_asked_for_is_kept(
 
     def validate(model: Any) -> dict[str, float]:
         place = len(weights)
-        weights.append(
-            torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
-        )
+        weights.append(trainable(model))
         answers = {"answers": SCORES[place]} if keep == "best_answers" else {}
         return {"loss": LOSSES[place], **answers}
 
@@ -400,8 +403,7 @@ def test_the_step_that_is_asked_for_is_kept(
         tmp_path,
         note,
     )
-    found = torch.cat([p.detach().flatten() for p in result.model.parameters() if p.requires_grad])
-    assert torch.equal(found, weights[kept - 1])
+    assert torch.equal(trainable(result.model), weights[kept - 1])
     assert result.metrics["best_step"] == kept
     assert result.metrics["validation_loss"] == LOSSES[kept - 1]
     if keep == "best_answers":

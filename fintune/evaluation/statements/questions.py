@@ -1,4 +1,4 @@
-"""What a question says of its answer: unit, scale, time, direction, years and the figures given."""
+"""Hints of a question at its answer: unit, scale, time, direction, years and the figures given."""
 
 import re
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ SPENDING = re.compile(r"\b(?:used (?:in|for)|outflows?|spen[dt]|paid)\b", re.IGN
 
 @dataclass(frozen=True)
 class Asked:
-    """What a question says of the figures in its answer."""
+    """The hints of a question at the figures in its answer."""
 
     claims: tuple[Claim, ...]
     words: frozenset[str]
