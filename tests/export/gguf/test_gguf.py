@@ -220,7 +220,7 @@ LLAMA_3_ROPE = {
 )
 def test_other_shapes(make_tiny: MakeFolder, tmp_path: Path, values: dict[str, Any]) -> None:
     folder = make_tiny(**values)
-    prompts = [" ".join(PROMPTS[i : i + 4]) for i in range(0, 12, 4)]
+    prompts = [" ".join(PROMPTS[i : i + 4]) for i in range(len(PROMPTS) - 4)]
     (path,) = export_gguf(folder, tmp_path, "tiny", ["f16"])
     expected = folder_answers(folder, prompts)
     assert min(len(each.prompt) for each in expected) > 100  # long enough for positions to matter
@@ -234,7 +234,7 @@ def test_rows_that_32_does_not_divide_stay_in_16_bits(
     (path,) = export_gguf(folder, tmp_path, "tiny", ["q8_0"])
     kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
     assert kinds["blk.0.attn_q.weight"] == "F16" and kinds["blk.0.ffn_down.weight"] == "Q8_0"
-    check_gguf(path, folder_answers(folder, PROMPTS[:4]), PROMPTS[:4], NEW_TOKENS, 0.9)
+    check_gguf(path, folder_answers(folder, PROMPTS), PROMPTS, NEW_TOKENS, 0.9)
 
 
 def test_a_sliding_window_limits_the_context(make_tiny: MakeFolder, tmp_path: Path) -> None:
