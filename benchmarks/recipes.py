@@ -41,6 +41,7 @@ from fintune.stage import log, run, write_json
 
 SHOWN = ("loss", "perplexity", "accuracy", "stop_rate", "loop_rate", "distinct_2")
 SHOWN = (*SHOWN, "rouge_1", "rouge_l", "chrf", "length_ratio", "mean_answer_tokens")
+TRAINING = ("validation_loss", "steps", "seconds", "validation_seconds")
 OTHER_DATA = (
     *("fetch.columns.instruction=instruction", "fetch.default_instruction=null"),
     *(f"fetch.columns.{name}=null" for name in ("result", "kind", "split")),
@@ -119,7 +120,7 @@ def one_run(
     sums, _ = metric_sums(measured.results["tuned"], test, None)
     return (
         {
-            **{key: trained[key] for key in ("validation_loss", "steps", "seconds")},
+            **{key: trained[key] for key in TRAINING},
             "evaluation_seconds": time.perf_counter() - begun,
             **{key: report[key] for key in ("base", "tuned", "decoding")},
             "greedy": report["greedy"]["tuned"],

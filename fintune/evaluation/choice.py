@@ -105,11 +105,12 @@ def choose(
                 candidate.add({name: values[part] for name, values in scores.items()})
             answered = count
         tried.sort(key=lambda c: (c.shortfall, -c.rate(decided_by), c.place))
+        best = tried[0]
+        chosen = min((c for c in tried if _no_worse(c, best, decided_by)), key=lambda c: c.place)
         if round_ < ROUNDS - 1:
             half = len(tried) // 2
-            out, tried = tried[half:] + out, tried[:half]
-    best = tried[0]
-    chosen = min((c for c in tried if _no_worse(c, best, decided_by)), key=lambda c: c.place)
+            ranked = [chosen, *(c for c in tried if c is not chosen)]
+            out, tried = ranked[half:] + out, ranked[:half]
     figures = (
         f"{decided_by} {chosen.rate(decided_by):.3f} on {len(chosen.scores['stop_rate'])} prompts"
     )

@@ -12,8 +12,9 @@ from transformers import ProgressCallback, TrainerCallback
 class StepTimer(TrainerCallback):
     """Callback that times the steps, forwards logged values, and validates and saves at the very end.
 
-    `seconds` is the time from the beginning of the first step, without validations and checkpoints. The
-    timer syncs the device only there, so that timing never stalls training.
+    `seconds` is the time from the beginning of the first step, without validations and checkpoints;
+    `aside` is that of each of these two. The timer syncs the device only there, so that timing
+    never stalls training.
     """
 
     def __init__(self, on_log: Callable[[int, dict[str, float]], None]) -> None:
@@ -21,15 +22,15 @@ class StepTimer(TrainerCallback):
         self.seconds = 0.0
         self.steps = 0
         self._begun: float | None = None
-        self._aside = 0.0
+        self.aside = {"validation": 0.0, "checkpoint": 0.0}
 
     @contextmanager
-    def pause(self) -> Iterator[None]:
+    def pause(self, reason: str) -> Iterator[None]:
         """Stop the clock for a validation or a checkpoint; every training ends with one."""
         begun = _synced_time()
-        self.seconds = begun - (self._begun or begun) - self._aside
+        self.seconds = begun - (self._begun or begun) - sum(self.aside.values())
         yield
-        self._aside += _synced_time() - begun
+        self.aside[reason] += _synced_time() - begun
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self._begun = self._begun or _synced_time()

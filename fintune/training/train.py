@@ -113,6 +113,7 @@ def train(
             **_kept(trainer.state, params.keep),
             "steps": trainer.state.global_step,
             "seconds": timer.seconds,
+            "validation_seconds": timer.aside["validation"],
             "tokens_per_second": tokens / timer.seconds,
             "rows_per_second": timer.steps * params.rows_per_step / timer.seconds,
             "mfu": flops / timer.seconds / ceiling,

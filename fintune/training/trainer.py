@@ -166,7 +166,7 @@ class AnswerTrainer(SFTTrainer):
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Validate; the Trainer's own loss averages batches of unequal size."""
-        with self.timer.pause():
+        with self.timer.pause("validation"):
             metrics = {f"eval_{key}": value for key, value in self._validate(self.model).items()}
         self.model.train()
         self.log(metrics)
@@ -176,7 +176,7 @@ class AnswerTrainer(SFTTrainer):
         return metrics
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with self.timer.pause():
+        with self.timer.pause("checkpoint"):
             super()._save_checkpoint(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:

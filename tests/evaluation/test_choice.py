@@ -79,20 +79,35 @@ def test_ties_go_to_the_simpler() -> None:
     assert title(choose(questions(50), without, 960)["settings"]) == "temperature 1"
 
 
-def test_a_difference_within_one_standard_error_is_a_tie() -> None:
-    class Noisy(Planted):
-        def __call__(self, prompts: list[list[int]], settings: list[Settings]) -> list[Answer]:
-            found = []
-            for prompt, each in zip(prompts, settings, strict=True):
-                text = "Put some money aside each month."
-                if title(each) == FAVOURITE:
-                    text = {3: GOOD, 4: GOOD, 5: "Put some money"}.get(prompt[0], text)
-                found.append(Answer(text, 5, True))
-            return found
+class Noisy(Planted):
+    """Answers better or worse by a few prompts."""
 
-    found = choose(questions(200), Noisy({}, ""), 960)
+    def __init__(self, texts: dict[str, dict[int, str]], other: str) -> None:
+        super().__init__({}, other)
+        self.of_prompts = texts
+
+    def __call__(self, prompts: list[list[int]], settings: list[Settings]) -> list[Answer]:
+        found = []
+        for prompt, each in zip(prompts, settings, strict=True):
+            texts = self.of_prompts.get(title(each), self.of_prompts.get("", {}))
+            found.append(Answer(texts.get(prompt[0], self.other), 5, True))
+        return found
+
+
+FAIR, POOR = "Put some money aside each month.", "Put some money"
+BETTER = {3: GOOD, 4: GOOD, 5: POOR}
+
+
+def test_a_difference_within_one_standard_error_is_a_tie() -> None:
+    found = choose(questions(200), Noisy({FAVOURITE: BETTER}, FAIR), 960)
     assert title(found["settings"]) == "greedy"
     assert "within one standard error of" in found["reason"] and FAVOURITE in found["reason"]
+
+
+def test_a_simpler_one_that_is_hardly_worse_stays_in_the_race() -> None:
+    found = choose(questions(200), Noisy({"": BETTER, "greedy": {}}, FAIR), 960)
+    assert title(found["settings"]) == "greedy"
+    assert found["candidates"][0]["prompts"] == found["candidates"][1]["prompts"]
 
 
 def test_if_none_ends_the_one_nearest_to_it_is_taken() -> None:
