@@ -83,7 +83,7 @@ def main() -> None:
                 rows,
                 here,
                 dtype,
-                validate=lambda _: {"loss": 0.0},
+                validate=lambda *_: {"loss": 0.0},
                 scratch=Path(folder),
                 on_log=lambda _, values, to=losses: to.extend(
                     [values["loss"]] if "loss" in values else []

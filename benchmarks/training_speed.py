@@ -270,7 +270,7 @@ def our_steps(
             begun = time.perf_counter()
             result = train(
                 model, tokenizer, rows, params, torch.bfloat16,
-                validate=lambda _: {"loss": 0.0}, scratch=Path(folder), on_log=note,
+                validate=lambda *_: {"loss": 0.0}, scratch=Path(folder), on_log=note,
             )  # fmt: skip
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

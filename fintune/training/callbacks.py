@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import ProgressCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback
 
 
 class StepTimer(TrainerCallback):
@@ -64,6 +64,16 @@ class Bar(ProgressCallback):
         self.shown |= {name: f"{logs[key]:.3f}" for key, name in SHOWN.items() if key in logs}
         if self.training_bar is not None:
             self.training_bar.set_postfix(self.shown)
+
+
+class Patience(EarlyStoppingCallback):
+    """Early stopping that counts only the validations that measured what decides."""
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any
+    ) -> None:
+        if args.metric_for_best_model in metrics:
+            super().on_evaluate(args, state, control, metrics)
 
 
 SHOWN = {"loss": "loss", "eval_loss": "validation", "eval_answers": "answers"}

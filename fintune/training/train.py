@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, ProgressCallback
+from transformers import PreTrainedTokenizerBase, ProgressCallback
 from trl import SFTConfig
 
 from fintune.hardware import free_memory_gib, matmul_flops, peak_memory_gib
@@ -17,7 +17,7 @@ from fintune.model.batch import TokenRow
 from fintune.model.fused.model import unsupported
 from fintune.model.sizes import ModelSize
 from fintune.params import Train
-from fintune.training.callbacks import CURVE, Bar, StepTimer
+from fintune.training.callbacks import CURVE, Bar, Patience, StepTimer
 from fintune.training.checkpoints import last_checkpoint
 from fintune.training.curve import curve_of
 from fintune.training.plan import Plan, plan_execution
@@ -52,7 +52,7 @@ def train(
     rows: Sequence[TokenRow],
     params: Train,
     dtype: torch.dtype,
-    validate: Callable[[PeftModel], dict[str, float]],
+    validate: Callable[[PeftModel, int], dict[str, float]],
     scratch: Path,
     on_log: Callable[[int, dict[str, float]], None],
 ) -> TrainingResult:
@@ -65,8 +65,9 @@ def train(
         model: the base with a new adapter.
         rows: prompt and completion token ids of the training rows.
         dtype: autocast type of the matrix products; float32 disables autocast.
-        validate: returns the model's `loss` on the validation rows, in nats per answer token, and with
-            `keep: best_answers` the score of its `answers`, higher for better ones.
+        validate: returns the model's `loss` after a step on the validation rows, in nats per answer token,
+            and with `keep: best_answers`, at the last step at least, the score of its `answers`, higher for
+            better ones.
         scratch: folder for checkpoints; the caller removes it once the adapter is saved.
         on_log: called with the step and the values measured there.
     """
@@ -74,11 +75,7 @@ def train(
     log.info("plan: %s", plan)
     arguments = _arguments(params, len(rows), dtype, scratch, plan)
     timer = StepTimer(on_log)
-    stopping = (
-        [EarlyStoppingCallback(params.early_stopping_patience)]
-        if params.early_stopping_patience
-        else []
-    )
+    stopping = [Patience(params.early_stopping_patience)] if params.early_stopping_patience else []
     trainer = AnswerTrainer(
         validate=validate,
         plan=plan,

@@ -51,7 +51,7 @@ class AnswerTrainer(SFTTrainer):
     def __init__(
         self,
         *,
-        validate: Callable[[PeftModel], dict[str, float]],
+        validate: Callable[[PeftModel, int], dict[str, float]],
         plan: Plan,
         dtype: torch.dtype,
         timer: StepTimer,
@@ -167,13 +167,19 @@ class AnswerTrainer(SFTTrainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Validate; the Trainer's own loss averages batches of unequal size."""
         with self.timer.pause("validation"):
-            metrics = {f"eval_{key}": value for key, value in self._validate(self.model).items()}
+            measured = self._validate(self.model, self.state.global_step)
+        metrics = {f"eval_{key}": value for key, value in measured.items()}
         self.model.train()
         self.log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Compare only validations that measured what decides."""
+        decides = self.args.metric_for_best_model in metrics
+        return decides and bool(super()._determine_best_metric(metrics, trial))
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with self.timer.pause("checkpoint"):

@@ -76,7 +76,7 @@ def tune(
         rows,
         params,
         torch.float32,
-        validate=lambda model: {"loss": likelihood(model, rows[:4], "validate").loss},
+        validate=lambda model, _: {"loss": likelihood(model, rows[:4], "validate").loss},
         scratch=scratch,
         on_log=lambda step, values: logged.update(
             {step: values["loss"]} if "loss" in values else {}
@@ -384,8 +384,9 @@ def test_the_step_that_is_asked_for_is_kept(
     weights: list[torch.Tensor] = []
     logged: dict[int, dict[str, float]] = {}
 
-    def validate(model: Any) -> dict[str, float]:
+    def validate(model: Any, step: int) -> dict[str, float]:
         place = len(weights)
+        assert step == place + 1
         weights.append(trainable(model))
         answers = {"answers": SCORES[place]} if keep == "best_answers" else {}
         return {"loss": LOSSES[place], **answers}
@@ -410,3 +411,25 @@ def test_the_step_that_is_asked_for_is_kept(
         assert result.metrics["validation_answers"] == 0.9
         assert [point["validation_answers"] for point in result.curve] == SCORES
         assert logged[2]["validation_answers"] == 0.9
+
+
+@pytest.mark.parametrize(("patience", "steps"), [(None, 6), (1, 4)])
+def test_only_validations_with_answers_decide(
+    base: Base, tokenizer: Any, rows: list[Any], tmp_path: Path, patience: int | None, steps: int
+) -> None:
+    """Planted figures: of the answers at steps 2, 4 and 6, those at 2 are the best."""
+    params = PARAMS.model_copy(
+        update={"keep": "best_answers", "max_steps": 6, "validate_every_steps": 1}
+        | {"early_stopping_patience": patience}
+    )
+
+    def validate(model: Any, step: int) -> dict[str, float]:
+        return {"loss": 1 / step} | ({"answers": 1 / step} if step % 2 == 0 else {})
+
+    model = adapted(base, tokenizer, params)
+    found = train(
+        model, tokenizer, rows, params, torch.float32, validate, tmp_path, lambda *_: None
+    )
+    assert found.metrics["best_step"] == 2 and found.metrics["validation_answers"] == 0.5
+    assert found.metrics["steps"] == steps
+    assert [point["validation_answers"] for point in found.curve[:3]] == [None, 0.5, None]
