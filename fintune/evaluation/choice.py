@@ -17,7 +17,7 @@ from fintune.generation.generate import Answer
 
 MIN_STOP_RATE, MAX_LOOP_RATE = 0.95, 0.02
 FEWEST_PROMPTS = 8
-ROUNDS = 3  # of 16, 8 and 4 candidates
+QUARTER = 4  # the best of so many go on
 CANDIDATES: tuple[dict[str, float], ...] = tuple(
     dict(zip(SETTINGS, values, strict=True))
     for values in (  # temperature, top_p, min_p, top_k, repetition_penalty; the simpler first
@@ -87,14 +87,13 @@ def choose(
         `settings`, `reason`, `decided_by` (`accuracy` or `likeness`) and `candidates`: the settings and
         figures of each, the best first.
     """
-    each = budget // ROUNDS
-    most = min(len(questions), max(FEWEST_PROMPTS, each * 2 ** (ROUNDS - 1) // len(CANDIDATES)))
+    fewer = max(FEWEST_PROMPTS, budget // 2 // len(CANDIDATES))
+    most = min(len(questions), max(FEWEST_PROMPTS, budget // 2 * QUARTER // len(CANDIDATES)))
     decided_by = measure_of(questions[:most])
     tried = [Tried(settings, place) for place, settings in enumerate(CANDIDATES)]
     out: list[Tried] = []
     answered = 0
-    for round_ in range(ROUNDS):
-        count = min(most, max(FEWEST_PROMPTS, each // len(tried)))
+    for count in (min(fewer, most), most):
         asked = questions[answered:count]
         if asked:
             pairs = [(candidate, question) for candidate in tried for question in asked]
@@ -107,10 +106,10 @@ def choose(
         tried.sort(key=lambda c: (c.shortfall, -c.rate(decided_by), c.place))
         best = tried[0]
         chosen = min((c for c in tried if _no_worse(c, best, decided_by)), key=lambda c: c.place)
-        if round_ < ROUNDS - 1:
-            half = len(tried) // 2
+        if not out:
             ranked = [chosen, *(c for c in tried if c is not chosen)]
-            out, tried = ranked[half:] + out, ranked[:half]
+            kept = len(tried) // QUARTER
+            tried, out = ranked[:kept], ranked[kept:]
     figures = (
         f"{decided_by} {chosen.rate(decided_by):.3f} on {len(chosen.scores['stop_rate'])} prompts"
     )
@@ -129,13 +128,11 @@ def choose(
 
 
 def _no_worse(candidate: Tried, best: Tried, name: str) -> bool:
-    """Return whether a candidate is within one standard error of the paired difference to the best."""
-    if candidate.shortfall > best.shortfall:
-        return False
-    difference = best.scores[name] - candidate.scores[name]
-    difference = difference[~np.isnan(difference)]
-    error = difference.std() / np.sqrt(max(1, len(difference)))
-    return candidate is best or bool(difference.mean() <= error)
+    """Return whether a candidate is within one standard error of the best."""
+    known = best.scores[name][~np.isnan(best.scores[name])]
+    error = known.std() / np.sqrt(max(1, len(known)))
+    near = candidate.rate(name) >= best.rate(name) - error
+    return candidate is best or (candidate.shortfall <= best.shortfall and bool(near))
 
 
 def _row(candidate: Tried) -> dict[str, Any]:

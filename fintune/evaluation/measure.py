@@ -116,7 +116,7 @@ def measure(
             with engine(model, tokenizer, most, params, name, written) as (generate, version):
                 if not report:
                     answers = len(set(map(tuple, prompts))) * (params.samples_per_prompt + 1)
-                    budget = answers * len(states)
+                    budget = answers * len(states) // 2  # long answers of bad candidates cost more
                     report = _decide(generate, asked, plain, generation, budget)
                     decoding = plain.using(report)
                 begun = time.perf_counter()
