@@ -174,6 +174,7 @@ def test_out_of_memory_means_fewer_at_once_and_the_same_answers(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    monkeypatch.setattr(slots, "room_gib", lambda: 8.0)  # whatever other programs leave
     model = tuned(base, tokenizer)
     expected = answers(model, tokenizer, prompts)
     step = slots.DecodingSlots._step
