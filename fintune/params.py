@@ -28,6 +28,7 @@ from fintune.errors import UserError
 
 PARAMS_FILE = Path("params.yaml")
 COMMIT = re.compile(r"[0-9a-f]{40}")
+ALL_LINEAR = "all-linear"
 AUTO, VALUES = "(auto)", "(values)"  # tags of generation.decoding's two forms, left out of messages
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -142,12 +143,12 @@ class Format(Section):
 
 
 class Lora(Section):
-    """LoRA's rank, scale (alpha / r), dropout and target layers."""
+    """LoRA's rank, scale (alpha / r), dropout and target layers, by name or all linear ones."""
 
     r: Count
     alpha: Annotated[int | float, Field(gt=0)]
     dropout: Annotated[float, Field(ge=0, lt=1)]
-    target_modules: Annotated[list[Name], Field(min_length=1)]
+    target_modules: Annotated[list[Name], Field(min_length=1)] | Literal["all-linear"]
 
 
 class Train(Section):

@@ -7,7 +7,7 @@ from fintune import paths
 from fintune.data.formatting import format_rows, schema_of
 from fintune.data.prompt import load_tokenizer
 from fintune.data.tables import SPLITS, read_rows, write_rows
-from fintune.hub.models import check_base
+from fintune.hub.models import check_base, check_positions, read_config_file
 from fintune.params import read_params
 from fintune.stage import log, run, write_json
 
@@ -16,6 +16,7 @@ def main() -> None:
     leave_torch_out()
     params = read_params()
     check_base(params.base)  # fail fast: in train, a refusal by the hub would cost minutes
+    check_positions(params.format.max_tokens, read_config_file(params.base))
     tokenizer = load_tokenizer(params.base)
     report = {}
     for split in SPLITS:

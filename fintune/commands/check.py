@@ -2,14 +2,15 @@
 
     python -m fintune check
 
-Nothing is changed or downloaded.
+Nothing is changed, and of a base on the hub only its configuration is downloaded. How the base will be
+computed is held against its family's own forward on a tiny model.
 """
 
 import argparse
 import json
 from pathlib import Path
 
-from fintune.hub.models import check_base
+from fintune.hub.models import check_base, check_positions, read_config_file
 from fintune.params import read_params
 
 
@@ -21,17 +22,21 @@ def main(given: argparse.Namespace) -> None:
     """Run the checks and print a summary."""
     params = read_params()
     size = check_base(params.base)
+    check_positions(params.format.max_tokens, read_config_file(params.base))
     from fintune.hardware import (  # imports torch, which takes seconds
         GIB,
         check_disk,
         describe_device,
     )
+    from fintune.model.base import read_config
+    from fintune.model.conformance import agreement_of
 
     # the base in the hub's cache, if any; the merged model in the workspace and DVC's cache
     check_disk(2 * size + (0 if params.base.is_folder else size), Path.cwd())
     summary = {
         "parameters": "valid",
         "base": f"{params.base.model}, {size / GIB:.2f} GiB",
+        "computed by": str(agreement_of(read_config(params.base))),
         "device": describe_device(),
     }
     print(json.dumps(summary, indent=2))

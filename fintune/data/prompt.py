@@ -68,7 +68,8 @@ def load_tokenizer(base: Base) -> Tokenizer:
     """Load the base's fast tokenizer, and add the two special tokens and a pad token that ends nothing.
 
     A loss that masks padding would also mask an end token used as padding. The pad token is the
-    tokenizer's own, else the unknown token, else the end-of-text token, which ends no answer here.
+    tokenizer's own, else the unknown token, else the end-of-text token, which ends no answer here, else
+    the token that opens an answer.
 
     Raises:
         UserError: the tokenizer cannot be loaded, or has no fast version.
@@ -91,13 +92,20 @@ def load_tokenizer(base: Base) -> Tokenizer:
             f"base.model: {base.model} has no fast tokenizer, which cutting answers needs"
         )
     tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS)})
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token or tokenizer.eos_token
+    known = (tokenizer.pad_token, tokenizer.unk_token, tokenizer.eos_token)
+    tokenizer.pad_token = next((token for token in known if token), RESPONSE)
     return tokenizer
 
 
 def end_token_id(tokenizer: Tokenizer) -> int:
     """Return the id of the token that ends an answer."""
     return int(tokenizer.convert_tokens_to_ids(RESPONSE_END))
+
+
+def end_tokens(tokenizer: Tokenizer) -> list[int]:
+    """Return the tokens that end an answer: the trained end token, then the base's own, if any."""
+    own = tokenizer.eos_token_id
+    return [end_token_id(tokenizer), *([own] if own is not None else [])]
 
 
 def encode(tokenizer: Tokenizer, prompt: str, completion: str) -> tuple[list[int], list[int]]:

@@ -23,8 +23,14 @@ from fintune.generation.generate import generate as generate_answers
 from fintune.generation.slots import FEWEST_ROWS
 from fintune.generation.vllm import serving
 from fintune.merging.merge import merge_into_folder
-from fintune.model.adapter import AdapterInfo, load_adapter, load_another_adapter, read_training
-from fintune.model.base import base_of, load_base
+from fintune.model.adapter import (
+    AdapterInfo,
+    base_of,
+    load_adapter,
+    load_another_adapter,
+    read_training,
+)
+from fintune.model.base import load_base
 from fintune.model.likelihood import Likelihood, likelihood
 from fintune.params import Evaluate, Generation
 

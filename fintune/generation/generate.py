@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from fintune.data.prompt import end_tokens
 from fintune.generation.decoding import Decoding, TokenDraw, table, uniforms
 from fintune.generation.slots import FEWEST_ROWS, MOST_ROWS, Prompt, generate_with_slots
 from fintune.model.batch import batches_by_length
@@ -53,7 +54,7 @@ def generate(
     model.eval()
     decodings = of_each(decoding, prompts)
     end_id = decodings[0].end_id
-    ends = end_tokens(tokenizer, end_id)
+    ends = end_tokens(tokenizer)
     plain = kernels == "plain" or (kernels == "auto" and unsupported(model) is not None)
     loop = _generate_with_transformers if plain else generate_with_slots
     drawn = uniforms(prompts, decodings)
@@ -90,14 +91,9 @@ def of_each(
     return [decoding] * len(prompts) if isinstance(decoding, Decoding) else list(decoding)
 
 
-def end_tokens(tokenizer: Any, end_id: int) -> list[int]:
-    """Return the tokens that end an answer: the trained end token, then the base's own."""
-    return [end_id] + [tokenizer.eos_token_id] * (tokenizer.eos_token_id not in (None, end_id))
-
-
 def to_answer(tokenizer: Any, new: Sequence[int], end_id: int) -> Answer:
     """Decode generated tokens up to the first end token."""
-    ends = end_tokens(tokenizer, end_id)
+    ends = end_tokens(tokenizer)
     length = next((k for k, token in enumerate(new) if token in ends), len(new))
     text = tokenizer.decode(new[:length], skip_special_tokens=True).strip()
     return Answer(text, length, stopped=length < len(new) and new[length] == end_id)

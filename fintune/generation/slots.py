@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fintune.generation.decoding import SETTINGS, Decoding, TokenDraw, table
 from fintune.hardware import GIB, room_gib
+from fintune.model.adapter import base_of
 from fintune.model.attention import PackedSequences, attend
-from fintune.model.base import base_of
 from fintune.model.fused.model import FusedModel, cached_weights_gib
 
 MOST_ROWS = {"cuda": 512, "cpu": 64}  # if memory allows; more are hardly faster

@@ -22,10 +22,11 @@ import aiohttp
 import torch
 from tqdm.auto import tqdm
 
+from fintune.data.prompt import end_tokens
 from fintune.errors import UserError
 from fintune.generation import process
 from fintune.generation.decoding import Decoding
-from fintune.generation.generate import Answer, end_tokens, of_each, to_answer
+from fintune.generation.generate import Answer, of_each, to_answer
 from fintune.generation.process import running
 from fintune.hardware import device, free_memory
 
@@ -65,11 +66,10 @@ class Server:
             UserError: the server has died or has rejected a request.
         """
         decodings = of_each(decoding, prompts)
-        end_id = decodings[0].end_id
         body = {
             "model": str(self.folder),
             "max_tokens": decodings[0].max_new_tokens,
-            "stop_token_ids": end_tokens(tokenizer, end_id),
+            "stop_token_ids": end_tokens(tokenizer),
             "ignore_eos": True,  # only stop_token_ids end an answer
             "return_token_ids": True,
         }
@@ -86,7 +86,7 @@ class Server:
                 with suppress(subprocess.TimeoutExpired):  # give it time to log the reason
                     self.process.wait(process.PATIENCE)
                 raise self.failure(f"died while it generated ({error})") from error
-        return [to_answer(tokenizer, new, end_id) for new in tokens]
+        return [to_answer(tokenizer, new, decodings[0].end_id) for new in tokens]
 
     async def _ask(
         self, bodies: Sequence[dict[str, Any]], done: Callable[[], Any]

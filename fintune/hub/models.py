@@ -1,12 +1,15 @@
 """Base models from the hub at a pinned revision, or from a folder."""
 
 import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
 from fintune.errors import UserError
 from fintune.hub.client import explain_error, is_offline
 from fintune.params import Base
 
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")  # by family
 STRETCHES, STRETCH_BYTES = 256, 65_536  # samples of each weights file
 
 
@@ -119,3 +122,43 @@ def check_base(base: Base) -> int:
             f"base.model: {folder} has no safetensors weights; other formats can run code and are not loaded"
         )
     return sum(file.stat().st_size for file in weights)
+
+
+def read_config_file(base: Base) -> dict[str, Any]:
+    """Read a base's config.json, which needs no torch; a multimodal base's part for text.
+
+    Raises:
+        UserError: it is missing, unreachable or damaged.
+    """
+    try:
+        file = Path(base.model) / "config.json"
+        if not base.is_folder:
+            from huggingface_hub import hf_hub_download
+
+            file = Path(
+                hf_hub_download(
+                    base.model, "config.json", revision=base.revision, local_files_only=is_offline()
+                )
+            )
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"base.model: {base.model}: its config.json is damaged: {error}") from error
+    except Exception as error:
+        raise UserError(explain_error(error, "models", base.model, base.revision)) from error
+    text = found.get("text_config")
+    return found | text if isinstance(text, dict) else found
+
+
+def check_positions(max_tokens: int, config: dict[str, Any]) -> None:
+    """Check that the longest row is within a base's positions.
+
+    Raises:
+        UserError: format.max_tokens is more than that.
+    """
+    for name in POSITIONS:
+        most = config.get(name)
+        if isinstance(most, int) and 0 < most < max_tokens:
+            raise UserError(
+                f"format.max_tokens: {max_tokens:,} is more than the {most:,} tokens that the base can "
+                f"read ({name} in its config.json)"
+            )

@@ -9,12 +9,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from fintune.data.prompt import SPECIAL_TOKENS, add_chat_template, load_tokenizer
 from fintune.errors import UserError
 from fintune.hardware import compute_dtype
 from fintune.hub.models import weights_fingerprint
-from fintune.params import Base, Lora
+from fintune.params import ALL_LINEAR, Base, Lora
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def read_training(adapter: Path) -> AdapterInfo:
 def add_adapter(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lora: Lora, seed: int
 ) -> PeftModel:
-    """Add a new LoRA adapter, initialized from `seed`, and make the two new tokens' rows trainable.
+    """Add a new LoRA adapter, and make the two new tokens' rows trainable.
 
     LoRA alone would leave the new tokens untrained (artidoro/qlora#214): the model could not learn to
     end an answer.
@@ -92,30 +93,82 @@ def add_adapter(
     Raises:
         UserError: a name in train.lora.target_modules is not a linear layer of this model.
     """
-    names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-    if unknown := [name for name in lora.target_modules if name not in names]:
-        linear = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if _is_linear(m)}
-        raise UserError(
-            f"train.lora.target_modules: {', '.join(unknown)}: no such layer in this model; "
-            f"it has {', '.join(sorted(linear - {'lm_head'}))}"
-        )
     new_tokens = [int(i) for i in tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))]
-    tables = ["embed_tokens"] if model.config.tie_word_embeddings else ["embed_tokens", "lm_head"]
+    return with_lora(model, lora, new_tokens, seed)
+
+
+def with_lora(model: PreTrainedModel, lora: Lora, tokens: list[int], seed: int) -> PeftModel:
+    """Add a new LoRA adapter, initialized from `seed`, and make the rows of these tokens trainable.
+
+    Raises:
+        UserError: a name in train.lora.target_modules is not a linear layer of this model.
+    """
+    layers = linear_layers(model)
+    targets = layers if lora.target_modules == ALL_LINEAR else list(lora.target_modules)
+    if unknown := [name for name in targets if name not in layers]:
+        raise UserError(
+            f"train.lora.target_modules: {', '.join(unknown)}: no linear layer of this model; it has "
+            f"{', '.join(layers)}; {ALL_LINEAR} takes them all"
+        )
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=list(lora.target_modules),
-        trainable_token_indices=dict.fromkeys(tables, new_tokens),
+        target_modules=targets,
+        trainable_token_indices=dict.fromkeys(table_names(model), tokens),
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(seed)
     tuned: PeftModel = get_peft_model(model, config)
+    _keep_head_bias(tuned)
     return tuned
 
 
-def _is_linear(module: torch.nn.Module) -> bool:
-    return isinstance(module, torch.nn.Linear)
+def _keep_head_bias(model: PeftModel) -> None:
+    """Add the head's bias, which PEFT leaves out where it computes with trained rows."""
+    plain = model.get_base_model()
+    head = plain.get_output_embeddings()
+    bias = getattr(getattr(head, "original_module", head), "bias", None)
+    if bias is None or not hasattr(head, "token_adapter"):
+        return
+
+    def add(wrapper: Any, _: Any, logits: torch.Tensor) -> torch.Tensor:
+        return logits if wrapper.token_adapter.disable_adapters else logits + bias.to(logits.dtype)
+
+    head.register_forward_hook(add)
+
+
+def base_of(model: Any) -> Any:
+    """Return the underlying transformers model, which may contain adapter layers."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def linear_layers(model: PreTrainedModel) -> list[str]:
+    """Return the last names of the linear layers that an adapter can change.
+
+    Left out are the head, the routers of experts, which return more than a product, and what a state-space
+    block's kernel reads past the adapter (PEFT refuses that).
+    """
+    head = model.get_output_embeddings()
+    found = {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
+    }
+    convolves = any(isinstance(module, torch.nn.Conv1d) for module in model.modules())
+    return sorted(found - {"router", "gate"} - ({"out_proj"} if convolves else set()))
+
+
+def table_names(model: PreTrainedModel) -> list[str]:
+    """Return the last names of the modules that hold the tokens' rows: embedding, and head if it has its own.
+
+    Raises:
+        UserError: the head has no rows of its own, or the model is no plain language model.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    modules = [embedding] if head is None or head.weight is embedding.weight else [embedding, head]
+    names = {id(module): name.rsplit(".", 1)[-1] for name, module in model.named_modules()}
+    return [names[id(module)] for module in modules]
 
 
 def write_adapter(
@@ -168,6 +221,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
         tuned: PeftModel = PeftModel.from_pretrained(model, str(folder))
     except RuntimeError as error:
         raise UserError(f"{folder}: the adapter does not fit its base: {error}") from error
+    _keep_head_bias(tuned)
     return tuned.eval()
 
 

@@ -1,6 +1,8 @@
 """Causal attention on packed sequences, registered with transformers."""
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -159,3 +161,15 @@ def _mask_unless_packed(*args: Any, **kwargs: Any) -> torch.Tensor | None:
 ATTENTION = "packed"
 AttentionInterface.register(ATTENTION, packed_attention)
 AttentionMaskInterface.register(ATTENTION, _mask_unless_packed)
+
+
+@contextmanager
+def using_attention(model: Any, name: str) -> Iterator[None]:
+    """Compute a model's attention with this implementation for a while."""
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    before = plain.config._attn_implementation
+    plain.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        plain.set_attn_implementation(before)

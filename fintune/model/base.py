@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -17,7 +19,7 @@ from transformers import (
 from fintune.errors import UserError
 from fintune.hardware import device
 from fintune.hub.client import explain_model_error
-from fintune.model.attention import ATTENTION
+from fintune.model.conformance import agreement_of
 from fintune.params import Base
 
 
@@ -50,6 +52,7 @@ def load_base(
         )
     model: PreTrainedModel
     try:
+        attention = agreement_of(read_config(base)).padded
         model = AutoModelForCausalLM.from_pretrained(
             base.model,
             revision=base.revision,
@@ -57,7 +60,7 @@ def load_base(
             quantization_config=config,
             device_map={"": on or device()},
             use_safetensors=True,
-            attn_implementation=ATTENTION,
+            attn_implementation=attention,
         )
     except OSError as error:
         reason = str(error)
@@ -66,7 +69,23 @@ def load_base(
         raise UserError(f"base.model: {base.model}: cannot be loaded: {reason}") from error
     _add_rows(model, len(tokenizer))
     model.config.use_cache = False
+    model.generation_config = GenerationConfig()  # the base's own, such as a penalty, is not used
     return model
+
+
+def read_config(base: Base) -> Any:
+    """Read a base's configuration.
+
+    Raises:
+        UserError: it is missing or damaged, or of a type that transformers does not know.
+    """
+    try:
+        return AutoConfig.from_pretrained(base.model, revision=base.revision)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        if not base.is_folder:
+            reason = explain_model_error(error, base.model, base.revision)
+        raise UserError(f"base.model: {base.model}: cannot be loaded: {reason}") from error
 
 
 def _add_rows(model: PreTrainedModel, rows: int) -> None:
@@ -96,8 +115,3 @@ def load_plain(folder: Path) -> PreTrainedModel:
         folder, dtype=dtype, device_map={"": device()}, use_safetensors=True
     )
     return model
-
-
-def base_of(model: Any) -> Any:
-    """Return the underlying transformers model, which may contain adapter layers."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

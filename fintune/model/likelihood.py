@@ -9,9 +9,10 @@ import torch
 from tqdm.auto import tqdm
 
 from fintune.hardware import room_gib
-from fintune.model.base import base_of
+from fintune.model.adapter import base_of
 from fintune.model.batch import CHUNK, MicroBatch, TokenRow, batches_by_length, pack, pad
 from fintune.model.fused.model import FusedModel, cached_weights_gib, unsupported
+from fintune.model.plain import PlainModel
 
 TOKENS_PER_BATCH = 8192  # padding included; bounds memory, affects results only by rounding
 ROOM_GIB = 6  # reserved for a batch before weights are cached in 16 bits
@@ -121,23 +122,18 @@ class _Forward:
 
     def __init__(self, model: Any, kernels: str) -> None:
         model.eval()
-        plain = base_of(model)
-        self.body, self.head = plain.get_decoder(), plain.get_output_embeddings()
-        self.fused = None
+        self.plain, self.fused = PlainModel(model), None
         if kernels == "fused" or (kernels == "auto" and unsupported(model) is None):
             cache = cached_weights_gib(model) + ROOM_GIB < room_gib()
-            self.fused = FusedModel(
-                model, self.head.weight.dtype, cache_weights=cache, training=False
-            )
+            dtype = base_of(model).get_output_embeddings().weight.dtype
+            self.fused = FusedModel(model, dtype, cache_weights=cache, training=False)
         self.lay_out = pack if self.fused else pad
-        self.logits = self.fused.logits if self.fused else self.head
+        self.logits = self.fused.logits if self.fused else self.plain.logits
 
     def answer_states(self, part: MicroBatch) -> torch.Tensor:
         """Return the normalized hidden states that predict answers, (answer tokens, hidden)."""
-        if self.fused:
-            assert part.packed is not None
-            hidden = self.fused.hidden_states(part.ids[0], part.positions[0], part.packed)
-        else:
-            seen = {"attention_mask": part.mask, "use_cache": False}
-            hidden = self.body(input_ids=part.ids, **seen).last_hidden_state.flatten(0, 1)
+        if not self.fused:
+            return self.plain.answer_states(part)
+        assert part.packed is not None
+        hidden = self.fused.hidden_states(part.ids[0], part.positions[0], part.packed)
         return hidden.index_select(0, part.predicting)

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-from fintune.params import Lora
+from fintune.params import ALL_LINEAR, Lora
+
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -23,18 +25,25 @@ class ModelSize:
     @classmethod
     def of(cls, config: Any, lora: Lora) -> "ModelSize":
         """Read the sizes from a transformers config and the LoRA parameters."""
-        heads = config.num_attention_heads
+        config = config.get_text_config()
+        heads = getattr(config, "num_attention_heads", None) or 1
         size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        groups = getattr(config, "num_key_value_heads", None) or heads
+        inner = [
+            getattr(config, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner")
+        ]
         return cls(
             hidden=config.hidden_size,
-            intermediate_size=config.intermediate_size,
+            intermediate_size=next(
+                (n for n in inner if isinstance(n, int)), 4 * config.hidden_size
+            ),
             layers=config.num_hidden_layers,
             q_dim=heads * size,
-            kv_dim=config.num_key_value_heads * size,
+            kv_dim=groups * size,
             heads=heads,
             vocabulary=config.vocab_size,
             rank=lora.r,
-            tuned=tuple(lora.target_modules),
+            tuned=LINEAR if lora.target_modules == ALL_LINEAR else tuple(lora.target_modules),
         )
 
     @property

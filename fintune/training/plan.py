@@ -57,6 +57,7 @@ def plan_execution(
     free_gib: float,
     on_gpu: bool,
     unsupported: str | None = None,
+    packed_differs: str | None = None,
 ) -> Plan:
     """Resolve each `auto` to the fastest execution whose estimate fits into the free memory.
 
@@ -65,6 +66,7 @@ def plan_execution(
         bytes_per_value: of an activation, 2 or 4.
         free_gib: memory available for training, including the base's weights.
         unsupported: why the fused kernels do not support this base, if so.
+        packed_differs: how transformers' own layers differ on packed rows, if they do.
 
     Raises:
         UserError: fused kernels are required but do not support this base, varlen attention without a GPU,
@@ -79,6 +81,14 @@ def plan_execution(
     attention = params.attention
     if attention == "auto":
         attention = "varlen" if on_gpu else "sdpa"
+    if packed_differs and (unsupported or params.kernels == "plain"):
+        if params.attention not in ("auto", "padded"):
+            raise UserError(
+                f"train.attention: {params.attention}: this base differs on packed rows "
+                f"({packed_differs}); set auto or padded"
+            )
+        log.info("padded rows: on packed ones this base differs (%s)", packed_differs)
+        attention = "padded"
     kernels = params.kernels
     if kernels == "auto":
         kernels = "plain" if unsupported or attention == "padded" else "fused"

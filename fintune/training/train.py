@@ -14,6 +14,7 @@ from trl import SFTConfig
 
 from fintune.hardware import free_memory_gib, matmul_flops, peak_memory_gib
 from fintune.model.batch import TokenRow
+from fintune.model.conformance import agreement_of
 from fintune.model.fused.model import unsupported
 from fintune.model.sizes import ModelSize
 from fintune.params import Train
@@ -126,6 +127,7 @@ def make_plan(
     model: PeftModel, params: Train, rows: Sequence[TokenRow], dtype: torch.dtype
 ) -> Plan:
     """Plan the steps for this model and hardware, without allocating memory."""
+    agreement = agreement_of(model.get_base_model().config)
     return plan_execution(
         _size(model, params),
         params,
@@ -133,7 +135,8 @@ def make_plan(
         dtype.itemsize,
         free_memory_gib(),
         torch.cuda.is_available(),
-        unsupported(model),
+        unsupported(model) or agreement.differences.get("fused kernels"),
+        agreement.differences.get("packed rows"),
     )
 
 

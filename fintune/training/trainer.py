@@ -3,18 +3,20 @@
 import logging
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from torch.utils.checkpoint import checkpoint
 from trl import SFTTrainer
 
 from fintune.errors import UserError
-from fintune.model.batch import CHUNK, MicroBatch, TokenRow, batches_by_length, pack, pad
+from fintune.model.attention import ATTENTION, using_attention
+from fintune.model.batch import MicroBatch, TokenRow, batches_by_length, pack, pad
 from fintune.model.fused.model import FusedModel
+from fintune.model.plain import PlainModel
 from fintune.training.callbacks import StepTimer
 from fintune.training.plan import Plan
 
@@ -119,12 +121,15 @@ class AnswerTrainer(SFTTrainer):
     def _gradients(self, rows: list[TokenRow], lengths: list[int], answers: int) -> torch.Tensor:
         total = torch.zeros((), device=self.args.device)
         lay_out = pad if self._padded else pack
-        for members in split_into_micro_batches(lengths, self.limit, self._padded):
-            part = lay_out([rows[i] for i in members], self.args.device)
-            self.largest_micro_batch = max(self.largest_micro_batch, part.ids.numel())
-            loss = (self._fused_loss if self.fused else self._plain_loss)(part) / answers
-            self.accelerator.backward(loss)
-            total += loss.detach()
+        plain_packed = not (self.fused or self._padded)
+        # in the backward pass as well, where checkpointed layers are computed again
+        with using_attention(self.model, ATTENTION) if plain_packed else nullcontext():
+            for members in split_into_micro_batches(lengths, self.limit, self._padded):
+                part = lay_out([rows[i] for i in members], self.args.device)
+                self.largest_micro_batch = max(self.largest_micro_batch, part.ids.numel())
+                loss = (self._fused_loss if self.fused else self._plain_loss)(part) / answers
+                self.accelerator.backward(loss)
+                total += loss.detach()
         return total
 
     def _fused_loss(self, part: MicroBatch) -> torch.Tensor:
@@ -133,36 +138,10 @@ class AnswerTrainer(SFTTrainer):
         return self.fused.answer_loss(states.index_select(0, part.predicting), part.targets)
 
     def _plain_loss(self, part: MicroBatch) -> torch.Tensor:
-        """Compute the summed loss in nats with transformers' and PEFT's own layers.
-
-        The head is applied to chunks of answer positions and recomputed in the backward pass, so that only
-        one chunk's logits are in memory.
-        """
-        plain = self.model.get_base_model()
-        body, head = plain.get_decoder(), plain.get_output_embeddings()
-        packed = {}
-        if part.packed is not None:
-            packed = {
-                "cu_seq_lens_q": part.packed.cu_seqlens,
-                "cu_seq_lens_k": part.packed.cu_seqlens,
-                "max_length_q": part.packed.max_seqlen,
-                "max_length_k": part.packed.max_seqlen,
-            }
+        """Compute the summed loss in nats with transformers' and PEFT's own layers."""
+        plain = PlainModel(self.model)
         with self.accelerator.autocast():
-            hidden = body(
-                input_ids=part.ids,
-                position_ids=part.positions,
-                attention_mask=part.mask,
-                use_cache=False,
-                **packed,
-            ).last_hidden_state
-            states = hidden.flatten(0, 1).index_select(0, part.predicting)
-            return torch.stack(
-                [
-                    checkpoint(_summed_loss, head, *chunk, use_reentrant=False)
-                    for chunk in zip(states.split(CHUNK), part.targets.split(CHUNK), strict=True)
-                ]
-            ).sum()
+            return plain.answer_loss(plain.answer_states(part), part.targets)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Validate; the Trainer's own loss averages batches of unequal size."""
@@ -195,12 +174,6 @@ class Step:
     """The rows of one optimizer step; accelerate does not move it, so the host still knows the lengths."""
 
     rows: list[TokenRow]
-
-
-def _summed_loss(head: Any, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Compute the summed loss in nats; `states` is (tokens, hidden)."""
-    logits = head(states).float()
-    return torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
 
 
 def to_float32(model: torch.nn.Module) -> None:

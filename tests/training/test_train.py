@@ -280,7 +280,7 @@ def test_steps_follow_from_epochs_rows_and_the_limit() -> None:
 def test_a_layer_that_does_not_exist_is_refused(base: Base, tokenizer: Any) -> None:
     model = load_base(base, tokenizer, "none", torch.float32)
     lora = PARAMS.lora.model_copy(update={"target_modules": ["q_proj", "query"]})
-    with pytest.raises(UserError, match=r"query: no such layer.*q_proj"):
+    with pytest.raises(UserError, match=r"query: no linear layer.*q_proj.*all-linear"):
         add_adapter(model, tokenizer, lora, 0)
 
 

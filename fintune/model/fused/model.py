@@ -23,12 +23,13 @@ from torch.autograd import Function
 from transformers import PreTrainedModel
 
 from fintune.hardware import GIB
+from fintune.model.adapter import base_of
 from fintune.model.attention import PackedSequences
-from fintune.model.base import base_of
 from fintune.model.batch import CHUNK
 from fintune.model.fused.layers import CheckpointedLayer, Layer
 from fintune.model.fused.ops import functions_for
 from fintune.model.fused.projections import Projections, Workspace, active_adapter
+from fintune.model.sizes import LINEAR
 
 ARCHITECTURES = ("mistral", "llama")
 ALIGNMENT = 64  # matrix products whose sizes or offsets are not multiples of it use slow kernels
@@ -45,9 +46,6 @@ def unsupported(model: PeftModel | PreTrainedModel) -> str | None:
         if name.rsplit(".", 1)[-1] in LINEAR and getattr(module, "bias", None) is not None:
             return f"a bias in {name}"
     return None
-
-
-LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class _AnswerLoss(Function):

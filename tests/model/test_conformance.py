@@ -1,0 +1,159 @@
+"""The check of a base's paths against its family's own forward."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from fintune.data.prompt import encode, load_tokenizer
+from fintune.errors import UserError
+from fintune.model import conformance
+from fintune.model.adapter import add_adapter, load_adapter, save_adapter
+from fintune.model.base import load_base
+from fintune.model.conformance import agreement_of
+from fintune.model.likelihood import likelihood
+from fintune.params import Base, Lora
+from fintune.training.train import make_plan, train
+from tests.training.test_train import PARAMS, TEXTS
+
+PACKED = ("cohere", "cohere2", "exaone4", "gemma", "gemma3_text", "glm4", "gpt2", "gpt_bigcode")
+PACKED += ("gpt_neox", "gptj", "granite", "granitemoe", "olmo2", "opt", "phi", "phi3", "phimoe")
+PACKED += ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "mixtral", "smollm3", "starcoder2")
+PADDED = ("bloom", "falcon", "gemma2", "gpt_oss", "jamba", "mpt", "nemotron_h", "stablelm")
+EAGER = ("bloom", "gemma2", "gpt_oss", "gptj", "mpt")  # their attention has no other implementation
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_the_fused_kernels_agree_for_their_families(kind: str) -> None:
+    found = agreement_of(AutoConfig.for_model(kind))
+    assert found.fused and found.packed and found.padded == "sdpa" and not found.differences
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_what_a_family_does_after_its_head_is_kept(kind: str) -> None:
+    found = agreement_of(AutoConfig.for_model(kind))
+    assert found.packed and not found.fused
+    assert found.padded == ("eager" if kind in EAGER else "sdpa")
+
+
+@pytest.mark.parametrize("kind", PADDED)
+def test_rows_that_would_see_each_other_are_padded(kind: str) -> None:
+    found = agreement_of(AutoConfig.for_model(kind))
+    assert not found.packed and found.padded == ("eager" if kind in EAGER else "sdpa")
+    assert "off" in found.differences["packed rows"]
+
+
+def test_convolutions_are_seen_where_a_list_of_layers_tells_them() -> None:
+    found = agreement_of(AutoConfig.for_model("lfm2", num_hidden_layers=4, full_attn_idxs=[1, 3]))
+    assert not found.packed and "gradients" in found.differences["packed rows"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [("bert", "see those after them"), ("t5", "no causal language model")],
+)
+def test_other_models_are_refused_by_their_type(kind: str, reason: str) -> None:
+    with pytest.raises(UserError, match=f"type {kind} is not supported: .*{reason}"):
+        agreement_of(AutoConfig.for_model(kind))
+
+
+def test_a_base_on_which_nothing_agrees_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def off(self: Any, states: torch.Tensor) -> torch.Tensor:
+        return self.plain.get_output_embeddings()(states) * 1.01
+
+    monkeypatch.setattr(conformance.PlainModel, "logits", off)
+    config = AutoConfig.for_model("olmo", num_hidden_layers=3)
+    with pytest.raises(
+        UserError, match=r"type olmo is not supported: padded rows, sdpa: loss .* off"
+    ):
+        agreement_of(config)
+
+
+SMALL = {"vocab_size": 6144, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+OWN = {  # what each does beside Llama
+    "granite": {"logits_scaling": 8.0, "num_key_value_heads": 1, "intermediate_size": 64},
+    "cohere": {"logit_scale": 0.25, "num_key_value_heads": 1, "intermediate_size": 64},
+    "phi": {"intermediate_size": 64},
+    "gpt_neox": {"intermediate_size": 64},
+    "gpt2": dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+    "bloom": {},
+    "stablelm": {"num_key_value_heads": 1, "intermediate_size": 64},
+    "gemma2": {"num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 64},
+}
+
+
+@pytest.fixture(params=OWN)
+def family(request: pytest.FixtureRequest, base: Base, tmp_path: Path) -> Base:
+    """A tiny random base of a family, with the demo's tokenizer."""
+    config = AutoConfig.for_model(request.param, **SMALL, **OWN[request.param])
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.05 * torch.randn_like(weight))
+    folder = tmp_path / "base"
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((Path(base.model) / name).read_bytes())
+    return Base(model=str(folder), revision=None)
+
+
+def own_loss(model: Any, rows: list[Any]) -> float:
+    """Compute nats an answer token by the model's own forward, one row at a time."""
+    total = 0.0
+    for prompt, answer in rows:
+        ids = torch.tensor([prompt + answer])
+        with torch.no_grad():
+            logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+        loss = torch.nn.functional.cross_entropy(
+            logits.float(), torch.tensor(answer), reduction="sum"
+        )
+        total += float(loss)
+    return total / sum(len(answer) for _, answer in rows)
+
+
+def test_a_family_trains_and_is_measured_as_its_own_forward_says(
+    family: Base, tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer(family)
+    rows = [encode(tokenizer, *text) for text in TEXTS]
+    params = PARAMS.model_copy(
+        update={"lora": Lora(r=4, alpha=8, dropout=0.0, target_modules="all-linear")}
+    )
+
+    def fresh() -> Any:
+        return load_base(family, tokenizer, "none", torch.float32)
+
+    before = own_loss(fresh(), rows)
+    tuned = add_adapter(fresh(), tokenizer, params.lora, 0)
+    assert likelihood(tuned, rows, "").loss == pytest.approx(before, rel=1e-4)
+    plan = make_plan(tuned, params, rows, torch.float32)
+    assert plan.attention == ("padded" if family_of(family) in PADDED else "sdpa")
+    losses: list[float] = []
+
+    def note(step: int, values: dict[str, float]) -> None:
+        losses.extend([values["loss"]] if "loss" in values else [])
+
+    result = train(
+        tuned,
+        tokenizer,
+        rows,
+        params.model_copy(update={"rows_per_step": len(rows), "learning_rate": 1e-3}),
+        torch.float32,
+        validate=lambda model, _: {"loss": likelihood(model, rows, "").loss},
+        scratch=tmp_path / "scratch",
+        on_log=note,
+    )
+    assert losses[0] == pytest.approx(before, rel=1e-4)
+    assert result.metrics["validation_loss"] < before
+    save_adapter(result.model, tmp_path / "adapter")
+    loaded = load_adapter(fresh(), tmp_path / "adapter")
+    found = likelihood(loaded, rows, "").loss
+    assert found == pytest.approx(result.metrics["validation_loss"], rel=1e-4)
+    assert found == pytest.approx(own_loss(loaded, rows), rel=1e-4)
+
+
+def family_of(base: Base) -> str:
+    return str(AutoConfig.from_pretrained(base.model).model_type)
