@@ -102,10 +102,10 @@ def end_token_id(tokenizer: Tokenizer) -> int:
     return int(tokenizer.convert_tokens_to_ids(RESPONSE_END))
 
 
-def end_tokens(tokenizer: Tokenizer) -> list[int]:
-    """Return the tokens that end an answer: the trained end token, then the base's own, if any."""
+def end_tokens(tokenizer: Tokenizer, end_id: int) -> list[int]:
+    """Return the tokens that end an answer: the trained end token, then the base's own, if it has one."""
     own = tokenizer.eos_token_id
-    return [end_token_id(tokenizer), *([own] if own is not None else [])]
+    return [end_id] + [own] * (own not in (None, end_id))
 
 
 def encode(tokenizer: Tokenizer, prompt: str, completion: str) -> tuple[list[int], list[int]]:

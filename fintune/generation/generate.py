@@ -54,7 +54,7 @@ def generate(
     model.eval()
     decodings = of_each(decoding, prompts)
     end_id = decodings[0].end_id
-    ends = end_tokens(tokenizer)
+    ends = end_tokens(tokenizer, end_id)
     plain = kernels == "plain" or (kernels == "auto" and unsupported(model) is not None)
     loop = _generate_with_transformers if plain else generate_with_slots
     drawn = uniforms(prompts, decodings)
@@ -93,7 +93,7 @@ def of_each(
 
 def to_answer(tokenizer: Any, new: Sequence[int], end_id: int) -> Answer:
     """Decode generated tokens up to the first end token."""
-    ends = end_tokens(tokenizer)
+    ends = end_tokens(tokenizer, end_id)
     length = next((k for k, token in enumerate(new) if token in ends), len(new))
     text = tokenizer.decode(new[:length], skip_special_tokens=True).strip()
     return Answer(text, length, stopped=length < len(new) and new[length] == end_id)

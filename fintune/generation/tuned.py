@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from fintune.data.prompt import SPECIAL_TOKENS, Tokenizer, end_tokens
+from fintune.data.prompt import SPECIAL_TOKENS, Tokenizer, end_token_id, end_tokens
 from fintune.errors import UserError
 from fintune.generation.decoding import options
 from fintune.hardware import device
@@ -56,7 +56,7 @@ def generation_config(tokenizer: Tokenizer, decoding: Mapping[str, float]) -> Ge
         **options(decoding),
         max_new_tokens=int(decoding["max_new_tokens"]),
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=end_tokens(tokenizer),
+        eos_token_id=end_tokens(tokenizer, end_token_id(tokenizer)),
         pad_token_id=tokenizer.pad_token_id,
     )
 

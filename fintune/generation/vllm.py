@@ -69,7 +69,7 @@ class Server:
         body = {
             "model": str(self.folder),
             "max_tokens": decodings[0].max_new_tokens,
-            "stop_token_ids": end_tokens(tokenizer),
+            "stop_token_ids": end_tokens(tokenizer, decodings[0].end_id),
             "ignore_eos": True,  # only stop_token_ids end an answer
             "return_token_ids": True,
         }

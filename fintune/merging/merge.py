@@ -5,6 +5,7 @@ Memory stays near one shard and the adapter: the base is never loaded as a model
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from fintune.data.prompt import Tokenizer, end_token_id
 from fintune.errors import UserError
 from fintune.hardware import check_disk, device
 from fintune.hub.models import local_folder
-from fintune.merging.lora_update import apply_update, nf4_round_trip, read_updates
+from fintune.merging.lora_update import Update, apply_update, nf4_round_trip, read_updates
+from fintune.model.base import add_rows, check_complete
 from fintune.params import Base
 
 SHARD_SIZE = "5GB"
@@ -55,17 +58,22 @@ def merge_into_folder(
     table, head = _tables(skeleton)
     if config.tie_word_embeddings:
         del shapes[head]  # same as the embedding
-    quantized = _linear_weights(skeleton) - {head} if nf4_compute_dtype else set()
-    updates = read_updates(adapter) if adapter else {}
-    rows = max(len(tokenizer), shapes[table].shape[0])
-    for name in {table, head} & set(shapes):
-        shapes[name] = torch.empty(rows, shapes[name].shape[1], device="meta")
+    merging = _Merging(
+        updates=read_updates(adapter) if adapter else {},
+        quantized=_linear_weights(skeleton) - {head} if nf4_compute_dtype else set(),
+        transposed={f"{n}.weight" for n, m in skeleton.named_modules() if isinstance(m, Conv1D)},
+        rows=max(len(tokenizer), shapes[table].shape[0]),
+        dtype=dtype,
+        loaded=nf4_compute_dtype or dtype,
+    )
+    for name in {table, head, head.replace(".weight", ".bias")} & set(shapes):
+        shapes[name] = torch.empty(merging.rows, *shapes[name].shape[1:], device="meta")
     with Checkpoint(source) as weights:
-        if lacking := sorted((set(shapes) | set(updates)) - set(weights.places)):
-            raise UserError(
-                f"{base.model}: {lacking[0]} is not among the weights in its files, so the adapter "
-                "cannot be merged shard by shard; the adapter is whole and can be used with PEFT"
-            )
+        if unknown := sorted(set(merging.updates) - set(shapes)):
+            raise UserError(f"{adapter}: {unknown[0]} is no weight of {base.model}")
+        if not set(shapes) <= set(weights.places):  # their names in the files are others
+            _merge_in_memory(source, merging, folder)
+            return _write_settings(config, skeleton, tokenizer, merging, folder)
         plan = split_torch_state_dict_into_shards(
             {name: shape.to(dtype) for name, shape in shapes.items()}, max_shard_size=SHARD_SIZE
         )
@@ -75,18 +83,65 @@ def merge_into_folder(
                 shard = {}
                 for name in inside:
                     weight = weights.read(name).to(device())
-                    if name in quantized:
-                        assert nf4_compute_dtype
-                        weight = nf4_round_trip(weight.to(nf4_compute_dtype))
-                    elif weight.shape != shapes[name].shape:
-                        weight = _with_rows(weight, rows, nf4_compute_dtype or dtype)
-                    shard[name] = apply_update(weight, updates.get(name), name).to(dtype).cpu()
+                    if weight.shape != shapes[name].shape:
+                        weight = _with_rows(weight, merging.rows, merging.loaded)
+                    shard[name] = merging.merge(name, weight).cpu()
                     bar.update()
                 _save(shard, folder / file)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    config.dtype, config.vocab_size, config.use_cache = dtype, rows, True
+    _write_settings(config, skeleton, tokenizer, merging, folder)
+
+
+@dataclass(frozen=True)
+class _Merging:
+    """What becomes of a base's weights, by name.
+
+    `transposed` are stored as (inputs, outputs); `rows` is the number of tokens; `loaded` is the type in
+    which training read the weights.
+    """
+
+    updates: dict[str, Update]
+    quantized: set[str]
+    transposed: set[str]
+    rows: int
+    dtype: torch.dtype
+    loaded: torch.dtype
+
+    def merge(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """Return a weight as it was trained on, with the adapter's update."""
+        turned = name in self.transposed
+        weight = weight.t().contiguous() if turned else weight
+        if name in self.quantized:
+            weight = nf4_round_trip(weight.to(self.loaded))
+        merged = apply_update(weight, self.updates.get(name), name).to(self.dtype)
+        return merged.t().contiguous() if turned else merged
+
+
+def _merge_in_memory(source: Path, merging: _Merging, folder: Path) -> None:
+    """Merge a base whose weights have other names in its files; transformers reads and writes them."""
+    model: PreTrainedModel
+    model, info = AutoModelForCausalLM.from_pretrained(
+        source, dtype="auto", use_safetensors=True, output_loading_info=True
+    )
+    check_complete(source, info)
+    add_rows(model, merging.rows)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.data = merging.merge(name, weight.to(device())).cpu()
+    model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+
+
+def _write_settings(
+    config: Any,
+    skeleton: PreTrainedModel,
+    tokenizer: Tokenizer,
+    merging: _Merging,
+    folder: Path,
+) -> None:
+    config.dtype, config.use_cache = merging.dtype, True
+    config.get_text_config().vocab_size = merging.rows
     config.eos_token_id, config.pad_token_id = end_token_id(tokenizer), tokenizer.pad_token_id
     config.architectures = [type(skeleton).__name__]
     config.save_pretrained(folder)
@@ -120,13 +175,15 @@ def _tables(model: PreTrainedModel) -> tuple[str, str]:
 
 def _linear_weights(model: PreTrainedModel) -> set[str]:
     """Return the names of the weights that loading in 4 bits quantizes, and the head's, which it does not."""
-    linear = torch.nn.Linear
+    linear = torch.nn.Linear | Conv1D
     return {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, linear)}
 
 
 def _with_rows(weight: torch.Tensor, rows: int, dtype: torch.dtype) -> torch.Tensor:
-    """Append rows, each the mean of the others, rounded as in training."""
+    """Append rows, each the mean of the others, rounded as in training; to a bias, zeros."""
     old = weight.to(dtype)
+    if old.ndim == 1:
+        return torch.nn.functional.pad(old, (0, rows - len(old)))
     mean = old.float().mean(dim=0, keepdim=True).to(dtype)
     return torch.cat([old, mean.expand(rows - len(old), -1)])
 

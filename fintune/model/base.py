@@ -53,7 +53,7 @@ def load_base(
     model: PreTrainedModel
     try:
         attention = agreement_of(read_config(base)).padded
-        model = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             base.model,
             revision=base.revision,
             dtype=dtype,
@@ -61,13 +61,19 @@ def load_base(
             device_map={"": on or device()},
             use_safetensors=True,
             attn_implementation=attention,
+            output_loading_info=True,
         )
     except OSError as error:
         reason = str(error)
         if not base.is_folder:
             reason = explain_model_error(error, base.model, base.revision)
         raise UserError(f"base.model: {base.model}: cannot be loaded: {reason}") from error
-    _add_rows(model, len(tokenizer))
+    check_complete(base.model, info)
+    for module in model.modules():
+        # else the first evaluation converts 4-bit weights to a form without gradients, in bfloat16
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    add_rows(model, len(tokenizer))
     model.config.use_cache = False
     model.generation_config = GenerationConfig()  # the base's own, such as a penalty, is not used
     return model
@@ -88,7 +94,24 @@ def read_config(base: Base) -> Any:
         raise UserError(f"base.model: {base.model}: cannot be loaded: {reason}") from error
 
 
-def _add_rows(model: PreTrainedModel, rows: int) -> None:
+def check_complete(model: str | Path, info: dict[str, Any]) -> None:
+    """Check that no weight was made up because the files lack it.
+
+    Args:
+        info: what transformers says of the loading.
+
+    Raises:
+        UserError: a weight is missing.
+    """
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(
+            f"base.model: {model}: {missing[0]} is not among the weights in its files"
+            + (f", nor are {len(missing) - 1} others" if len(missing) > 1 else "")
+        )
+
+
+def add_rows(model: PreTrainedModel, rows: int) -> None:
+    """Extend embedding and head to this many tokens; new rows are the mean of the others."""
     old = model.get_input_embeddings().weight.shape[0]
     if rows <= old:
         return

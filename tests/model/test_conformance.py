@@ -7,8 +7,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fintune.data.prompt import encode, load_tokenizer
+from fintune.data.prompt import encode, end_token_id, load_tokenizer
 from fintune.errors import UserError
+from fintune.generation.decoding import Decoding
+from fintune.generation.generate import generate
+from fintune.merging.merge import merge_into_folder
 from fintune.model import conformance
 from fintune.model.adapter import add_adapter, load_adapter, save_adapter
 from fintune.model.base import load_base
@@ -71,7 +74,7 @@ def test_a_base_on_which_nothing_agrees_is_refused(monkeypatch: pytest.MonkeyPat
         agreement_of(config)
 
 
-SMALL = {"vocab_size": 6144, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+SMALL = {"vocab_size": 6144, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 OWN = {  # what each does beside Llama
     "granite": {"logits_scaling": 8.0, "num_key_value_heads": 1, "intermediate_size": 64},
     "cohere": {"logit_scale": 0.25, "num_key_value_heads": 1, "intermediate_size": 64},
@@ -80,7 +83,9 @@ OWN = {  # what each does beside Llama
     "gpt2": dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
     "bloom": {},
     "stablelm": {"num_key_value_heads": 1, "intermediate_size": 64},
-    "gemma2": {"num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 64},
+    "mixtral": {"num_key_value_heads": 1, "intermediate_size": 64, "num_local_experts": 3},
+    "qwen2": {"num_key_value_heads": 1, "intermediate_size": 64, "tie_word_embeddings": True},
+    "gemma2": {"num_key_value_heads": 1, "head_dim": 32, "intermediate_size": 64},
 }
 
 
@@ -114,17 +119,19 @@ def own_loss(model: Any, rows: list[Any]) -> float:
     return total / sum(len(answer) for _, answer in rows)
 
 
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_a_family_trains_and_is_measured_as_its_own_forward_says(
-    family: Base, tmp_path: Path
+    family: Base, tmp_path: Path, quantization: str
 ) -> None:
     tokenizer = load_tokenizer(family)
     rows = [encode(tokenizer, *text) for text in TEXTS]
     params = PARAMS.model_copy(
         update={"lora": Lora(r=4, alpha=8, dropout=0.0, target_modules="all-linear")}
+        | {"quantization": quantization}
     )
 
     def fresh() -> Any:
-        return load_base(family, tokenizer, "none", torch.float32)
+        return load_base(family, tokenizer, quantization, torch.float32)
 
     before = own_loss(fresh(), rows)
     tuned = add_adapter(fresh(), tokenizer, params.lora, 0)
@@ -153,6 +160,16 @@ def test_a_family_trains_and_is_measured_as_its_own_forward_says(
     found = likelihood(loaded, rows, "").loss
     assert found == pytest.approx(result.metrics["validation_loss"], rel=1e-4)
     assert found == pytest.approx(own_loss(loaded, rows), rel=1e-4)
+    merged = tmp_path / "merged"
+    merged.mkdir()
+    compute = torch.float32 if quantization == "nf4" else None
+    merge_into_folder(family, tokenizer, tmp_path / "adapter", merged, torch.float32, compute)
+    plain = AutoModelForCausalLM.from_pretrained(merged)
+    assert own_loss(plain, rows) == pytest.approx(found, rel=1e-4)
+    decoding = Decoding(end_token_id(tokenizer), 8)
+    prompts = [prompt for prompt, _ in rows[:6]]
+    answers = generate(loaded, tokenizer, prompts, decoding, "")
+    assert answers == generate(plain, tokenizer, prompts, decoding, "")
 
 
 def family_of(base: Base) -> str:
