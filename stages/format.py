@@ -1,13 +1,16 @@
 """Render every row as prompt and completion, fit it to the token limit and count its tokens."""
 
 import os
+import subprocess
 import sys
+from typing import Any
 
 from fintune import paths
 from fintune.data.formatting import format_rows, schema_of
 from fintune.data.prompt import load_tokenizer
 from fintune.data.tables import SPLITS, read_rows, write_rows
-from fintune.hub.models import check_base, check_positions, read_config_file
+from fintune.errors import UserError
+from fintune.hub.models import ARCHITECTURES, check_base, check_settings, read_config_file
 from fintune.params import read_params
 from fintune.stage import log, run, write_json
 
@@ -16,7 +19,9 @@ def main() -> None:
     leave_torch_out()
     params = read_params()
     check_base(params.base)  # fail fast: in train, a refusal by the hub would cost minutes
-    check_positions(params.format.max_tokens, read_config_file(params.base))
+    config = read_config_file(params.base)
+    check_settings(params, config)
+    check_type(config)
     tokenizer = load_tokenizer(params.base)
     report = {}
     for split in SPLITS:
@@ -25,6 +30,21 @@ def main() -> None:
         write_rows(paths.rows(paths.FORMATTED, split), rows, schema_of(rows))
         log.info("%s: %s", split, report[split])
     write_json(paths.FORMAT_METRICS, report)
+
+
+def check_type(config: dict[str, Any]) -> None:
+    """Refuse a base of a type that cannot be trained, in a process of its own, since that imports torch.
+
+    Raises:
+        UserError: `fintune check` refuses it.
+    """
+    if config.get("model_type") in ARCHITECTURES:
+        return
+    found = subprocess.run(
+        [sys.executable, "-m", "fintune", "check"], stderr=subprocess.PIPE, text=True
+    )
+    if found.returncode:
+        raise UserError(found.stderr.rpartition("error: ")[2].strip())
 
 
 def leave_torch_out() -> None:

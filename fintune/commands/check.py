@@ -10,7 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
-from fintune.hub.models import check_base, check_positions, read_config_file
+from fintune.hub.models import check_base, check_settings, read_config_file
 from fintune.params import read_params
 
 
@@ -22,7 +22,7 @@ def main(given: argparse.Namespace) -> None:
     """Run the checks and print a summary."""
     params = read_params()
     size = check_base(params.base)
-    check_positions(params.format.max_tokens, read_config_file(params.base))
+    check_settings(params, read_config_file(params.base))
     from fintune.hardware import (  # imports torch, which takes seconds
         GIB,
         check_disk,

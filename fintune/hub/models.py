@@ -7,8 +7,9 @@ from typing import Any
 
 from fintune.errors import UserError
 from fintune.hub.client import explain_error, is_offline
-from fintune.params import Base
+from fintune.params import Base, Params
 
+ARCHITECTURES = ("mistral", "llama")  # that the fused kernels compute
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")  # by family
 STRETCHES, STRETCH_BYTES = 256, 65_536  # samples of each weights file
 
@@ -149,12 +150,18 @@ def read_config_file(base: Base) -> dict[str, Any]:
     return found | text if isinstance(text, dict) else found
 
 
-def check_positions(max_tokens: int, config: dict[str, Any]) -> None:
-    """Check that the longest row is within a base's positions.
+def check_settings(params: Params, config: dict[str, Any]) -> None:
+    """Check that the longest row is within a base's positions, and that GGUF files can hold its type.
 
     Raises:
-        UserError: format.max_tokens is more than that.
+        UserError: format.max_tokens or merge_export.gguf asks for more than the base allows.
     """
+    max_tokens, kind = params.format.max_tokens, config.get("model_type")
+    if params.merge_export.gguf and kind not in ARCHITECTURES:
+        raise UserError(
+            f"merge_export.gguf: a base of type {kind} cannot be written as GGUF, "
+            f"{' and '.join(ARCHITECTURES)} can; set gguf: []"
+        )
     for name in POSITIONS:
         most = config.get(name)
         if isinstance(most, int) and 0 < most < max_tokens:

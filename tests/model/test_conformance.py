@@ -1,23 +1,29 @@
 """The check of a base's paths against its family's own forward."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fintune.data.prompt import encode, end_token_id, load_tokenizer
 from fintune.errors import UserError
-from fintune.generation.decoding import Decoding
+from fintune.generation.decoding import GREEDY, Decoding
 from fintune.generation.generate import generate
+from fintune.generation.tuned import generation_config
 from fintune.merging.merge import merge_into_folder
 from fintune.model import conformance
 from fintune.model.adapter import add_adapter, load_adapter, save_adapter
 from fintune.model.base import load_base
 from fintune.model.conformance import agreement_of
 from fintune.model.likelihood import likelihood
+from fintune.model.sizes import ModelSize
 from fintune.params import Base, Lora
+from fintune.training.plan import plan_execution
 from fintune.training.train import make_plan, train
 from tests.training.test_train import PARAMS, TEXTS
 
@@ -174,3 +180,63 @@ def test_a_family_trains_and_is_measured_as_its_own_forward_says(
 
 def family_of(base: Base) -> str:
     return str(AutoConfig.from_pretrained(base.model).model_type)
+
+
+@pytest.fixture
+def copied(base: Base, tmp_path: Path) -> Path:
+    folder = tmp_path / "copied"
+    shutil.copytree(base.model, folder)
+    return folder
+
+
+def test_a_weight_that_the_files_lack_is_named(copied: Path, tokenizer: Any) -> None:
+    weights = load_file(copied / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, copied / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        UserError, match=r"layers\.1\.mlp\.up_proj\.weight is not among the weights"
+    ):
+        load_base(Base(model=str(copied), revision=None), tokenizer, "none", torch.float32)
+
+
+def test_the_base_s_own_decoding_is_not_used(base: Base, copied: Path, tokenizer: Any) -> None:
+    own = {"repetition_penalty": 9.0, "suppress_tokens": list(range(3, 3000)), "do_sample": True}
+    (copied / "generation_config.json").write_text(json.dumps(own))
+    prompts = [encode(tokenizer, *text)[0] for text in TEXTS[:4]]
+    decoding = Decoding(end_token_id(tokenizer), 8)
+    first, second = (
+        generate(
+            load_base(each, tokenizer, "none", torch.float32),
+            *(tokenizer, prompts, decoding, ""),
+            kernels="plain",
+        )
+        for each in (base, Base(model=str(copied), revision=None))
+    )
+    assert first == second
+
+
+def test_a_tokenizer_without_special_tokens_ends_by_the_new_one(copied: Path) -> None:
+    file = copied / "tokenizer_config.json"
+    said = json.loads(file.read_text())
+    for name in ("eos_token", "pad_token", "unk_token", "bos_token"):
+        said.pop(name, None)
+    file.write_text(json.dumps(said))
+    whole = json.loads((copied / "tokenizer.json").read_text()) | {"post_processor": None}
+    (copied / "tokenizer.json").write_text(json.dumps(whole))
+    tokenizer = load_tokenizer(Base(model=str(copied), revision=None))
+    assert tokenizer.eos_token is None and tokenizer.pad_token == "<response>"
+    config = generation_config(tokenizer, GREEDY | {"max_new_tokens": 8})
+    assert config.eos_token_id == [end_token_id(tokenizer)]
+    assert config.pad_token_id == tokenizer.convert_tokens_to_ids("<response>")
+
+
+def test_rows_are_not_packed_by_force(base: Base, tokenizer: Any) -> None:
+    size = ModelSize.of(AutoConfig.for_model("bloom"), PARAMS.lora)
+    for attention, refused in (("sdpa", True), ("padded", False), ("auto", False)):
+        params = PARAMS.model_copy(update={"attention": attention})
+        arguments = (size, params, [20] * 8, 4, 8.0, False, "a base of type bloom", "loss off")
+        if refused:
+            with pytest.raises(UserError, match=r"attention: sdpa: .*packed rows \(loss off\)"):
+                plan_execution(*arguments)
+        else:
+            assert plan_execution(*arguments).attention == "padded"

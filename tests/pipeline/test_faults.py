@@ -315,6 +315,37 @@ def test_every_wrong_parameter_is_named_at_once(formatted: Project, tmp_path: Pa
     assert any(p.startswith("  format.max_tokens: ") and p.endswith("not 3") for p in problems)
 
 
+@pytest.mark.parametrize(
+    ("config", "gguf", "message"),
+    [
+        ({"max_position_embeddings": 40}, [], "more than the 40 tokens that the base can read"),
+        ({"model_type": "t5"}, [], "a base of type t5 is not supported: it is no causal language"),
+        ({"model_type": "bert"}, [], "type bert is not supported: its tokens see those after them"),
+        ({"model_type": "nosuch"}, [], "nosuch"),
+        ({"model_type": "qwen2"}, ["f16"], "a base of type qwen2 cannot be written as GGUF"),
+    ],
+)
+def test_a_base_that_cannot_be_used_is_refused_by_format_and_check(
+    formatted: Project,
+    tiny_base: Path,
+    tmp_path: Path,
+    config: dict[str, Any],
+    gguf: list[str],
+    message: str,
+) -> None:
+    project = copy(formatted, tmp_path)
+    shutil.copytree(tiny_base, project / "another")
+    file = project / "another/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    project.set(base__model="another", merge_export__gguf=gguf)
+    for done in (
+        project.stage("format", check=False),
+        project.run("python", "-m", "fintune", "check", check=False),
+    ):
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert message in done.stderr.rpartition("error: ")[2]
+
+
 def test_a_merge_that_is_another_model_changes_nothing(trained: Project, tmp_path: Path) -> None:
     project = copy(trained, tmp_path)
     project.set(merge_export__max_loss_difference=1e-9, merge_export__weights="original")

@@ -23,6 +23,7 @@ from torch.autograd import Function
 from transformers import PreTrainedModel
 
 from fintune.hardware import GIB
+from fintune.hub.models import ARCHITECTURES
 from fintune.model.adapter import base_of
 from fintune.model.attention import PackedSequences
 from fintune.model.batch import CHUNK
@@ -31,7 +32,6 @@ from fintune.model.fused.ops import functions_for
 from fintune.model.fused.projections import Projections, Workspace, active_adapter
 from fintune.model.sizes import LINEAR
 
-ARCHITECTURES = ("mistral", "llama")
 ALIGNMENT = 64  # matrix products whose sizes or offsets are not multiples of it use slow kernels
 
 
