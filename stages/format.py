@@ -10,7 +10,7 @@ from fintune.data.formatting import format_rows, schema_of
 from fintune.data.prompt import load_tokenizer
 from fintune.data.tables import SPLITS, read_rows, write_rows
 from fintune.errors import UserError
-from fintune.hub.models import ARCHITECTURES, check_base, check_settings, read_config_file
+from fintune.hub.models import ARCHITECTURES, check_base, check_positions, read_config_file
 from fintune.params import read_params
 from fintune.stage import log, run, write_json
 
@@ -20,7 +20,7 @@ def main() -> None:
     params = read_params()
     check_base(params.base)  # fail fast: in train, a refusal by the hub would cost minutes
     config = read_config_file(params.base)
-    check_settings(params, config)
+    check_positions(config, params.format.max_tokens)
     check_type(config)
     tokenizer = load_tokenizer(params.base)
     report = {}

@@ -10,7 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
-from fintune.hub.models import check_base, check_settings, read_config_file
+from fintune.hub.models import check_base, check_gguf, check_positions, read_config_file
 from fintune.params import read_params
 
 
@@ -22,7 +22,9 @@ def main(given: argparse.Namespace) -> None:
     """Run the checks and print a summary."""
     params = read_params()
     size = check_base(params.base)
-    check_settings(params, read_config_file(params.base))
+    config = read_config_file(params.base)
+    check_positions(config, params.format.max_tokens)
+    check_gguf(config, params.merge_export.gguf)
     from fintune.hardware import (  # imports torch, which takes seconds
         GIB,
         check_disk,

@@ -2,12 +2,13 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fintune.errors import UserError
 from fintune.hub.client import explain_error, is_offline
-from fintune.params import Base, Params
+from fintune.params import Base
 
 ARCHITECTURES = ("mistral", "llama")  # that the fused kernels compute
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")  # by family
@@ -150,18 +151,12 @@ def read_config_file(base: Base) -> dict[str, Any]:
     return found | text if isinstance(text, dict) else found
 
 
-def check_settings(params: Params, config: dict[str, Any]) -> None:
-    """Check that the longest row is within a base's positions, and that GGUF files can hold its type.
+def check_positions(config: dict[str, Any], max_tokens: int) -> None:
+    """Check that the longest row is within a base's positions.
 
     Raises:
-        UserError: format.max_tokens or merge_export.gguf asks for more than the base allows.
+        UserError: format.max_tokens is more than that.
     """
-    max_tokens, kind = params.format.max_tokens, config.get("model_type")
-    if params.merge_export.gguf and kind not in ARCHITECTURES:
-        raise UserError(
-            f"merge_export.gguf: a base of type {kind} cannot be written as GGUF, "
-            f"{' and '.join(ARCHITECTURES)} can; set gguf: []"
-        )
     for name in POSITIONS:
         most = config.get(name)
         if isinstance(most, int) and 0 < most < max_tokens:
@@ -169,3 +164,17 @@ def check_settings(params: Params, config: dict[str, Any]) -> None:
                 f"format.max_tokens: {max_tokens:,} is more than the {most:,} tokens that the base can "
                 f"read ({name} in its config.json)"
             )
+
+
+def check_gguf(config: dict[str, Any], formats: Sequence[str]) -> None:
+    """Check that GGUF files, if any are asked for, can hold a base of this type.
+
+    Raises:
+        UserError: they cannot.
+    """
+    kind = config.get("model_type")
+    if formats and kind not in ARCHITECTURES:
+        raise UserError(
+            f"merge_export.gguf: a base of type {kind} cannot be written as GGUF, "
+            f"{' and '.join(ARCHITECTURES)} can; set gguf: []"
+        )
