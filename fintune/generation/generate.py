@@ -14,7 +14,7 @@ from fintune.data.prompt import end_tokens
 from fintune.generation.decoding import Decoding, TokenDraw, table, uniforms
 from fintune.generation.slots import FEWEST_ROWS, MOST_ROWS, Prompt, generate_with_slots
 from fintune.model.batch import batches_by_length
-from fintune.model.fused.model import unsupported
+from fintune.model.conformance import fused_differs
 
 log = logging.getLogger("fintune")
 
@@ -55,7 +55,7 @@ def generate(
     decodings = of_each(decoding, prompts)
     end_id = decodings[0].end_id
     ends = end_tokens(tokenizer, end_id)
-    plain = kernels == "plain" or (kernels == "auto" and unsupported(model) is not None)
+    plain = kernels == "plain" or (kernels == "auto" and fused_differs(model) is not None)
     loop = _generate_with_transformers if plain else generate_with_slots
     drawn = uniforms(prompts, decodings)
     tokens: dict[int, list[int]] = {}

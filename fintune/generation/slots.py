@@ -10,7 +10,8 @@ from torch import Tensor
 from fintune.generation.decoding import SETTINGS, Decoding, TokenDraw, table
 from fintune.hardware import GIB, room_gib
 from fintune.model.adapter import base_of
-from fintune.model.attention import PackedSequences, attend
+from fintune.model.attention import PackedSequences
+from fintune.model.fused.families import head_size
 from fintune.model.fused.model import FusedModel, cached_weights_gib
 
 MOST_ROWS = {"cuda": 512, "cpu": 64}  # if memory allows; more are hardly faster
@@ -66,8 +67,7 @@ def _most(model: Any, rows: int | str) -> int:
 def _room(model: Any, length: int, wanted: int, samples: bool) -> tuple[int, bool]:
     """Return how many slots of `length` tokens fit, and whether 16-bit weights can be cached beside them."""
     config = base_of(model).config
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    values = 2 * config.num_hidden_layers * config.num_key_value_heads * size
+    values = 2 * config.num_hidden_layers * config.num_key_value_heads * head_size(config)
     width = base_of(model).get_output_embeddings().weight.dtype.itemsize
     scores = 40 if samples else 12  # bytes a token of the vocabulary; sorting takes the most
     a_slot = (length * values * width + scores * config.vocab_size) / GIB
@@ -97,11 +97,7 @@ class DecodingSlots:
         self.fused, self.limit, self.draw = fused, limit, draw
         self.spare = count
         embedding = fused.embedding
-        kv_heads, size = (
-            fused.layers[0].kv_heads,
-            fused.layers[0].qkv.outputs[1] // fused.layers[0].kv_heads,
-        )
-        shape = (count + 1, length, kv_heads, size)
+        shape = (count + 1, length, fused.layers[0].kv_heads, fused.layers[0].head_size)
         self.keys = [embedding.new_zeros(shape) for _ in fused.layers]
         self.values = [embedding.new_zeros(shape) for _ in fused.layers]
 
@@ -155,7 +151,7 @@ class DecodingSlots:
         cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
         packed = PackedSequences(cu_seqlens, max(lengths))
         x = self.fused.embed(ids)
-        cos, sin = self.fused.angles(x, positions)
+        rotary = self.fused.angles(x, positions)
         for layer, keys, values in zip(self.fused.layers, self.keys, self.values, strict=True):
 
             def cached_attention(
@@ -163,9 +159,9 @@ class DecodingSlots:
             ) -> Tensor:
                 to[0].flatten(0, 1).index_copy_(0, where, k)
                 to[1].flatten(0, 1).index_copy_(0, where, v)
-                return attend(q, k, v, packed, to[2].window, q.shape[-1] ** -0.5)
+                return to[2].attend(q, k, v, packed)  # type: ignore[no-any-return]
 
-            x = layer.infer(x, cos, sin, cached_attention)
+            x = layer.infer(x, rotary, cached_attention)
 
     def advance(self, slots: Sequence[int], steps: int) -> None:
         """Run `steps` decode steps on these slots; those that have ended do not change."""
@@ -205,7 +201,7 @@ class DecodingSlots:
             self.active[slots],
         )
         x = self.fused.embed(self.last_token[slots])
-        cos, sin = self.fused.angles(x, positions)
+        rotary = self.fused.angles(x, positions)
         for layer, keys, values in zip(self.fused.layers, self.keys, self.values, strict=True):
 
             def cached_attention(
@@ -213,12 +209,12 @@ class DecodingSlots:
             ) -> Tensor:
                 to[0].index_put_((slots, positions), k)
                 to[1].index_put_((slots, positions), v)
-                layer, scale = to[2], q.shape[-1] ** -0.5
+                layer = to[2]
                 return layer.run.attend_to_cache(  # type: ignore[no-any-return]
-                    q, to[0], to[1], slots, positions, layer.window, scale
+                    q, to[0], to[1], slots, positions, layer.window, layer.scale, layer.softcap
                 )
 
-            x = layer.infer(x, cos, sin, cached_attention)
+            x = layer.infer(x, rotary, cached_attention)
         logits = self.fused.logits(self.fused.body.norm(x))
         drawn = self.uniforms[slots, num_generated]
         new = self.draw(logits, self.seen[slots], self.settings[slots], drawn)

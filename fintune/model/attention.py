@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -23,6 +23,7 @@ class PackedSequences:
 
     cu_seqlens: torch.Tensor
     max_seqlen: int
+    masks: dict[int | None, Any] = field(default_factory=dict, compare=False)  # by window
 
 
 def packed_attention(
@@ -35,6 +36,7 @@ def packed_attention(
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Compute causal attention within each document of a packed row; other inputs go to SDPA.
@@ -55,7 +57,7 @@ def packed_attention(
         )
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
     packed = PackedSequences(cu_seq_lens_q, max_length_q)
-    return attend(q, k, v, packed, sliding_window, scaling)[None], None
+    return attend(q, k, v, packed, sliding_window, scaling, softcap)[None], None
 
 
 def attend(
@@ -65,19 +67,23 @@ def attend(
     packed: PackedSequences,
     window: int | None,
     scale: float | None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Compute causal attention within each document.
 
     Args:
         query: (tokens, heads, head size); `key` and `value` may have fewer heads.
         window: the number of tokens that each one attends to, itself included; None for all before it.
+        softcap: scores are limited to it by a tanh (Gemma 2); None for no limit.
 
     Returns:
         (tokens, heads, head size).
     """
     if query.is_cuda and query.dtype != torch.float32:  # flash kernels only take 16 bits
+        if softcap:
+            return _flex(query, key, value, packed, window, scale, softcap)
         return _varlen(query, key, value, packed, window, scale)
-    return _padded(query, key, value, packed, window, scale)
+    return _padded(query, key, value, packed, window, scale, softcap)
 
 
 def _padded(
@@ -87,6 +93,7 @@ def _padded(
     packed: PackedSequences,
     window: int | None,
     scale: float | None,
+    softcap: float | None,
 ) -> torch.Tensor:
     """Run one SDPA call on documents padded at their ends, which causal attention never reads.
 
@@ -103,13 +110,77 @@ def _padded(
     shape = (len(starts), max_seqlen, *query.shape[1:])
     q, k, v = (s.index_select(0, where).view(shape).transpose(1, 2) for s in (query, key, value))
     mask = None
-    if window is not None and max_seqlen > window:
-        mask = q.new_ones(max_seqlen, max_seqlen, dtype=torch.bool).tril().triu(1 - window)
-    output = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale
-    )
+    if softcap or (window is not None and max_seqlen > window):
+        mask = q.new_ones(max_seqlen, max_seqlen, dtype=torch.bool).tril()
+        mask = mask.triu(1 - (window or max_seqlen))
+    if softcap and mask is not None:
+        output = softcapped(q, k, v, mask, scale or q.shape[-1] ** -0.5, softcap)
+    else:
+        output = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale
+        )
     flat = output.transpose(1, 2).flatten(0, 1)
     return flat.index_select(0, inside.flatten().nonzero().flatten())
+
+
+def softcapped(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float,
+    softcap: float,
+) -> torch.Tensor:
+    """Compute attention whose scores are limited by a tanh; (..., queries, size), True in `mask` is seen."""
+    scores = softcap * torch.tanh(query @ key.transpose(-1, -2) * (scale / softcap))
+    weights = scores.float().masked_fill(~mask, -torch.inf).softmax(dim=-1)
+    return weights.to(value.dtype) @ value
+
+
+def _flex(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    packed: PackedSequences,
+    window: int | None,
+    scale: float | None,
+    softcap: float,
+) -> torch.Tensor:
+    """Run torch's flex attention, the only kernel with a softcap; compiled at its first call."""
+    if window is not None and window >= packed.max_seqlen:
+        window = None
+    if window not in packed.masks:
+        packed.masks[window] = _block_mask(packed.cu_seqlens, len(query), window)
+    q, k, v = (states.transpose(0, 1)[None] for states in (query, key, value))
+    output = _compiled_flex()(q, k, v, packed.masks[window], scale, softcap)
+    return output[0].transpose(0, 1)  # type: ignore[no-any-return]
+
+
+def _block_mask(cu_seqlens: torch.Tensor, tokens: int, window: int | None) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    place = torch.arange(tokens, device=cu_seqlens.device)
+    document = torch.bucketize(place, cu_seqlens[1:], right=True)
+
+    def seen(_batch: Any, _head: Any, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return (document[q] == document[k]) & (q >= k) & (q - k < (window or tokens))
+
+    return create_block_mask(seen, None, None, tokens, tokens, device=cu_seqlens.device)
+
+
+@cache
+def _compiled_flex() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    def softcapped_flex(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, scale: float, softcap: float
+    ) -> Any:
+        def limited(score: torch.Tensor, *_: Any) -> torch.Tensor:
+            return softcap * torch.tanh(score / softcap)
+
+        return flex_attention(q, k, v, limited, mask, scale, enable_gqa=True)
+
+    return torch.compile(softcapped_flex, dynamic=True)
 
 
 def _varlen(

@@ -5,6 +5,7 @@ runs on over the rows of a pack, changes the loss without an error. So loss and 
 are compared with those of transformers' forward with eager attention, one row at a time, in float32.
 """
 
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,10 +17,11 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from fintune.errors import UserError
-from fintune.model.adapter import with_lora
+from fintune.model.adapter import base_of, with_lora
 from fintune.model.attention import ATTENTION, using_attention
 from fintune.model.batch import TokenRow, pack, pad
-from fintune.model.fused.model import FusedModel, unsupported
+from fintune.model.fused.families import unsupported
+from fintune.model.fused.model import FusedModel
 from fintune.model.plain import PlainModel
 from fintune.model.tiny import VOCABULARY, tiny_model
 from fintune.params import Lora
@@ -59,13 +61,24 @@ def agreement_of(config: Any) -> Agreement:
     Raises:
         UserError: no path agrees, or the family cannot be built or computed.
     """
-    key = config.to_json_string()
+    key = json.dumps(
+        {k: v for k, v in config.to_dict().items() if k not in IRRELEVANT}, default=str
+    )
     if key not in _known:
         _known[key] = _compare(config)
     return _known[key]
 
 
 _known: dict[str, Agreement] = {}  # by configuration
+IRRELEVANT = {"vocab_size", "use_cache", "quantization_config", "dtype", "architectures"} | {
+    "_name_or_path", "transformers_version", "bos_token_id", "eos_token_id", "pad_token_id"
+}  # fmt: skip
+
+
+def fused_differs(model: Any) -> str | None:
+    """Return why the fused kernels are not used for a model, or None if they are."""
+    config = base_of(model).config
+    return unsupported(model) or agreement_of(config).differences.get("fused kernels")
 
 
 def _compare(config: Any) -> Agreement:
@@ -120,7 +133,7 @@ def _compare(config: Any) -> Agreement:
     if not padded:
         raise refusal(config, "; ".join(f"{path}: {how}" for path, how in differences.items()))
     packed = agrees("packed rows", packed_loss, ATTENTION)
-    fused = unsupported(model) is None and agrees("fused kernels", fused_loss, "sdpa")
+    fused = unsupported(model) is None and agrees("fused kernels", fused_loss, "eager")
     return Agreement(padded[0], packed, fused, differences)
 
 

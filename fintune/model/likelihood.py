@@ -11,7 +11,8 @@ from tqdm.auto import tqdm
 from fintune.hardware import room_gib
 from fintune.model.adapter import base_of
 from fintune.model.batch import CHUNK, MicroBatch, TokenRow, batches_by_length, pack, pad
-from fintune.model.fused.model import FusedModel, cached_weights_gib, unsupported
+from fintune.model.conformance import fused_differs
+from fintune.model.fused.model import FusedModel, cached_weights_gib
 from fintune.model.plain import PlainModel
 
 TOKENS_PER_BATCH = 8192  # padding included; bounds memory, affects results only by rounding
@@ -123,7 +124,7 @@ class _Forward:
     def __init__(self, model: Any, kernels: str) -> None:
         model.eval()
         self.plain, self.fused = PlainModel(model), None
-        if kernels == "fused" or (kernels == "auto" and unsupported(model) is None):
+        if kernels == "fused" or (kernels == "auto" and fused_differs(model) is None):
             cache = cached_weights_gib(model) + ROOM_GIB < room_gib()
             dtype = base_of(model).get_output_embeddings().weight.dtype
             self.fused = FusedModel(model, dtype, cache_weights=cache, training=False)

@@ -14,8 +14,7 @@ from trl import SFTConfig
 
 from fintune.hardware import free_memory_gib, matmul_flops, peak_memory_gib
 from fintune.model.batch import TokenRow
-from fintune.model.conformance import agreement_of
-from fintune.model.fused.model import unsupported
+from fintune.model.conformance import agreement_of, fused_differs
 from fintune.model.sizes import ModelSize
 from fintune.params import Train
 from fintune.training.callbacks import CURVE, Bar, Patience, StepTimer
@@ -135,7 +134,7 @@ def make_plan(
         dtype.itemsize,
         free_memory_gib(),
         torch.cuda.is_available(),
-        unsupported(model) or agreement.differences.get("fused kernels"),
+        fused_differs(model),
         agreement.differences.get("packed rows"),
     )
 

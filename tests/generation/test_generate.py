@@ -194,7 +194,7 @@ def test_other_architectures_go_through_transformers(
 ) -> None:
     model = tuned(base, tokenizer)
     expected = answers(model, tokenizer, prompts)
-    monkeypatch.setattr(loop, "unsupported", lambda _: "a base of another type")
+    monkeypatch.setattr(loop, "fused_differs", lambda _: "a base of another type")
     monkeypatch.delattr(slots, "DecodingSlots")
     assert answers(model, tokenizer, prompts) == expected
 

@@ -84,36 +84,61 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return y
 
 
-def rms_norm_backward(x: Tensor, weight: Tensor, eps: float, dy: Tensor, skip: Tensor) -> Tensor:
+def rms_norm_backward(
+    x: Tensor, weight: Tensor, eps: float, dy: Tensor, skip: Tensor | None
+) -> Tensor:
     dx = torch.empty_like(x)
     width = triton.next_power_of_2(x.shape[1])
     _rms_norm_backward[(x.shape[0],)](
-        x, weight, dy.contiguous(), skip.contiguous(), dx, x.shape[1], eps, WIDTH=width, num_warps=8
-    )
+        x, weight, dy.contiguous(), dx if skip is None else skip.contiguous(), dx, x.shape[1], eps,
+        WIDTH=width, SKIP=skip is not None, num_warps=8,
+    )  # fmt: skip
     return dx
 
 
-def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> Tensor:
+def rotate(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    kv_heads: int,
+    norms: tuple[Tensor, Tensor] | None = None,
+    eps: float = 0.0,
+) -> Tensor:
     size = qkv.shape[1] // (heads + 2 * kv_heads)
     out = qkv.new_empty(qkv.shape[0], heads + 2 * kv_heads, size)
     step = size * (heads + 2 * kv_heads)
     k = qkv[:, heads * size :]
     v = k[:, kv_heads * size :]
+    of_q, of_k = norms or (cos, cos)
     _turn[_per_head(out)](
-        qkv, k, v, step, step, step, cos, sin, out, heads, kv_heads, 1.0,
-        HALF=size // 2, WIDTH=triton.next_power_of_2(size // 2), HEADS=HEADS,
+        qkv, k, v, step, step, step, cos, sin, out, heads, kv_heads, 1.0, qkv, of_q, of_k, eps,
+        NORM="before" if norms else "", HALF=size // 2, WIDTH=triton.next_power_of_2(size // 2),
+        HEADS=HEADS,
     )  # fmt: skip
     return out
 
 
-def rotate_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate_backward(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    qkv: Tensor | None = None,
+    norms: tuple[Tensor, Tensor] | None = None,
+    eps: float = 0.0,
+) -> Tensor:
     tokens, heads, size = dq.shape
     kv_heads = dk.shape[1]
     out = dq.new_empty(tokens, heads + 2 * kv_heads, size)
     parts = [part.contiguous() for part in (dq, dk, dv)]
+    of_q, of_k = norms or (cos, cos)
     _turn[_per_head(out)](
         *parts, heads * size, kv_heads * size, kv_heads * size, cos, sin, out, heads, kv_heads, -1.0,
-        HALF=size // 2, WIDTH=triton.next_power_of_2(size // 2), HEADS=HEADS,
+        out if qkv is None else qkv, of_q, of_k, eps,
+        NORM="after" if norms else "", HALF=size // 2, WIDTH=triton.next_power_of_2(size // 2),
+        HEADS=HEADS,
     )  # fmt: skip
     return out.flatten(1)
 
@@ -133,6 +158,7 @@ def attend_to_cache(
     positions: Tensor,
     window: int | None,
     scale: float,
+    softcap: float | None = None,
 ) -> Tensor:
     rows, heads, size = q.shape
     length, kv_heads = keys.shape[1:3]
@@ -140,24 +166,24 @@ def attend_to_cache(
     repeats = heads // kv_heads
     _attend_to_cache[(rows, kv_heads)](
         q, q.stride(0), keys, values, slots, positions, out, length, kv_heads, window or length, scale,
-        REPEATS=repeats, QUERIES=max(16, triton.next_power_of_2(repeats)), SIZE=size,
+        softcap or 0.0, CAPPED=bool(softcap), REPEATS=repeats, QUERIES=max(16, triton.next_power_of_2(repeats)), SIZE=size,
         WIDTH=max(16, triton.next_power_of_2(size)), PLACES=64, num_warps=4,
     )  # fmt: skip
     return out
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
+def gated(gate_up: Tensor, gelu: bool) -> Tensor:
     tokens, columns = gate_up.shape[0], gate_up.shape[1] // 2
     y = gate_up.new_empty(tokens, columns)
-    _swiglu[(tokens, triton.cdiv(columns, COLUMNS))](gate_up, y, columns, COLUMNS=COLUMNS)
+    _gated[(tokens, triton.cdiv(columns, COLUMNS))](gate_up, y, columns, GELU=gelu, COLUMNS=COLUMNS)
     return y
 
 
-def swiglu_backward(gate_up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+def gated_backward(gate_up: Tensor, dy: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
     tokens, columns = dy.shape
     value, out = torch.empty_like(dy), torch.empty_like(gate_up)
-    _swiglu_backward[(tokens, triton.cdiv(columns, COLUMNS))](
-        gate_up, dy, value, out, columns, COLUMNS=COLUMNS
+    _gated_backward[(tokens, triton.cdiv(columns, COLUMNS))](
+        gate_up, dy, value, out, columns, GELU=gelu, COLUMNS=COLUMNS
     )
     return value, out
 
@@ -213,11 +239,15 @@ def _rms_norm(x, weight, y, columns, eps, WIDTH: tl.constexpr):
     normal = x32 * tl.rsqrt(tl.sum(x32 * x32, axis=0) / columns + eps)
     w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     kind = y.dtype.element_ty
-    tl.store(y + start + column, (normal.to(kind).to(tl.float32) * w).to(kind), mask=inside)
+    if weight.dtype.element_ty != tl.float32:
+        normal = normal.to(kind).to(tl.float32)
+    tl.store(y + start + column, (normal * w).to(kind), mask=inside)
 
 
 @triton.jit
-def _rms_norm_backward(x, weight, dy, skip, dx, columns, eps, WIDTH: tl.constexpr):
+def _rms_norm_backward(
+    x, weight, dy, skip, dx, columns, eps, WIDTH: tl.constexpr, SKIP: tl.constexpr
+):  # fmt: skip
     start = tl.program_id(0).to(tl.int64) * columns
     column = tl.arange(0, WIDTH)
     inside = column < columns
@@ -226,15 +256,18 @@ def _rms_norm_backward(x, weight, dy, skip, dx, columns, eps, WIDTH: tl.constexp
     g = tl.load(dy + start + column, mask=inside, other=0.0).to(tl.float32) * w
     r = tl.rsqrt(tl.sum(x32 * x32, axis=0) / columns + eps)
     found = r * (g - x32 * r * r * (tl.sum(g * x32, axis=0) / columns))
-    found += tl.load(skip + start + column, mask=inside, other=0.0).to(tl.float32)
+    if SKIP:
+        found += tl.load(skip + start + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(dx + start + column, found.to(dx.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _turn(
     q, k, v, q_step, k_step, v_step, cos, sin, out, heads, kv_heads, direction,
-    HALF: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr,
+    qkv, q_norm, k_norm, eps,
+    NORM: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
+    """Rotate, and normalize q and k before, or compute the gradient of that norm after."""
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
     place = tl.arange(0, WIDTH)[None, :]
@@ -252,20 +285,39 @@ def _turn(
     second += tl.load(in_v + HALF, mask=of_v, other=0.0).to(tl.float32)
     angle = token * 2 * HALF + place
     turned = head < heads + kv_heads
+    if NORM != "":
+        first_w = tl.load(q_norm + place + 0 * head, mask=of_q, other=0.0).to(tl.float32)
+        first_w += tl.load(k_norm + place + 0 * head, mask=of_k, other=0.0).to(tl.float32)
+        second_w = tl.load(q_norm + HALF + place + 0 * head, mask=of_q, other=0.0).to(tl.float32)
+        second_w += tl.load(k_norm + HALF + place + 0 * head, mask=of_k, other=0.0).to(tl.float32)
+        row = qkv + token * 2 * HALF * (heads + 2 * kv_heads) + head * 2 * HALF + place
+        first_x = tl.load(row, mask=of_q | of_k, other=0.0).to(tl.float32)
+        second_x = tl.load(row + HALF, mask=of_q | of_k, other=0.0).to(tl.float32)
+        squares = tl.sum(first_x * first_x, axis=1) + tl.sum(second_x * second_x, axis=1)
+        r = tl.rsqrt(squares / (2 * HALF) + eps)[:, None]
+    if NORM == "before":
+        first = tl.where(turned, first * r * first_w, first)
+        second = tl.where(turned, second * r * second_w, second)
     c = tl.where(turned, tl.load(cos + angle, mask=inside, other=1.0).to(tl.float32), 1.0)
     s = tl.where(turned, tl.load(sin + angle, mask=inside, other=0.0).to(tl.float32), 0.0)
     s *= direction
     target = out + token * 2 * HALF * (heads + 2 * kv_heads) + head * 2 * HALF + place
     kept = inside & (head < heads + 2 * kv_heads)
     kind = out.dtype.element_ty
-    tl.store(target, (first * c - second * s).to(kind), mask=kept)
-    tl.store(target + HALF, (second * c + first * s).to(kind), mask=kept)
+    one, other = first * c - second * s, second * c + first * s
+    if NORM == "after":
+        g, h = one * first_w, other * second_w
+        shared = (tl.sum(g * first_x, axis=1) + tl.sum(h * second_x, axis=1))[:, None] / (2 * HALF)
+        one = tl.where(turned, r * (g - first_x * r * r * shared), one)
+        other = tl.where(turned, r * (h - second_x * r * r * shared), other)
+    tl.store(target, one.to(kind), mask=kept)
+    tl.store(target + HALF, other.to(kind), mask=kept)
 
 
 @triton.jit
 def _attend_to_cache(
-    q, q_step, keys, values, slots, positions, out, length, kv_heads, window, scale,
-    REPEATS: tl.constexpr, QUERIES: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
+    q, q_step, keys, values, slots, positions, out, length, kv_heads, window, scale, softcap,
+    CAPPED: tl.constexpr, REPEATS: tl.constexpr, QUERIES: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
     PLACES: tl.constexpr,
 ):  # fmt: skip
     """Attend from one row, for the heads of one key head; an online softmax over tiles of PLACES tokens."""
@@ -285,6 +337,8 @@ def _attend_to_cache(
         kept = (place <= last)[:, None] & (column < SIZE)
         key = tl.load(keys + where, mask=kept, other=0.0)
         score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+        if CAPPED:  # softcap * tanh(score / softcap)
+            score = softcap * (2 * tl.sigmoid(2 * score / softcap) - 1)
         score = tl.where((place <= last)[None, :], score, -float("inf"))
         above = tl.maximum(highest, tl.max(score, axis=1))
         weight = tl.exp(score - above[:, None])
@@ -300,31 +354,48 @@ def _attend_to_cache(
 
 
 @triton.jit
-def _swiglu(gate_up, y, columns, COLUMNS: tl.constexpr):
+def _argument(gate, GELU: tl.constexpr):
+    """Compute u and its derivative, where the activation of x is x * sigmoid(u)."""
+    if GELU:
+        square = gate * gate
+        u = 1.5957691216057308 * gate * (1 + 0.044715 * square)
+        slope = 1.5957691216057308 * (1 + 0.134145 * square)
+    else:
+        u = gate
+        slope = gate * 0 + 1
+    return u, slope
+
+
+@triton.jit
+def _gated(gate_up, y, columns, GELU: tl.constexpr, COLUMNS: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < columns
     gate = tl.load(gate_up + token * 2 * columns + column, mask=inside).to(tl.float32)
     up = tl.load(gate_up + token * 2 * columns + columns + column, mask=inside).to(tl.float32)
-    value = gate * tl.sigmoid(gate) * up
+    u, _ = _argument(gate, GELU)
+    value = gate * tl.sigmoid(u) * up
     tl.store(y + token * columns + column, value.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _swiglu_backward(gate_up, dy, value, out, columns, COLUMNS: tl.constexpr):
+def _gated_backward(
+    gate_up, dy, value, out, columns, GELU: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < columns
     gate = tl.load(gate_up + token * 2 * columns + column, mask=inside).to(tl.float32)
     up = tl.load(gate_up + token * 2 * columns + columns + column, mask=inside).to(tl.float32)
     g = tl.load(dy + token * columns + column, mask=inside).to(tl.float32)
-    sigmoid = tl.sigmoid(gate)
-    silu = gate * sigmoid
+    u, slope = _argument(gate, GELU)
+    sigmoid = tl.sigmoid(u)
+    active = gate * sigmoid
     kind = out.dtype.element_ty
-    tl.store(value + token * columns + column, (silu * up).to(kind), mask=inside)
-    d_gate = g * up * (sigmoid + silu * (1 - sigmoid))
+    tl.store(value + token * columns + column, (active * up).to(kind), mask=inside)
+    d_gate = g * up * (sigmoid + active * (1 - sigmoid) * slope)
     tl.store(out + token * 2 * columns + column, d_gate.to(kind), mask=inside)
-    tl.store(out + token * 2 * columns + columns + column, (g * silu).to(kind), mask=inside)
+    tl.store(out + token * 2 * columns + columns + column, (g * active).to(kind), mask=inside)
 
 
 @triton.jit

@@ -1,8 +1,12 @@
-"""A decoder layer with hand-written forward and backward passes."""
+"""A decoder layer with hand-written forward and backward passes.
+
+Optional parts are those of the supported families: RMS norms of the heads of q and k (Qwen 3, Gemma 3), RMS
+norms of a block's output (Gemma 2 and 3), attention scores limited by a tanh (Gemma 2).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +16,11 @@ from torch.autograd import Function
 
 from fintune.model.attention import PackedSequences
 from fintune.model.attention import attend as attend_packed
+from fintune.model.fused.ops import HeadNorms
 from fintune.model.fused.projections import Projections
 
-Rotary = tuple[Tensor, Tensor]  # cos and sin of each token's angles, (tokens, head size) each
+# cos and sin of each token's angles, (tokens, head size) each, by the kind of a layer
+Rotary = Mapping[str | None, tuple[Tensor, Tensor]]
 
 
 @dataclass
@@ -25,11 +31,18 @@ class Layer:
     output: Projections
     gate_up: Projections
     down: Projections
-    norms: tuple[Tensor, Tensor]
+    norms: tuple[Tensor, Tensor]  # of the inputs of attention and feed-forward
+    after: tuple[Tensor, Tensor] | None  # norms of their outputs
+    head_norms: HeadNorms | None
     eps: float
     heads: int
     kv_heads: int
+    head_size: int
+    scale: float  # of the attention scores
+    softcap: float | None
     window: int | None
+    kind: str | None  # tells which angles it has
+    gelu: bool  # GeGLU instead of SwiGLU
     keeps_gate_up: bool  # save the outputs of gate and up for the backward pass
     run: Any  # the module of pointwise functions: kernels.py on a GPU, else ops.py
 
@@ -42,11 +55,38 @@ class Layer:
 
     def attention(self, x: Tensor, packed: PackedSequences, rotary: Rotary, seed: int) -> Tensor:
         """Run the attention block, residual connection included."""
-        q, k, v, x = _QueryKeyValue.apply(x, self, rotary, seed, *self.qkv.parameters)
-        scale = q.shape[-1] ** -0.5
-        attended = attend_packed(q, k, v, packed, self.window, scale)
+        q, k, v, x = _QueryKeyValue.apply(x, self, rotary[self.kind], seed, *self.qkv.parameters)
+        attended = self.attend(q, k, v, packed)
         out: Tensor = _Output.apply(attended.flatten(1), x, self, seed + 1, *self.output.parameters)
         return out
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedSequences) -> Tensor:
+        """Compute attention within each document; (tokens, heads, head size) of each."""
+        return attend_packed(q, k, v, packed, self.window, self.scale, self.softcap)
+
+    def turn(self, qkv: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """Normalize and rotate the heads; (tokens, outputs) to (tokens, heads + 2 kv_heads, head size)."""
+        turned: Tensor = self.run.rotate(
+            qkv, *rotary, self.heads, self.kv_heads, self.head_norms, self.eps
+        )
+        return turned
+
+    def split(self, turned: Tensor) -> tuple[Tensor, ...]:
+        """Split (tokens, heads + 2 kv_heads, head size) into q, k and v."""
+        return turned.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+
+    def add(self, block: int, y: Tensor, x: Tensor) -> Tensor:
+        """Add a block's output to the residual x, normalized where the family does so; may overwrite y."""
+        if self.after:
+            y = self.run.rms_norm(y, self.after[block], self.eps)
+        return y.add_(x)
+
+    def output_gradient(self, block: int, y: Tensor | None, dy: Tensor) -> Tensor:
+        """Compute the gradient of a block's output `y` before its norm, if it has one."""
+        if not self.after or y is None:
+            return dy
+        gradient: Tensor = self.run.rms_norm_backward(y, self.after[block], self.eps, dy, None)
+        return gradient
 
     @property
     def of_attention(self) -> tuple[Tensor, ...]:
@@ -57,16 +97,24 @@ class Layer:
         return (*self.gate_up.parameters, *self.down.parameters)
 
     def feed_forward_gradients(
-        self, x: Tensor, gate_up: Tensor | None, dy: Tensor, seed: int
+        self, x: Tensor, gate_up: Tensor | None, y: Tensor | None, dy: Tensor, seed: int
     ) -> tuple[Tensor, list[Tensor]]:
-        """Compute the gradients of x and of `of_feed_forward`; recompute `gate_up` if it is None."""
+        """Compute the gradients of x and of `of_feed_forward`.
+
+        Args:
+            gate_up: recomputed if it is None.
+            y: the output before its norm; recomputed if it is None and the layer has such a norm.
+        """
         normal = self.run.rms_norm(x, self.norms[1], self.eps)
         if gate_up is None:
             gate_up = self.gate_up.forward(normal, seed)
-        d_middle = self.down.input_gradient(dy, seed + 1)
-        middle, d_gate_up = self.run.swiglu_backward(gate_up, d_middle)
+        if self.after and y is None:
+            y = self.down.forward(self.run.gated(gate_up, self.gelu), seed + 1)
+        d_out = self.output_gradient(1, y, dy)
+        d_middle = self.down.input_gradient(d_out, seed + 1)
+        middle, d_gate_up = self.run.gated_backward(gate_up, d_middle, self.gelu)
         del gate_up, d_middle
-        of_down = self.down.parameter_gradients(middle, dy, seed + 1)
+        of_down = self.down.parameter_gradients(middle, d_out, seed + 1)
         del middle
         of_gate_up = self.gate_up.parameter_gradients(normal, d_gate_up, seed)
         del normal
@@ -75,35 +123,37 @@ class Layer:
         dx = self.run.rms_norm_backward(x, self.norms[1], self.eps, d_normal, dy)
         return dx, [*of_gate_up, *of_down]
 
-    def infer(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable[..., Tensor]) -> Tensor:
+    def infer(self, x: Tensor, rotary: Rotary, attend: Callable[..., Tensor]) -> Tensor:
         """Run the layer without gradients; `attend` maps q, k and v to each token's attention output."""
         normal = self.run.rms_norm(x, self.norms[0], self.eps)
-        turned = self.run.rotate(self.qkv.forward(normal, 0), cos, sin, self.heads, self.kv_heads)
-        attended = attend(*turned.split([self.heads, self.kv_heads, self.kv_heads], dim=1))
-        x = self.output.forward(attended.flatten(1), 0).add_(x)
+        attended = attend(*self.split(self.turn(self.qkv.forward(normal, 0), rotary[self.kind])))
+        x = self.add(0, self.output.forward(attended.flatten(1), 0), x)
         normal = self.run.rms_norm(x, self.norms[1], self.eps)
-        middle = self.run.swiglu(self.gate_up.forward(normal, 0))
-        return self.down.forward(middle, 0).add_(x)
+        middle = self.run.gated(self.gate_up.forward(normal, 0), self.gelu)
+        return self.add(1, self.down.forward(middle, 0), x)
 
 
 class _QueryKeyValue(Function):
     """Norm, q, k, v and rotary embedding; also returns the residual, so that its gradient is added here."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Layer, rotary: Rotary, seed: int, *_: Tensor) -> Any:
+    def forward(
+        ctx: Any, x: Tensor, layer: Layer, rotary: tuple[Tensor, Tensor], seed: int, *_: Tensor
+    ) -> Any:
         normal = layer.run.rms_norm(x, layer.norms[0], layer.eps)
         qkv = layer.qkv.forward(normal, seed)
-        turned = layer.run.rotate(qkv, *rotary, layer.heads, layer.kv_heads)
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(x, qkv if layer.head_norms else None)
         ctx.layer, ctx.rotary, ctx.seed = layer, rotary, seed
-        q, k, v = turned.split([layer.heads, layer.kv_heads, layer.kv_heads], dim=1)
+        q, k, v = layer.split(layer.turn(qkv, rotary))
         return q, k, v, x
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         dq, dk, dv, skip = gradients
-        (x,), layer, rotary = ctx.saved_tensors, ctx.layer, ctx.rotary
-        d_qkv = layer.run.rotate_backward(dq, dk, dv, *rotary)
+        (x, qkv), layer = ctx.saved_tensors, ctx.layer
+        d_qkv = layer.run.rotate_backward(
+            dq, dk, dv, *ctx.rotary, qkv, layer.head_norms, layer.eps
+        )
         normal = layer.run.rms_norm(x, layer.norms[0], layer.eps)
         of_parameters = layer.qkv.parameter_gradients(normal, d_qkv, ctx.seed)
         d_normal = layer.qkv.input_gradient(d_qkv, ctx.seed)
@@ -116,36 +166,39 @@ class _Output(Function):
 
     @staticmethod
     def forward(ctx: Any, attended: Tensor, x: Tensor, layer: Layer, seed: int, *_: Tensor) -> Any:
-        ctx.save_for_backward(attended)
+        y = layer.output.forward(attended, seed)
+        ctx.save_for_backward(attended, y if layer.after else None)
         ctx.layer, ctx.seed = layer, seed
-        return layer.output.forward(attended, seed).add_(x)
+        return layer.add(0, y, x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        (dy,), (attended,), layer = gradients, ctx.saved_tensors, ctx.layer
-        of_parameters = layer.output.parameter_gradients(attended, dy, ctx.seed)
-        return layer.output.input_gradient(dy, ctx.seed), dy, None, None, *of_parameters
+        (dy,), (attended, y), layer = gradients, ctx.saved_tensors, ctx.layer
+        d_out = layer.output_gradient(0, y, dy)
+        of_parameters = layer.output.parameter_gradients(attended, d_out, ctx.seed)
+        return layer.output.input_gradient(d_out, ctx.seed), dy, None, None, *of_parameters
 
 
 class _FeedForward(Function):
-    """Norm, gate, up, SwiGLU and down, added to the residual."""
+    """Norm, gate, up, their gated product and down, added to the residual."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Layer, seed: int, *_: Tensor) -> Any:
         normal = layer.run.rms_norm(x, layer.norms[1], layer.eps)
         gate_up = layer.gate_up.forward(normal, seed)
         del normal
-        middle = layer.run.swiglu(gate_up)
-        ctx.save_for_backward(x, gate_up if layer.keeps_gate_up else None)
+        middle = layer.run.gated(gate_up, layer.gelu)
+        kept = gate_up if layer.keeps_gate_up else None
+        del gate_up
+        y = layer.down.forward(middle, seed + 1)
+        ctx.save_for_backward(x, kept, y if layer.after else None)
         ctx.layer, ctx.seed = layer, seed
-        if not layer.keeps_gate_up:
-            del gate_up
-        return layer.down.forward(middle, seed + 1).add_(x)
+        return layer.add(1, y, x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x, gate_up = ctx.saved_tensors
-        dx, of_parameters = ctx.layer.feed_forward_gradients(x, gate_up, gradients[0], ctx.seed)
+        x, gate_up, y = ctx.saved_tensors
+        dx, of_parameters = ctx.layer.feed_forward_gradients(x, gate_up, y, gradients[0], ctx.seed)
         return dx, None, None, *of_parameters
 
 
@@ -172,7 +225,7 @@ class CheckpointedLayer(Function):
         with torch.enable_grad():
             middle = layer.attention(x, ctx.packed, ctx.rotary, ctx.seed)
         d_middle, of_feed_forward = layer.feed_forward_gradients(
-            middle.detach(), None, gradients[0], ctx.seed + 2
+            middle.detach(), None, None, gradients[0], ctx.seed + 2
         )
         dx, *of_attention = torch.autograd.grad(middle, [x, *layer.of_attention], d_middle)
         return dx, None, None, None, None, *of_attention, *of_feed_forward

@@ -1,10 +1,10 @@
-"""The forward and backward pass of a Llama-like model with LoRA, in fewer and larger kernels.
+"""The forward and backward pass of a base with LoRA, in fewer and larger kernels.
 
 The mathematics is the same as in transformers and PEFT; the activations are read and written less often.
 Layers that read the same input (q, k, v and gate, up) are one matrix product. On a 4-bit base without
 dropout, the adapter is added to the weights while they are dequantized, W + (alpha / r) B A, so that the
 forward pass needs no separate LoRA products. Norms, rotary embedding, SwiGLU and their gradients are one
-kernel each on a GPU (kernels.py). Cheap values are recomputed in the backward pass instead of saved.
+kernel each on a GPU (kernels.py). families.py tells the supported families apart. Cheap values are recomputed in the backward pass instead of saved.
 
 Adding the adapter to the weights loses no precision compared with a separate product: the sum is taken
 in float32 and rounded once. Dequantized weights fall anywhere between two bfloat16 numbers, so an update
@@ -13,7 +13,6 @@ smaller than their distance still moves the right share of the weights.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -23,29 +22,14 @@ from torch.autograd import Function
 from transformers import PreTrainedModel
 
 from fintune.hardware import GIB
-from fintune.hub.models import ARCHITECTURES
 from fintune.model.adapter import base_of
 from fintune.model.attention import PackedSequences
 from fintune.model.batch import CHUNK
-from fintune.model.fused.layers import CheckpointedLayer, Layer
-from fintune.model.fused.ops import functions_for
-from fintune.model.fused.projections import Projections, Workspace, active_adapter
-from fintune.model.sizes import LINEAR
+from fintune.model.fused.families import make_layers
+from fintune.model.fused.layers import CheckpointedLayer, Rotary
+from fintune.model.fused.projections import active_adapter
 
 ALIGNMENT = 64  # matrix products whose sizes or offsets are not multiples of it use slow kernels
-
-
-def unsupported(model: PeftModel | PreTrainedModel) -> str | None:
-    """Return why this model is not supported, or None if it is."""
-    config = base_of(model).config
-    if config.model_type not in ARCHITECTURES:
-        return f"a base of type {config.model_type}"
-    if config.hidden_act != "silu":
-        return f"the activation {config.hidden_act}"
-    for name, module in model.named_modules():
-        if name.rsplit(".", 1)[-1] in LINEAR and getattr(module, "bias", None) is not None:
-            return f"a bias in {name}"
-    return None
 
 
 class _AnswerLoss(Function):
@@ -53,7 +37,13 @@ class _AnswerLoss(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, states: Tensor, rows: Tensor, targets: Tensor, weight: Tensor, indices: Tensor
+        ctx: Any,
+        states: Tensor,
+        rows: Tensor,
+        targets: Tensor,
+        weight: Tensor,
+        indices: Tensor,
+        softcap: float | None,
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=states.device)
         d_states, d_rows = torch.empty_like(states), torch.zeros_like(rows)
@@ -64,11 +54,18 @@ class _AnswerLoss(Function):
         ):
             logits = logits_of(x, weight, own, indices)
             logits32 = logits.float()
+            slope = None
+            if softcap:
+                logits32.div_(softcap).tanh_()
+                slope = (1 - logits32.square()).to(logits.dtype)
+                logits32.mul_(softcap)
             log_sum = logits32.logsumexp(dim=-1, keepdim=True)
             total += (log_sum - logits32.gather(1, target[:, None])).sum()
             logits32 = logits32.sub_(log_sum).exp_()
             logits32.scatter_add_(1, target[:, None], logits32.new_full((len(x), 1), -1.0))
             logits.copy_(logits32)
+            if slope is not None:
+                logits.mul_(slope)
             d_own = logits.index_select(1, indices)
             d_rows += (d_own.t() @ x).to(d_rows.dtype)
             logits.index_fill_(1, indices, 0)
@@ -80,7 +77,7 @@ class _AnswerLoss(Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         d_states, d_rows = ctx.saved_tensors
-        return d_states * gradients[0], d_rows * gradients[0], None, None, None
+        return d_states * gradients[0], d_rows * gradients[0], None, None, None, None
 
 
 def logits_of(states: Tensor, weight: Tensor, own: Tensor, indices: Tensor) -> Tensor:
@@ -129,32 +126,17 @@ class FusedModel:
         plain: Any = base_of(model)
         config, self.body = plain.config, plain.get_decoder()
         device = next(self.body.parameters()).device
-        workspace = Workspace()
-        group = functools.partial(
-            Projections,
-            dtype=dtype,
-            workspace=workspace,
-            cache_weights=cache_weights,
-            training=training,
-        )
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.checkpointing = checkpointing
-        self.layers = [
-            Layer(
-                qkv=group([x.self_attn.q_proj, x.self_attn.k_proj, x.self_attn.v_proj]),
-                output=group([x.self_attn.o_proj]),
-                gate_up=group([x.mlp.gate_proj, x.mlp.up_proj]),
-                down=group([x.mlp.down_proj]),
-                norms=(x.input_layernorm.weight, x.post_attention_layernorm.weight),
-                eps=config.rms_norm_eps,
-                heads=x.self_attn.q_proj.out_features // size,
-                kv_heads=x.self_attn.k_proj.out_features // size,
-                window=getattr(config, "sliding_window", None),
-                keeps_gate_up=checkpointing != "selective",
-                run=functions_for(x.input_layernorm.weight),
-            )
-            for x in self.body.layers
-        ]
+        self.layers = make_layers(
+            config,
+            self.body.layers,
+            dtype,
+            cache_weights,
+            training,
+            keeps_gate_up=checkpointing != "selective",
+        )
+        self.kinds = sorted({layer.kind for layer in self.layers}, key=str)
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self.projections = [p for x in self.layers for p in (x.qkv, x.output, x.gate_up, x.down)]
         pairs = [
             pair for p in self.projections for pair in zip(p.copies, p.parameters, strict=True)
@@ -164,10 +146,11 @@ class FusedModel:
         others = [pair for pair in pairs if pair[0].stride() != pair[1].stride()]
         self.copies = [tuple(zip(*some, strict=True)) for some in (alike, others) if some]
         self.drops = any(p.dropout for p in self.projections)
-        self.embedding, self.embedding_rows, self.tokens = _table(plain.get_input_embeddings())
-        head = plain.get_output_embeddings()
-        tied = config.tie_word_embeddings
-        self.head, self.head_rows, _ = _table(plain.get_input_embeddings() if tied else head)
+        table = plain.get_input_embeddings()
+        self.embedding, self.embedding_rows, self.tokens = _table(table)
+        self.embedding_scale: Tensor | None = getattr(_inner(table), "embed_scale", None)
+        head = table if config.tie_word_embeddings else plain.get_output_embeddings()
+        self.head, self.head_rows, _ = _table(head)
         # built here: inside a step it would force a device sync
         self.indices = torch.tensor(self.tokens, dtype=torch.long, device=device)
         self.sync_parameters()
@@ -209,21 +192,27 @@ class FusedModel:
         x = torch.nn.functional.embedding(ids, self.embedding)
         for token, row in zip(self.tokens, self.embedding_rows, strict=True):
             x = torch.where((ids == token)[:, None], row.to(x.dtype), x)
-        return x
+        return x if self.embedding_scale is None else x * self.embedding_scale.to(x.dtype)
 
-    def angles(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute cosines and sines for `positions`, (tokens,), in x's type: (tokens, head size) each."""
-        cos, sin = self.body.rotary_emb(x, positions[None])
-        return cos[0], sin[0]
+    def angles(self, x: Tensor, positions: Tensor) -> Rotary:
+        """Compute cosines and sines for `positions`, (tokens,), in x's type, for each kind of layer."""
+        angles = {}
+        for kind in self.kinds:
+            cos, sin = self.body.rotary_emb(x, positions[None], *([kind] if kind else []))
+            angles[kind] = cos[0], sin[0]
+        return angles
 
     @torch.no_grad()
     def logits(self, states: Tensor) -> Tensor:
         """Compute logits, (tokens, vocabulary), from normalized hidden states, (tokens, hidden)."""
-        return logits_of(states, self.head, self.head_rows.to(states.dtype), self.indices)
+        logits = logits_of(states, self.head, self.head_rows.to(states.dtype), self.indices)
+        return logits.div_(self.softcap).tanh_().mul_(self.softcap) if self.softcap else logits
 
     def answer_loss(self, states: Tensor, targets: Tensor) -> Tensor:
         """Compute the summed loss in nats; `states`, (answer tokens, hidden), predict `targets`."""
-        loss: Tensor = _AnswerLoss.apply(states, self.head_rows, targets, self.head, self.indices)
+        loss: Tensor = _AnswerLoss.apply(
+            states, self.head_rows, targets, self.head, self.indices, self.softcap
+        )
         return loss
 
 
@@ -232,7 +221,12 @@ def _table(module: Any) -> tuple[Tensor, Tensor, list[int]]:
     tokens: Any = getattr(module, "token_adapter", module)
     name = active_adapter(tokens)
     if name is None:
-        weight: Tensor = getattr(tokens, "base_layer", module).weight
+        weight: Tensor = _inner(module).weight
         return weight, weight[:0], []
     rows = tokens.trainable_tokens_delta[name]
     return tokens.base_layer.weight, rows, tokens.token_indices[name]
+
+
+def _inner(module: Any) -> Any:
+    """Return a table without what PEFT has put around it."""
+    return getattr(getattr(module, "token_adapter", module), "base_layer", module)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fintune.model.attention import softcapped
+
+HeadNorms = tuple[Tensor, Tensor]  # the RMS norms' weights of q and k, (head size,) each
 
 
 def drop(x: Tensor, p: float, seed: int) -> Tensor:
@@ -28,31 +33,65 @@ def _keep_mask(x: Tensor, p: float, seed: int) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Compute x / rms(x) * weight over the last dimension, in float32."""
+    """Compute x / rms(x) * weight over the last dimension, in float32; a float32 weight is not rounded to."""
     x32 = x.float()
     normal = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * normal.to(x.dtype)
+    return (weight * normal.to(torch.promote_types(x.dtype, weight.dtype))).to(x.dtype)
 
 
-def rms_norm_backward(x: Tensor, weight: Tensor, eps: float, dy: Tensor, skip: Tensor) -> Tensor:
-    """Compute the gradient of x, with the residual connection's gradient `skip` added."""
+def rms_norm_backward(
+    x: Tensor, weight: Tensor, eps: float, dy: Tensor, skip: Tensor | None
+) -> Tensor:
+    """Compute the gradient of x; `skip`, if given, is the residual connection's, and is added."""
     x32, g = x.float(), (dy * weight).float()
     r = torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
     dx = r * (g - x32 * r * r * (g * x32).mean(-1, keepdim=True))
-    return (skip.float() + dx).to(x.dtype)
+    return (dx if skip is None else skip.float() + dx).to(x.dtype)
 
 
-def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> Tensor:
-    """Apply the rotary embedding to q and k; (tokens, outputs) to (tokens, heads + 2 kv_heads, head size)."""
+def rotate(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    kv_heads: int,
+    norms: HeadNorms | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    """Apply `norms`, if any, and the rotary embedding to q and k.
+
+    Returns:
+        (tokens, heads + 2 kv_heads, head size) from (tokens, outputs).
+    """
+    q, k, v = _heads(qkv, heads, kv_heads)
+    if norms:
+        q, k = rms_norm(q, norms[0], eps), rms_norm(k, norms[1], eps)
+    return torch.cat((_turn(q, cos, sin), _turn(k, cos, sin), v), dim=1)
+
+
+def rotate_backward(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    qkv: Tensor | None = None,
+    norms: HeadNorms | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    """Compute the gradient of `rotate`'s input, (tokens, outputs); with `norms` it needs that input."""
+    tokens, (heads, kv_heads) = dq.shape[0], (dq.shape[1], dk.shape[1])
+    dq, dk = _turn(dq, cos, -sin), _turn(dk, cos, -sin)
+    if norms and qkv is not None:
+        q, k, _ = _heads(qkv, heads, kv_heads)
+        dq = rms_norm_backward(q, norms[0], eps, dq, None)
+        dk = rms_norm_backward(k, norms[1], eps, dk, None)
+    return torch.cat((dq, dk, dv), dim=1).view(tokens, -1)
+
+
+def _heads(qkv: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     x = qkv.view(qkv.shape[0], heads + 2 * kv_heads, -1)
-    turned, v = x[:, : heads + kv_heads], x[:, heads + kv_heads :]
-    return torch.cat((_turn(turned, cos, sin), v), dim=1)
-
-
-def rotate_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the gradients of q and k back and concatenate all three: (tokens, outputs)."""
-    parts = (_turn(dq, cos, -sin), _turn(dk, cos, -sin), dv)
-    return torch.cat(parts, dim=1).view(dq.shape[0], -1)
+    return x[:, :heads], x[:, heads : heads + kv_heads], x[:, heads + kv_heads :]
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -72,6 +111,7 @@ def attend_to_cache(
     positions: Tensor,
     window: int | None,
     scale: float,
+    softcap: float | None = None,
 ) -> Tensor:
     """Compute attention of the last token of each row to itself and all before it, from the KV cache.
 
@@ -81,6 +121,7 @@ def attend_to_cache(
         slots: (rows,): the slot of each row.
         positions: (rows,): of the last token in its slot.
         window: the number of tokens attended to, the last included; None for all.
+        softcap: scores are limited to it by a tanh.
 
     Returns:
         (rows, heads, size).
@@ -93,26 +134,42 @@ def attend_to_cache(
     if window is not None:
         seen &= place > positions[:, None] - window
     # query heads that share a key head are treated as queries at the same position
-    out = torch.nn.functional.scaled_dot_product_attention(
-        q.view(rows, kv_heads, heads // kv_heads, size), k, v, seen[:, None, None], scale=scale
-    )
+    grouped = q.view(rows, kv_heads, heads // kv_heads, size)
+    if softcap:
+        out = softcapped(grouped, k, v, seen[:, None, None], scale, softcap)
+    else:
+        out = torch.nn.functional.scaled_dot_product_attention(
+            grouped, k, v, seen[:, None, None], scale=scale
+        )
     return out.reshape(rows, heads, size)
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    """Compute silu(gate) * up; (tokens, 2 n) to (tokens, n)."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return (torch.nn.functional.silu(gate.float()) * up).to(gate_up.dtype)
+def gated(gate_up: Tensor, gelu: bool) -> Tensor:
+    """Compute SwiGLU, silu(gate) * up, or with GELU in its tanh form GeGLU; (tokens, 2 n) to (tokens, n)."""
+    gate, up = (half.float() for half in gate_up.chunk(2, dim=-1))
+    return (gate * torch.sigmoid(_argument(gate, gelu)[0]) * up).to(gate_up.dtype)
 
 
-def swiglu_backward(gate_up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+def gated_backward(gate_up: Tensor, dy: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
     """Recompute the output, (tokens, n), and compute the gradient of the input, (tokens, 2 n)."""
     gate, up = (half.float() for half in gate_up.chunk(2, dim=-1))
-    dy32, sigmoid = dy.float(), torch.sigmoid(gate)
-    silu = gate * sigmoid
-    d_gate = dy32 * up * (sigmoid + silu * (1 - sigmoid))
-    value = (silu * up).to(dy.dtype)
-    return value, torch.cat((d_gate, dy32 * silu), dim=-1).to(dy.dtype)
+    argument, slope = _argument(gate, gelu)
+    dy32, sigmoid = dy.float(), torch.sigmoid(argument)
+    active = gate * sigmoid
+    d_gate = dy32 * up * (sigmoid + active * (1 - sigmoid) * slope)
+    value = (active * up).to(dy.dtype)
+    return value, torch.cat((d_gate, dy32 * active), dim=-1).to(dy.dtype)
+
+
+def _argument(gate: Tensor, gelu: bool) -> tuple[Tensor, Tensor | float]:
+    """Return u and its derivative, where the activation of x is x * sigmoid(u)."""
+    if not gelu:
+        return gate, 1.0
+    square = gate * gate
+    return GELU * gate * (1 + 0.044715 * square), GELU * (1 + 3 * 0.044715 * square)
+
+
+GELU = (8 / math.pi) ** 0.5  # Hendrycks & Gimpel 2016
 
 
 def functions_for(x: Tensor) -> Any:

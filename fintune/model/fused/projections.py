@@ -48,6 +48,7 @@ class Projections:
     ) -> None:
         self.bases = [getattr(module, "base_layer", module) for module in modules]
         self.outputs = [base.out_features for base in self.bases]
+        self.bias = _bias(self.bases, dtype)
         self.inputs: int = self.bases[0].in_features
         self.quantized = hasattr(self.bases[0].weight, "quant_state")
         self.workspace = workspace
@@ -127,7 +128,10 @@ class Projections:
         blocks = self._blocks(x)
         y = x.new_empty(x.shape[0], sum(self.outputs))
         for rows, weight in blocks:
-            torch.mm(x, weight.t(), out=y[:, rows])
+            if self.bias is None:
+                torch.mm(x, weight.t(), out=y[:, rows])
+            else:
+                torch.addmm(self.bias[rows], x, weight.t(), out=y[:, rows])
         if self.parameters and not self.merges_lora:
             y.addmm_(self._dropped(x, seed) @ self.down.t(), self.up.t(), alpha=self._alpha)
         return y
@@ -171,6 +175,21 @@ def active_adapter(module: Any) -> str | None:
     name: str = module.active_adapters[0]
     mine = getattr(module, "lora_A", None) or getattr(module, "token_indices", {})
     return name if name in mine else None
+
+
+def _bias(bases: Sequence[Any], dtype: torch.dtype) -> Tensor | None:
+    """Return the biases of all outputs, (outputs,); zero for a layer without, None if none has any."""
+    found = [base.bias for base in bases]
+    if all(bias is None for bias in found):
+        return None
+    return torch.cat(
+        [
+            base.weight.new_zeros(base.out_features, dtype=dtype)
+            if base.bias is None
+            else base.bias.detach().to(dtype)
+            for base in bases
+        ]
+    )
 
 
 def _slices(sizes: Sequence[int]) -> list[slice]:

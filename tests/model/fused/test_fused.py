@@ -10,19 +10,21 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import silu
 
 from fintune.data.prompt import encode
 from fintune.model.adapter import add_adapter
 from fintune.model.base import load_base
 from fintune.model.batch import pack
-from fintune.model.fused.model import FusedModel, unsupported
+from fintune.model.fused.families import unsupported
+from fintune.model.fused.model import FusedModel
 from fintune.model.fused.ops import (
+    gated,
+    gated_backward,
     rms_norm,
     rms_norm_backward,
     rotate,
     rotate_backward,
-    swiglu,
-    swiglu_backward,
 )
 from fintune.params import Base, Lora
 
@@ -232,13 +234,21 @@ def test_each_backward_function_is_the_derivative() -> None:
     shifted = rms_norm_backward(*(t.float() for t in (x, weight)), 1e-5, dy.float(), skip.float())
     bare = rms_norm_backward(*(t.float() for t in (x, weight)), 1e-5, dy.float(), skip.float() * 0)
     assert torch.allclose(shifted - bare, skip.float(), atol=1e-5)
-    check(swiglu, random(5, 16), random(5, 8), lambda t, g: swiglu_backward(t, g)[1])
     gate_up = random(5, 16).float()
-    assert torch.allclose(swiglu_backward(gate_up, gate_up[:, :8])[0], swiglu(gate_up), atol=1e-6)
+    for gelu, act in ((False, silu), (True, lambda t: torch.nn.functional.gelu(t, approximate="tanh"))):
+        check(lambda t, g=gelu: gated(t, g), random(5, 16), random(5, 8),
+              lambda t, d, g=gelu: gated_backward(t, d, g)[1])  # fmt: skip
+        expected = act(gate_up[:, :8]) * gate_up[:, 8:]
+        assert torch.allclose(gated(gate_up, gelu), expected, atol=1e-6)
+        found = gated_backward(gate_up, gate_up[:, :8], gelu)[0]
+        assert torch.allclose(found, expected, atol=1e-6)
     angle = random(5, 4).float()
     cos, sin = (torch.cat((f(angle), f(angle)), dim=-1) for f in (torch.cos, torch.sin))
     check(lambda t: rotate(t, cos, sin, 2, 1), random(5, 32), random(5, 4, 8),
           lambda t, g: rotate_backward(g[:, :2], g[:, 2:3], g[:, 3:], cos, sin))  # fmt: skip
+    norms = (random(8).float(), random(8).float())
+    check(lambda t: rotate(t, cos, sin, 2, 1, norms, 1e-5), random(5, 32), random(5, 4, 8),
+          lambda t, g: rotate_backward(g[:, :2], g[:, 2:3], g[:, 3:], cos, sin, t, norms, 1e-5))  # fmt: skip
 
 
 def check(
@@ -301,8 +311,9 @@ for tokens, hidden, heads, groups, size in ((5, 48, 3, 1, 8), (7, 64, 4, 4, 16),
     x, dy, skip = (torch.randn(tokens, hidden) for _ in range(3))
     arguments = (x, torch.randn(hidden), 1e-5)
     compare("rms_norm", kernels.rms_norm(*arguments), fused.rms_norm(*arguments), 1e-6)
-    found = kernels.rms_norm_backward(*arguments, dy, skip)
-    compare("rms_norm_backward", found, fused.rms_norm_backward(*arguments, dy, skip), 1e-6)
+    for added in (skip, None):
+        found = kernels.rms_norm_backward(*arguments, dy, added)
+        compare("rms_norm_backward", found, fused.rms_norm_backward(*arguments, dy, added), 1e-6)
     angle = torch.randn(tokens, size // 2)
     cos, sin = (torch.cat((f(angle), f(angle)), dim=1) for f in (torch.cos, torch.sin))
     qkv = torch.randn(tokens, (heads + 2 * groups) * size)
@@ -312,18 +323,27 @@ for tokens, hidden, heads, groups, size in ((5, 48, 3, 1, 8), (7, 64, 4, 4, 16),
     arguments = (*parts, cos, sin)
     found = kernels.rotate_backward(*arguments)
     compare("rotate_backward", found, fused.rotate_backward(*arguments), 1e-6)
+    norms = (torch.randn(size), torch.randn(size))
+    arguments = (qkv, cos, sin, heads, groups, norms, 1e-5)
+    compare("rotate with norms", kernels.rotate(*arguments), fused.rotate(*arguments), 1e-6)
+    arguments = (*parts, cos, sin, qkv, norms, 1e-5)
+    found = kernels.rotate_backward(*arguments)
+    compare("rotate_backward with norms", found, fused.rotate_backward(*arguments), 1e-6)
     gate_up, dy = torch.randn(tokens, 2 * hidden), torch.randn(tokens, hidden)
-    compare("swiglu", kernels.swiglu(gate_up), fused.swiglu(gate_up), 1e-6)
-    found, expected = kernels.swiglu_backward(gate_up, dy), fused.swiglu_backward(gate_up, dy)
-    compare("swiglu_backward", found[0], expected[0], 1e-6)
-    compare("swiglu_backward", found[1], expected[1], 1e-6)
-for rows, heads, groups, size, window in ((5, 8, 2, 16, None), (3, 6, 6, 24, 40), (2, 4, 1, 128, 7)):
+    for gelu in (False, True):
+        compare("gated", kernels.gated(gate_up, gelu), fused.gated(gate_up, gelu), 1e-6)
+        found = kernels.gated_backward(gate_up, dy, gelu)
+        expected = fused.gated_backward(gate_up, dy, gelu)
+        compare("gated_backward", found[0], expected[0], 1e-6)
+        compare("gated_backward", found[1], expected[1], 1e-6)
+SHAPES = (5, 8, 2, 16, None, None), (3, 6, 6, 24, 40, 1.5), (2, 4, 1, 128, 7, None), (3, 4, 2, 256, None, 2.0)
+for rows, heads, groups, size, window, softcap in SHAPES:
     q = torch.randn(rows, heads + 2 * groups, size)[:, :heads]
     keys, values = torch.randn(2, rows + 1, 150, groups, size).unbind()
     slots = torch.randperm(rows + 1)[:rows]
     positions = torch.randint(0, 150, (rows,))
     positions[0] = 0
-    arguments = (q, keys, values, slots, positions, window, 0.3)
+    arguments = (q, keys, values, slots, positions, window, 0.3, softcap)
     found, expected = kernels.attend_to_cache(*arguments), fused.attend_to_cache(*arguments)
     compare("attend_to_cache", found, expected, 1e-5)
 print("equal")
