@@ -1,6 +1,6 @@
-"""Make a base model of Mistral-7B's shape with random weights: right for memory and time, not for loss.
+"""Make a base of a 7B-like shape with random weights: right for memory and time, not for loss.
 
-python benchmarks/random_base.py --tokenizer FOLDER --out FOLDER [--layers 32]
+python benchmarks/random_base.py --tokenizer FOLDER --out FOLDER [--shape qwen2.5-7b] [--layers 32]
 """
 
 import argparse
@@ -8,32 +8,61 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+SHAPES: dict[str, dict[str, Any]] = {  # the values of each one's config.json
+    "mistral-7b": {
+        "model_type": "mistral",
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 32768,
+        "sliding_window": 4096,
+    },
+    "qwen2.5-7b": {
+        "model_type": "qwen2",
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 131072,
+    },
+    "gemma2-9b": {
+        "model_type": "gemma2",
+        "vocab_size": 256000,
+        "hidden_size": 3584,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 42,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+        "max_position_embeddings": 8192,
+        "sliding_window": 4096,
+    },
+}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of a fast tokenizer")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--shape", choices=SHAPES, default="mistral-7b")
+    parser.add_argument("--layers", type=int, help="fewer than the shape has")
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
-    config = MistralConfig(  # the values of Mistral-7B-v0.1's config.json
-        vocab_size=32000,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=arguments.layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=32768,
-        sliding_window=4096,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    values = SHAPES[arguments.shape] | {"bos_token_id": 1, "eos_token_id": 2}
+    if arguments.layers:
+        values["num_hidden_layers"] = arguments.layers
+    config = AutoConfig.for_model(**values)
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = MistralForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(arguments.out, max_shard_size="4GB")
     tokenizer.save_pretrained(arguments.out)
 

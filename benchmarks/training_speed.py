@@ -10,7 +10,8 @@ All settings see the same rows in steps of 32, with the lengths of FiQA's rows u
 padding, and a step's time includes the optimizer's. As in a long training run, losses are not read at
 every step, which would force a device sync, but in the middle and at the end; the second half is timed.
 The floor is the base's matrix products alone, forward and for the gradient of the input, for the tokens of
-one step, in the unfused shapes; MFU is relative to one large matrix product. Losses of random weights mean
+one step, in the unfused shapes; a second floor adds the head's products for the answers' tokens, which are a
+twelfth of the work where the vocabulary is large. MFU is relative to one large matrix product. Losses of random weights mean
 nothing, except that equivalent settings have equal losses.
 
 Unsloth is measured where it is installed, in a process of its own (unsloth_steps.py). It needs older
@@ -48,7 +49,7 @@ from fintune.data.prompt import load_tokenizer
 from fintune.hardware import GIB, free_memory, matmul_flops
 from fintune.model.adapter import add_adapter
 from fintune.model.base import load_base
-from fintune.model.batch import TokenRow
+from fintune.model.batch import CHUNK, TokenRow
 from fintune.model.sizes import ModelSize
 from fintune.params import Base, Lora, Train
 from fintune.stage import log, run, write_json
@@ -58,6 +59,7 @@ from fintune.training.train import train
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "triton")
 ROWS_PER_STEP = 32
+ANSWERS = 0.83  # of the tokens
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 OURS: dict[str, dict[str, Any]] = {
     "fused": {"checkpointing": "none", "dequantize": "once"},
@@ -120,6 +122,7 @@ def main() -> None:
         "tokens_a_step": tokens,
         "matmul_tflops": ceiling / 1e12,
         "floor_tokens_per_second": floor(shape, round(tokens)),
+        "floor_with_head_tokens_per_second": floor(shape, round(tokens), head=True),
         "settings": [],
     }
     print(f"floor {report['floor_tokens_per_second']:,.0f} tokens/s", flush=True)
@@ -138,7 +141,9 @@ def main() -> None:
         else:
             speed = measured["tokens_per_second"]
             measured["of_floor"] = speed / report["floor_tokens_per_second"]
-            measured["mfu"] = speed * shape.flops(1000, 830) / 1000 / ceiling  # 83 % answers
+            with_head = speed / report["floor_with_head_tokens_per_second"]
+            measured["of_floor_with_head"] = with_head
+            measured["mfu"] = speed * shape.flops(1000, round(1000 * ANSWERS)) / 1000 / ceiling
         report["settings"].append({"name": name} | measured)
         write_json(arguments.out, report)
         print(name, {k: v for k, v in measured.items() if k != "losses"}, flush=True)
@@ -170,15 +175,21 @@ def shape_of(base: Base) -> ModelSize:
     return ModelSize.of(AutoConfig.from_pretrained(base.model), lora)
 
 
-def floor(shape: ModelSize, tokens: int) -> float:
+def floor(shape: ModelSize, tokens: int, head: bool = False) -> float:
     """Measure tokens per second of the base's matrix products alone, each in its own shape."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     make = lambda *size: torch.randn(*size, device=device, dtype=torch.bfloat16)  # noqa: E731
-    seconds = 0.0
-    for inputs, outputs in shape.linears.values():
-        x, weight, dy = make(tokens, inputs), make(outputs, inputs), make(tokens, outputs)
-        seconds += timed(lambda x=x, w=weight: x @ w.t()) + timed(lambda d=dy, w=weight: d @ w)
-    return tokens / (seconds * shape.layers)
+
+    def of(rows: int, inputs: int, outputs: int) -> float:
+        x, weight, dy = make(rows, inputs), make(outputs, inputs), make(rows, outputs)
+        return timed(lambda: x @ weight.t()) + timed(lambda: dy @ weight)
+
+    seconds = shape.layers * sum(of(tokens, *sizes) for sizes in shape.linears.values())
+    if head:
+        answers = round(tokens * ANSWERS)
+        parts = [min(CHUNK, answers - start) for start in range(0, answers, CHUNK)]
+        seconds += sum(of(part, shape.hidden, shape.vocabulary) for part in parts)
+    return tokens / seconds
 
 
 def timed(call: Callable[[], Any], repeats: int = 20) -> float:

@@ -21,6 +21,9 @@ class ModelSize:
     vocabulary: int
     rank: int
     tuned: tuple[str, ...]
+    tied: bool = False  # embedding and head are one table
+    normed_heads: bool = False  # RMS norms of q and k
+    normed_outputs: bool = False  # RMS norms of the outputs of attention and feed-forward
 
     @classmethod
     def of(cls, config: Any, lora: Lora) -> "ModelSize":
@@ -44,6 +47,9 @@ class ModelSize:
             vocabulary=config.vocab_size,
             rank=lora.r,
             tuned=LINEAR if lora.target_modules == ALL_LINEAR else tuple(lora.target_modules),
+            tied=bool(config.tie_word_embeddings),
+            normed_heads=config.model_type in ("qwen3", "gemma3_text"),
+            normed_outputs=config.model_type in ("gemma2", "gemma3_text"),
         )
 
     @property

@@ -28,6 +28,7 @@ def estimate_memory_gib(
     s, size = model, bytes_per_value
     per_weight = NF4_BYTES if quantization == "nf4" else size
     table = s.vocabulary * s.hidden * size
+    tables = table if s.tied else 2 * table
     norms = (2 * s.layers + 1) * s.hidden * size
     qkv = s.q_dim + 2 * s.kv_dim
     copies = s.layers * s.rank * (7 * s.hidden + 3 * qkv + s.q_dim + 5 * s.intermediate_size)
@@ -35,6 +36,7 @@ def estimate_memory_gib(
     if kernels == "fused":
         layer_full = s.hidden * size
         attention = (qkv + s.q_dim + s.hidden) * size + 4 * s.heads
+        attention += (qkv * s.normed_heads + 2 * s.hidden * s.normed_outputs) * size
         kept = {
             "none": layer_full + attention + 2 * s.intermediate_size * size,
             "selective": layer_full + attention,
@@ -59,7 +61,7 @@ def estimate_memory_gib(
         adapter = s.adapter_weights * 16
     dequantized = s.linear_weights * size if cache_weights else 0
     return {
-        "weights": (s.linear_weights * per_weight + dequantized + 2 * table + norms) / GIB,
+        "weights": (s.linear_weights * per_weight + dequantized + tables + norms) / GIB,
         "adapter and optimizer": adapter / GIB,  # weight, gradient and two moments in float32
         "activations": activations / GIB,
         "logits": logits / GIB,

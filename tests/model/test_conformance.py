@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +20,69 @@ from fintune.merging.merge import merge_into_folder
 from fintune.model import conformance
 from fintune.model.adapter import add_adapter, load_adapter, save_adapter
 from fintune.model.base import load_base
-from fintune.model.conformance import agreement_of
+from fintune.model.conformance import agreement_of, fused_differs
+from fintune.model.fused import families
+from fintune.model.fused import model as fused_model
 from fintune.model.likelihood import likelihood
 from fintune.model.sizes import ModelSize
+from fintune.model.tiny import tiny_model
 from fintune.params import Base, Lora
 from fintune.training.plan import plan_execution
 from fintune.training.train import make_plan, train
 from tests.training.test_train import PARAMS, TEXTS
 
-PACKED = ("cohere", "cohere2", "exaone4", "gemma", "gemma3_text", "glm4", "gpt2", "gpt_bigcode")
-PACKED += ("gpt_neox", "gptj", "granite", "granitemoe", "olmo2", "opt", "phi", "phi3", "phimoe")
-PACKED += ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "mixtral", "smollm3", "starcoder2")
-PADDED = ("bloom", "falcon", "gemma2", "gpt_oss", "jamba", "mpt", "nemotron_h", "stablelm")
+FUSED = {  # and their options
+    "llama": ({}, {"attention_bias": True, "mlp_bias": True}),
+    "mistral": ({}, {"sliding_window": None}),
+    "qwen2": ({}, {"use_sliding_window": True, "max_window_layers": 2}),
+    "qwen3": ({}, {"attention_bias": True}),
+    "gemma2": ({}, {"attn_logit_softcapping": None}, {"final_logit_softcapping": None}),
+    "gemma3_text": ({}, {"final_logit_softcapping": 9.0}),
+    "phi3": ({}, {"sliding_window": 9}),
+}
+PACKED = ("cohere", "cohere2", "exaone4", "gemma", "glm4", "gpt2", "gpt_bigcode", "gpt_neox")
+PACKED += ("gptj", "granite", "granitemoe", "olmo2", "opt", "phi", "phimoe", "qwen2_moe")
+PACKED += ("qwen3_moe", "mixtral", "smollm3", "starcoder2")
+PADDED = ("bloom", "falcon", "gpt_oss", "jamba", "mpt", "nemotron_h", "stablelm")
 EAGER = ("bloom", "gemma2", "gpt_oss", "gptj", "mpt")  # their attention has no other implementation
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral"])
-def test_the_fused_kernels_agree_for_their_families(kind: str) -> None:
-    found = agreement_of(AutoConfig.for_model(kind))
-    assert found.fused and found.packed and found.padded == "sdpa" and not found.differences
+@pytest.mark.parametrize(
+    ("kind", "options"), [(kind, each) for kind, some in FUSED.items() for each in some], ids=str
+)
+def test_the_fused_kernels_agree_for_their_families(kind: str, options: dict[str, Any]) -> None:
+    found = agreement_of(AutoConfig.for_model(kind, **options))
+    assert found.fused and found.packed and not found.differences
+    assert found.padded == ("eager" if kind in EAGER else "sdpa")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "reason"),
+    [
+        ("phi3", {"partial_rotary_factor": 0.5}, "a rotary embedding of part of each head"),
+        ("llama", {"rope_type": "dynamic", "factor": 2.0}, "rotary angles of type dynamic"),
+    ],
+)
+def test_angles_that_the_fused_kernels_do_not_know_are_left_to_the_family_s_own(
+    kind: str, options: dict[str, Any], reason: str
+) -> None:
+    rope = {"rope_type": "default", "rope_theta": 10_000.0} | options
+    config = AutoConfig.for_model(kind, rope_parameters=rope)
+    assert agreement_of(config).packed and not agreement_of(config).fused
+    assert fused_differs(tiny_model(config, "eager")) == reason
+
+
+def test_kernels_that_differ_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever loads the model, whether to train or to measure."""
+    original = families.make_layers
+
+    def without_norms(*arguments: Any, **more: Any) -> list[Any]:
+        return [replace(layer, head_norms=None) for layer in original(*arguments, **more)]
+
+    monkeypatch.setattr(fused_model, "make_layers", without_norms)
+    config = AutoConfig.for_model("qwen3", num_hidden_layers=3)
+    assert "loss" in (fused_differs(tiny_model(config, "eager")) or "")
+    assert agreement_of(config).packed
 
 
 @pytest.mark.parametrize("kind", PACKED)
@@ -91,7 +136,11 @@ OWN = {  # what each does beside Llama
     "stablelm": {"num_key_value_heads": 1, "intermediate_size": 64},
     "mixtral": {"num_key_value_heads": 1, "intermediate_size": 64, "num_local_experts": 3},
     "qwen2": {"num_key_value_heads": 1, "intermediate_size": 64, "tie_word_embeddings": True},
+    "qwen3": {"num_key_value_heads": 1, "head_dim": 32, "intermediate_size": 64},
     "gemma2": {"num_key_value_heads": 1, "head_dim": 32, "intermediate_size": 64},
+    "gemma3_text": {"num_key_value_heads": 1, "head_dim": 32, "intermediate_size": 64}
+    | {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6},
+    "phi3": {"num_key_value_heads": 1, "intermediate_size": 64, "pad_token_id": 0},
 }
 
 
@@ -144,6 +193,7 @@ def test_a_family_trains_and_is_measured_as_its_own_forward_says(
     assert likelihood(tuned, rows, "").loss == pytest.approx(before, rel=1e-4)
     plan = make_plan(tuned, params, rows, torch.float32)
     assert plan.attention == ("padded" if family_of(family) in PADDED else "sdpa")
+    assert plan.kernels == ("fused" if family_of(family) in FUSED else "plain")
     losses: list[float] = []
 
     def note(step: int, values: dict[str, float]) -> None:
@@ -175,7 +225,7 @@ def test_a_family_trains_and_is_measured_as_its_own_forward_says(
     decoding = Decoding(end_token_id(tokenizer), 8)
     prompts = [prompt for prompt, _ in rows[:6]]
     answers = generate(loaded, tokenizer, prompts, decoding, "")
-    assert answers == generate(plain, tokenizer, prompts, decoding, "")
+    assert answers == generate(plain, tokenizer, prompts, decoding, "", kernels="plain")
 
 
 def family_of(base: Base) -> str:
