@@ -47,6 +47,7 @@ SHAPES: dict[str, dict[str, Any]] = {  # the values of each one's config.json
     },
 }
 
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of a fast tokenizer")

@@ -261,7 +261,7 @@ def our_steps(
         max_grad_norm=1.0, epochs=9.0, max_steps=steps, rows_per_step=ROWS_PER_STEP,
         attention="auto", kernels=kernels, checkpointing=checkpointing, dequantize=dequantize,
         tokens_per_pass=tokens_per_pass, validate_every_steps=steps, early_stopping_patience=None,
-        seed=0,
+        keep="last", seed=0,
     )  # fmt: skip
     ends, losses = {}, []
     tokenizer = load_tokenizer(base)
@@ -389,8 +389,8 @@ def unsloth_steps(
 
 def table(report: dict[str, Any]) -> str:
     """Format one line per setting."""
-    titles = ("tokens/s", "rows/s", "of floor", "MFU", "GiB", "predicted", "warm-up s")
-    widths = (10, 8, 10, 7, 7, 11, 11)
+    titles = ("tokens/s", "rows/s", "of floor", "with head", "MFU", "GiB", "predicted", "warm-up s")
+    widths = (10, 8, 10, 11, 7, 7, 11, 11)
     lines = [" " * 18 + "".join(f"{t:>{w}}" for t, w in zip(titles, widths, strict=True))]
     for s in report["settings"]:
         if "error" in s:
@@ -399,7 +399,7 @@ def table(report: dict[str, Any]) -> str:
         predicted = f"{s['predicted_memory_gib']:.1f}" if "predicted_memory_gib" in s else ""
         lines.append(
             f"{s['name']:<18}{s['tokens_per_second']:>10,.0f}{s['rows_per_second']:>8.1f}{s['of_floor']:>10.3f}"
-            f"{s['mfu']:>7.3f}{s['peak_memory_gib']:>7.1f}{predicted:>11}{s['warm_up_seconds']:>11.1f}"
+            f"{s['of_floor_with_head']:>11.3f}{s['mfu']:>7.3f}{s['peak_memory_gib']:>7.1f}{predicted:>11}{s['warm_up_seconds']:>11.1f}"
         )
     again = report["floor_tokens_per_second_again"]
     lines.append(

@@ -152,7 +152,7 @@ def _flex(
     if window not in packed.masks:
         packed.masks[window] = _block_mask(packed.cu_seqlens, len(query), window)
     q, k, v = (states.transpose(0, 1)[None] for states in (query, key, value))
-    output = _compiled_flex()(q, k, v, packed.masks[window], scale, softcap)
+    output = _compiled_flex(scale, softcap)(q, k, v, packed.masks[window])
     return output[0].transpose(0, 1)  # type: ignore[no-any-return]
 
 
@@ -163,24 +163,36 @@ def _block_mask(cu_seqlens: torch.Tensor, tokens: int, window: int | None) -> An
     document = torch.bucketize(place, cu_seqlens[1:], right=True)
 
     def seen(_batch: Any, _head: Any, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        return (document[q] == document[k]) & (q >= k) & (q - k < (window or tokens))
+        same = (document[q] == document[k]) & (q >= k)
+        return same if window is None else same & (q - k < window)
 
     return create_block_mask(seen, None, None, tokens, tokens, device=cu_seqlens.device)
 
 
+# the fastest of 13 for heads of 256 on an H100: 2.9 ms a layer instead of the default's 4.1
+BACKWARD_TILES = {f"bwd_BLOCK_{side}": 32 for side in ("M1", "N1", "M2", "N2")} | {
+    "bwd_num_stages": 2, "bwd_num_warps": 4
+}  # fmt: skip
+
+
 @cache
-def _compiled_flex() -> Any:
+def _compiled_flex(scale: float | None, softcap: float) -> Any:
+    """Compile flex attention for any number of tokens; both numbers are constants to the compiler.
+
+    `dynamic=True` would turn them into variables, which the kernel does not take.
+    """
     from torch.nn.attention.flex_attention import flex_attention
 
-    def softcapped_flex(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, scale: float, softcap: float
-    ) -> Any:
-        def limited(score: torch.Tensor, *_: Any) -> torch.Tensor:
-            return softcap * torch.tanh(score / softcap)
+    def limited(score: torch.Tensor, *_: Any) -> torch.Tensor:
+        return softcap * torch.tanh(score / softcap)
 
-        return flex_attention(q, k, v, limited, mask, scale, enable_gqa=True)
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any) -> Any:
+        options: Any = BACKWARD_TILES if q.shape[-1] > 128 else None
+        return flex_attention(
+            q, k, v, limited, mask, scale, enable_gqa=True, kernel_options=options
+        )
 
-    return torch.compile(softcapped_flex, dynamic=True)
+    return torch.compile(attention, fullgraph=True)
 
 
 def _varlen(

@@ -32,7 +32,7 @@ def estimate_memory_gib(
     norms = (2 * s.layers + 1) * s.hidden * size
     qkv = s.q_dim + 2 * s.kv_dim
     copies = s.layers * s.rank * (7 * s.hidden + 3 * qkv + s.q_dim + 5 * s.intermediate_size)
-    logits = CHUNK * s.vocabulary * (size + 8)
+    logits = CHUNK * s.vocabulary * (2 * size if kernels == "fused" else size + 8)
     if kernels == "fused":
         layer_full = s.hidden * size
         attention = (qkv + s.q_dim + s.hidden) * size + 4 * s.heads

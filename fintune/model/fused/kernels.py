@@ -191,6 +191,15 @@ def gated_backward(gate_up: Tensor, dy: Tensor, gelu: bool) -> tuple[Tensor, Ten
 COLUMNS = 1024  # of one token per program
 
 
+def cross_entropy_(logits: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
+    losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    _cross_entropy[(len(logits),)](
+        logits, logits.stride(0), targets, losses, logits.shape[1], softcap or 0.0,
+        CAPPED=bool(softcap), COLUMNS=4096, num_warps=8,
+    )  # fmt: skip
+    return losses
+
+
 @triton.jit
 def _random(seed, four):
     """Draw uniform numbers in [0, 1), four for each of `four`, adjacent in the last dimension."""
@@ -315,10 +324,50 @@ def _turn(
 
 
 @triton.jit
+def _limit(x, softcap):
+    """Compute softcap * tanh(x / softcap)."""
+    return softcap * (2 * tl.sigmoid(2 * x / softcap) - 1)
+
+
+@triton.jit
+def _cross_entropy(
+    logits, step, targets, losses, columns, softcap, CAPPED: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """Compute the loss of one token, then its gradient over its logits."""
+    row = logits + tl.program_id(0).to(tl.int64) * step
+    target = tl.load(targets + tl.program_id(0))
+    wanted = tl.load(row + target).to(tl.float32)  # before it is overwritten
+    if CAPPED:
+        wanted = _limit(wanted, softcap)
+    highest = -float("inf")
+    total = 0.0
+    for first in range(0, columns, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
+        x = tl.load(row + column, mask=column < columns, other=0.0).to(tl.float32)
+        if CAPPED:
+            x = _limit(x, softcap)
+        x = tl.where(column < columns, x, -float("inf"))
+        above = tl.maximum(highest, tl.max(x, axis=0))
+        total = total * tl.exp(highest - above) + tl.sum(tl.exp(x - above), axis=0)
+        highest = above
+    log_sum = highest + tl.log(total)
+    tl.store(losses + tl.program_id(0), log_sum - wanted)
+    for first in range(0, columns, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
+        x = tl.load(row + column, mask=column < columns, other=0.0).to(tl.float32)
+        if CAPPED:
+            x = _limit(x, softcap)
+        gradient = tl.exp(x - log_sum) - tl.where(column == target, 1.0, 0.0)
+        if CAPPED:
+            gradient *= 1 - (x / softcap) * (x / softcap)
+        tl.store(row + column, gradient.to(logits.dtype.element_ty), mask=column < columns)
+
+
+@triton.jit
 def _attend_to_cache(
     q, q_step, keys, values, slots, positions, out, length, kv_heads, window, scale, softcap,
-    CAPPED: tl.constexpr, REPEATS: tl.constexpr, QUERIES: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
-    PLACES: tl.constexpr,
+    CAPPED: tl.constexpr, REPEATS: tl.constexpr, QUERIES: tl.constexpr, SIZE: tl.constexpr,
+    WIDTH: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
     """Attend from one row, for the heads of one key head; an online softmax over tiles of PLACES tokens."""
     row, kv_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -337,8 +386,8 @@ def _attend_to_cache(
         kept = (place <= last)[:, None] & (column < SIZE)
         key = tl.load(keys + where, mask=kept, other=0.0)
         score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
-        if CAPPED:  # softcap * tanh(score / softcap)
-            score = softcap * (2 * tl.sigmoid(2 * score / softcap) - 1)
+        if CAPPED:
+            score = _limit(score, softcap)
         score = tl.where((place <= last)[None, :], score, -float("inf"))
         above = tl.maximum(highest, tl.max(score, axis=1))
         weight = tl.exp(score - above[:, None])

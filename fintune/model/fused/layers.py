@@ -151,9 +151,7 @@ class _QueryKeyValue(Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         dq, dk, dv, skip = gradients
         (x, qkv), layer = ctx.saved_tensors, ctx.layer
-        d_qkv = layer.run.rotate_backward(
-            dq, dk, dv, *ctx.rotary, qkv, layer.head_norms, layer.eps
-        )
+        d_qkv = layer.run.rotate_backward(dq, dk, dv, *ctx.rotary, qkv, layer.head_norms, layer.eps)
         normal = layer.run.rms_norm(x, layer.norms[0], layer.eps)
         of_parameters = layer.qkv.parameter_gradients(normal, d_qkv, ctx.seed)
         d_normal = layer.qkv.input_gradient(d_qkv, ctx.seed)

@@ -3,8 +3,9 @@
 The mathematics is the same as in transformers and PEFT; the activations are read and written less often.
 Layers that read the same input (q, k, v and gate, up) are one matrix product. On a 4-bit base without
 dropout, the adapter is added to the weights while they are dequantized, W + (alpha / r) B A, so that the
-forward pass needs no separate LoRA products. Norms, rotary embedding, SwiGLU and their gradients are one
-kernel each on a GPU (kernels.py). families.py tells the supported families apart. Cheap values are recomputed in the backward pass instead of saved.
+forward pass needs no separate LoRA products. Norms, rotary embedding, gated activations, the loss and their
+gradients are one kernel each on a GPU (kernels.py). Cheap values are recomputed in the backward pass instead
+of saved. families.py tells the supported families apart.
 
 Adding the adapter to the weights loses no precision compared with a separate product: the sum is taken
 in float32 and rounded once. Dequantized weights fall anywhere between two bfloat16 numbers, so an update
@@ -27,6 +28,7 @@ from fintune.model.attention import PackedSequences
 from fintune.model.batch import CHUNK
 from fintune.model.fused.families import make_layers
 from fintune.model.fused.layers import CheckpointedLayer, Rotary
+from fintune.model.fused.ops import functions_for
 from fintune.model.fused.projections import active_adapter
 
 ALIGNMENT = 64  # matrix products whose sizes or offsets are not multiples of it use slow kernels
@@ -49,23 +51,12 @@ class _AnswerLoss(Function):
         d_states, d_rows = torch.empty_like(states), torch.zeros_like(rows)
         own = rows.to(states.dtype)
         even = len(weight) // ALIGNMENT * ALIGNMENT
+        run = functions_for(states)
         for x, target, dx in zip(
             states.split(CHUNK), targets.split(CHUNK), d_states.split(CHUNK), strict=True
         ):
             logits = logits_of(x, weight, own, indices)
-            logits32 = logits.float()
-            slope = None
-            if softcap:
-                logits32.div_(softcap).tanh_()
-                slope = (1 - logits32.square()).to(logits.dtype)
-                logits32.mul_(softcap)
-            log_sum = logits32.logsumexp(dim=-1, keepdim=True)
-            total += (log_sum - logits32.gather(1, target[:, None])).sum()
-            logits32 = logits32.sub_(log_sum).exp_()
-            logits32.scatter_add_(1, target[:, None], logits32.new_full((len(x), 1), -1.0))
-            logits.copy_(logits32)
-            if slope is not None:
-                logits.mul_(slope)
+            total += run.cross_entropy_(logits, target, softcap).sum()
             d_own = logits.index_select(1, indices)
             d_rows += (d_own.t() @ x).to(d_rows.dtype)
             logits.index_fill_(1, indices, 0)

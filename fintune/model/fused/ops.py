@@ -172,6 +172,27 @@ def _argument(gate: Tensor, gelu: bool) -> tuple[Tensor, Tensor | float]:
 GELU = (8 / math.pi) ** 0.5  # Hendrycks & Gimpel 2016
 
 
+def cross_entropy_(logits: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
+    """Compute each token's loss in nats, float32, and overwrite its logits with the loss's gradient.
+
+    Args:
+        logits: (tokens, vocabulary), before the softcap.
+        targets: (tokens,).
+        softcap: logits are limited to it by a tanh; None for no limit.
+    """
+    limited = logits.float()
+    if softcap:
+        limited = softcap * torch.tanh(limited / softcap)
+    log_sum = limited.logsumexp(dim=-1, keepdim=True)
+    losses = (log_sum - limited.gather(1, targets[:, None]))[:, 0]
+    gradient = (limited - log_sum).exp_()
+    gradient.scatter_add_(1, targets[:, None], gradient.new_full((len(targets), 1), -1.0))
+    if softcap:
+        gradient *= 1 - (limited / softcap).square()
+    logits.copy_(gradient)
+    return losses
+
+
 def functions_for(x: Tensor) -> Any:
     """Return the module of pointwise functions for this tensor's device: the kernels or this one."""
     if x.is_cuda:

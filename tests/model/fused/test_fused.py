@@ -19,6 +19,7 @@ from fintune.model.batch import pack
 from fintune.model.fused.families import unsupported
 from fintune.model.fused.model import FusedModel
 from fintune.model.fused.ops import (
+    cross_entropy_,
     gated,
     gated_backward,
     rms_norm,
@@ -235,7 +236,10 @@ def test_each_backward_function_is_the_derivative() -> None:
     bare = rms_norm_backward(*(t.float() for t in (x, weight)), 1e-5, dy.float(), skip.float() * 0)
     assert torch.allclose(shifted - bare, skip.float(), atol=1e-5)
     gate_up = random(5, 16).float()
-    for gelu, act in ((False, silu), (True, lambda t: torch.nn.functional.gelu(t, approximate="tanh"))):
+    for gelu, act in (
+        (False, silu),
+        (True, lambda t: torch.nn.functional.gelu(t, approximate="tanh")),
+    ):
         check(lambda t, g=gelu: gated(t, g), random(5, 16), random(5, 8),
               lambda t, d, g=gelu: gated_backward(t, d, g)[1])  # fmt: skip
         expected = act(gate_up[:, :8]) * gate_up[:, 8:]
@@ -249,6 +253,18 @@ def test_each_backward_function_is_the_derivative() -> None:
     norms = (random(8).float(), random(8).float())
     check(lambda t: rotate(t, cos, sin, 2, 1, norms, 1e-5), random(5, 32), random(5, 4, 8),
           lambda t, g: rotate_backward(g[:, :2], g[:, 2:3], g[:, 3:], cos, sin, t, norms, 1e-5))  # fmt: skip
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_the_loss_leaves_its_gradient(softcap: float | None) -> None:
+    torch.manual_seed(0)
+    logits, targets = random(6, 50).float().requires_grad_(), torch.randint(0, 50, (6,))
+    limited = softcap * torch.tanh(logits / softcap) if softcap else logits
+    expected = torch.nn.functional.cross_entropy(limited, targets, reduction="none")
+    expected.sum().backward()
+    found = logits.detach().clone()
+    assert torch.allclose(cross_entropy_(found, targets, softcap), expected, atol=1e-5)
+    assert logits.grad is not None and torch.allclose(found, logits.grad, atol=1e-6)
 
 
 def check(
@@ -336,6 +352,12 @@ for tokens, hidden, heads, groups, size in ((5, 48, 3, 1, 8), (7, 64, 4, 4, 16),
         expected = fused.gated_backward(gate_up, dy, gelu)
         compare("gated_backward", found[0], expected[0], 1e-6)
         compare("gated_backward", found[1], expected[1], 1e-6)
+for softcap, columns in ((None, 5000), (2.0, 4097)):
+    logits, targets = 3 * torch.randn(6, columns + 7), torch.randint(0, columns, (6,))
+    found, expected = logits.clone()[:, :columns], logits.clone()[:, :columns]
+    losses = kernels.cross_entropy_(found, targets, softcap)
+    compare("losses", losses, fused.cross_entropy_(expected, targets, softcap), 1e-6)
+    compare("their gradient", found, expected, 1e-5)
 SHAPES = (5, 8, 2, 16, None, None), (3, 6, 6, 24, 40, 1.5), (2, 4, 1, 128, 7, None), (3, 4, 2, 256, None, 2.0)
 for rows, heads, groups, size, window, softcap in SHAPES:
     q = torch.randn(rows, heads + 2 * groups, size)[:, :heads]
