@@ -10,9 +10,9 @@ All settings see the same rows in steps of 32, with the lengths of FiQA's rows u
 padding, and a step's time includes the optimizer's. As in a long training run, losses are not read at
 every step, which would force a device sync, but in the middle and at the end; the second half is timed.
 The floor is the base's matrix products alone, forward and for the gradient of the input, for the tokens of
-one step, in the unfused shapes; a second floor adds the head's products for the answers' tokens, which are a
-twelfth of the work where the vocabulary is large. MFU is relative to one large matrix product. Losses of random weights mean
-nothing, except that equivalent settings have equal losses.
+one step, in the unfused shapes. A second floor adds the head's products for the answers' tokens, a twelfth
+of the work where the vocabulary is large. MFU is relative to one large matrix product. Losses of random
+weights mean nothing, except that equivalent settings have equal losses.
 
 Unsloth is measured where it is installed, in a process of its own (unsloth_steps.py). It needs older
 libraries than this project: `pip install --target FOLDER unsloth` keeps them apart. It packs rows to

@@ -166,7 +166,8 @@ def attend_to_cache(
     repeats = heads // kv_heads
     _attend_to_cache[(rows, kv_heads)](
         q, q.stride(0), keys, values, slots, positions, out, length, kv_heads, window or length, scale,
-        softcap or 0.0, CAPPED=bool(softcap), REPEATS=repeats, QUERIES=max(16, triton.next_power_of_2(repeats)), SIZE=size,
+        softcap or 0.0, CAPPED=bool(softcap), REPEATS=repeats,
+        QUERIES=max(16, triton.next_power_of_2(repeats)), SIZE=size,
         WIDTH=max(16, triton.next_power_of_2(size)), PLACES=64, num_warps=4,
     )  # fmt: skip
     return out
