@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from fintune import paths
@@ -10,7 +11,7 @@ from fintune.data.formatting import format_rows, schema_of
 from fintune.data.prompt import load_tokenizer
 from fintune.data.tables import SPLITS, read_rows, write_rows
 from fintune.errors import UserError
-from fintune.hub.models import ARCHITECTURES, check_base, check_positions, read_config_file
+from fintune.hub.models import KNOWN, check_base, check_positions, read_config_file
 from fintune.params import read_params
 from fintune.stage import log, run, write_json
 
@@ -21,7 +22,7 @@ def main() -> None:
     check_base(params.base)  # fail fast: in train, a refusal by the hub would cost minutes
     config = read_config_file(params.base)
     check_positions(config, params.format.max_tokens)
-    check_type(config)
+    check_type(config, params.merge_export.gguf)
     tokenizer = load_tokenizer(params.base)
     report = {}
     for split in SPLITS:
@@ -32,13 +33,13 @@ def main() -> None:
     write_json(paths.FORMAT_METRICS, report)
 
 
-def check_type(config: dict[str, Any]) -> None:
-    """Refuse a base of a type that cannot be trained, in a process of its own, since that imports torch.
+def check_type(config: dict[str, Any], gguf: Sequence[str]) -> None:
+    """Refuse a base that cannot be trained or written as GGUF, in another process, since that imports torch.
 
     Raises:
         UserError: `fintune check` refuses it.
     """
-    if config.get("model_type") in ARCHITECTURES:
+    if config.get("model_type") in KNOWN and not gguf:
         return
     found = subprocess.run(
         [sys.executable, "-m", "fintune", "check"], stderr=subprocess.PIPE, text=True

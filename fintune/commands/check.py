@@ -2,7 +2,8 @@
 
     python -m fintune check
 
-Nothing is changed, and of a base on the hub only its configuration is downloaded. How the base will be
+Nothing is changed, and of a base on the hub only its configuration is downloaded, and for GGUF files its
+tokenizer. How the base will be
 computed is held against its family's own forward on a tiny model.
 """
 
@@ -10,7 +11,10 @@ import argparse
 import json
 from pathlib import Path
 
-from fintune.hub.models import check_base, check_gguf, check_positions, read_config_file
+from fintune.data.prompt import load_tokenizer
+from fintune.export.gguf.convert import check_convertible
+from fintune.export.gguf.llama_cpp import require_packages
+from fintune.hub.models import check_base, check_positions, read_config_file
 from fintune.params import read_params
 
 
@@ -24,7 +28,9 @@ def main(given: argparse.Namespace) -> None:
     size = check_base(params.base)
     config = read_config_file(params.base)
     check_positions(config, params.format.max_tokens)
-    check_gguf(config, params.merge_export.gguf)
+    if params.merge_export.gguf:
+        require_packages()
+        check_convertible(config, load_tokenizer(params.base))
     from fintune.hardware import (  # imports torch, which takes seconds
         GIB,
         check_disk,

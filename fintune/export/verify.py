@@ -1,6 +1,7 @@
 """Write the merged model and verify that it matches the trained adapter."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ from fintune import paths
 from fintune.data.prompt import Tokenizer, add_chat_template, encode, load_tokenizer
 from fintune.data.tables import read_rows
 from fintune.errors import UserError
-from fintune.export.gguf.check import check_gguf, transformers_answers
+from fintune.export.gguf.check import check_gguf, check_tokens, transformers_answers
+from fintune.export.gguf.convert import export_gguf
+from fintune.export.gguf.llama_cpp import Completion
 from fintune.export.gguf.ollama import write_modelfile
-from fintune.export.gguf.write import export_gguf
 from fintune.generation.tuned import generation_config
 from fintune.hardware import DTYPES, free_memory
 from fintune.merging.merge import merge_into_folder
@@ -22,6 +24,8 @@ from fintune.model.base import load_base, load_plain
 from fintune.model.batch import TokenRow
 from fintune.model.likelihood import answer_logits, likelihood
 from fintune.params import MergeExport
+
+log = logging.getLogger("fintune")
 
 TEST = paths.rows(paths.FORMATTED, "test")
 GGUF_PROMPTS, GGUF_TOKENS = 8, 32  # answered by llama.cpp on the CPU
@@ -40,10 +44,11 @@ def export(
     Returns:
         `base_loss` and `adapter_loss` of the base without and with its adapter, both as trained (in 4 bits
         if it was), `merged_loss` of the folder as loaded by transformers, `max_logit_difference` between
-        adapter and folder, the number of `rows`, and `gguf` if GGUF files were written.
+        adapter and folder, the number of `rows`, and of each GGUF file how its answers agree, or why there
+        is none.
 
     Raises:
-        UserError: the two losses differ by more than `max_loss_difference`, or a GGUF file's answers differ.
+        UserError: the two losses differ by more than `max_loss_difference`.
     """
     tokenizer = load_tokenizer(trained.base)
     add_chat_template(tokenizer, trained.instruction)
@@ -65,36 +70,57 @@ def export(
             f"{measured['adapter_loss']:.4f}, further apart than merge_export.max_loss_difference: "
             f"{params.max_loss_difference}; nothing was exported"
         )
-    files = {
-        kind: export_gguf(folder, folder, params.registered_model, [kind])[0]
-        for kind in params.gguf
-    }
-    if files:
-        write_modelfile(next(iter(files.values())), trained.instruction, decoding)
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))[:GGUF_PROMPTS]
+    files = {}
+    if params.gguf:
+        texts = {
+            row["prompt"] + row["completion"]: [*prompt, *completion]
+            for row, (prompt, completion) in zip(rows, tokens, strict=True)
+        }
+        expected = transformers_answers(plain, tokenizer, prompts, GGUF_TOKENS)
+        files = {
+            kind: write_gguf(folder, params.registered_model, kind, texts, prompts, expected)
+            for kind in params.gguf
+        }
+    written = [name for name in files.values() if "file" in name]
+    if written:
+        write_modelfile(folder / written[0]["file"], trained.instruction, decoding)
     return {
         "max_logit_difference": difference,
         "merged_loss": merged_loss,
         **measured,
         "rows": len(rows),
-        **({"gguf": check_files(files, plain, tokenizer, prompts)} if files else {}),
+        **({"gguf": files} if files else {}),
     }
 
 
-def check_files(
-    files: Mapping[Any, Path], model: Any, tokenizer: Tokenizer, prompts: list[str]
+def write_gguf(
+    folder: Path,
+    name: str,
+    kind: str,
+    texts: Mapping[str, Sequence[int]],
+    prompts: Sequence[str],
+    expected: Sequence[Completion],
 ) -> dict[str, Any]:
-    """Compare llama.cpp's answers from each GGUF file with those of the merged folder.
+    """Write a GGUF file, and check its tokens and answers; without it the folder is still whole.
 
-    Raises:
-        UserError: a file's answers differ too much.
+    Args:
+        texts: the tokens of each text.
+        expected: the folder's answers to the prompts.
+
+    Returns:
+        The name of the `file`, its `bytes` and the agreement; or the `error`, and there is no file.
     """
-    expected = transformers_answers(model, tokenizer, prompts, GGUF_TOKENS)
-    report = {}
-    for kind, file in files.items():
+    file = folder / f"{name}-{kind}.gguf"
+    try:
+        export_gguf(folder, folder, name, [kind])
+        check_tokens(file, texts)
         same = check_gguf(file, expected, prompts, GGUF_TOKENS, GGUF_MIN_EQUAL[kind])
-        report[kind] = {"bytes": file.stat().st_size, **asdict(same)}
-    return report
+    except UserError as error:
+        file.unlink(missing_ok=True)
+        log.warning("warning: no %s: %s", file.name, error)
+        return {"error": str(error)}
+    return {"file": file.name, "bytes": file.stat().st_size, **asdict(same)}
 
 
 def measure_adapter(

