@@ -33,9 +33,9 @@ base is refused by its type, by `python -m fintune check` and by the stage `form
 `train.lora.target_modules: all-linear` takes every linear layer but head and routers, whatever their names.
 From training to merged folder and answers, in 16 and in 4 bits, tiny bases of these types are tested: Bloom,
 Cohere, Gemma 2 and 3, GPT-2, GPT-NeoX, Granite, Mixtral, Phi, Phi-3, Qwen 2 and 3 and StableLM, beside Llama
-and Mistral. A
-base whose weights have other names in its files than in the model is merged in memory. The experts of a
-mixture stay in 16 bits with `quantization: nf4`. GGUF files are written for Llama and Mistral alone.
+and Mistral. A base whose weights have other names in its files than in the model is merged in memory. The
+experts of a mixture stay in 16 bits with `quantization: nf4`. GGUF files are written for what llama.cpp's
+converter knows, and refused by `fintune check` for others.
 
 This table is written by `python -m tools.bases` with transformers {version}, from each type's default
 configuration. A base's own configuration can differ, and is what the check looks at.
