@@ -20,6 +20,7 @@ from fintune.tracking import runs
 from fintune.tracking.client import connect
 from fintune.training.checkpoints import fingerprint
 from fintune.training.curve import as_csv, validations
+from fintune.training.quantization import quantization_cost
 from fintune.training.train import TrainingResult, total_steps, train
 
 SHOWN = ("train_loss", "validation_loss", "tokens_per_second", "peak_memory_gib")
@@ -28,8 +29,7 @@ INPUTS = {split: paths.rows(paths.FORMATTED, split) for split in ("train", "vali
 
 def main() -> None:
     params = read_params()
-    root = project_root()
-    client = connect(root)
+    client = connect(root := project_root())
     rows = {split: read_rows(path, ["instruction", "prompt"]) for split, path in INPUTS.items()}
     sections = {"base": params.base.model_dump(), "train": params.train.model_dump()}
     scratch = root / paths.SCRATCH / fingerprint(list(INPUTS.values()), sections)
@@ -66,13 +66,13 @@ def fine_tune(
     dtype = compute_dtype(params.train.precision)
     log.info("device: %s", describe_device())
     check_disk(2 * check_base(params.base), Path.cwd())
+    cost = quantization_cost(params.base, params.train, tokenizer, tokens["validation"], scratch)
     base = load_base(params.base, tokenizer, params.train.quantization, dtype)
     tuned = add_adapter(base, tokenizer, params.train.lora, params.train.seed)
     log.info("trainable: %s", describe_adapter(tuned))
-    count = len(tokens["train"])
-    steps = (total_steps(params.train, count), params.train.rows_per_step)
-    log.info("%d rows, %d steps of %d rows", count, *steps)
-    return train(
+    count, per_step = len(tokens["train"]), params.train.rows_per_step
+    log.info("%d rows, %d steps of %d rows", count, total_steps(params.train, count), per_step)
+    result = train(
         tuned,
         tokenizer,
         tokens["train"],
@@ -82,6 +82,8 @@ def fine_tune(
         scratch=scratch,
         on_log=runs.live_logger(run_id),
     )
+    result.metrics.update(cost)
+    return result
 
 
 if __name__ == "__main__":

@@ -17,8 +17,13 @@ from fintune.params import MergeExport
 
 
 def read_records() -> dict[str, dict[str, Any]]:
-    """Read the records for a card: `run`, `evaluation` and `manifest`."""
-    files = {"run": paths.RUN, "evaluation": paths.EVALUATION, "manifest": paths.MANIFEST}
+    """Read the records for a card: `run`, `training`, `evaluation` and `manifest`."""
+    files = {
+        "run": paths.RUN,
+        "training": paths.TRAIN_METRICS,
+        "evaluation": paths.EVALUATION,
+        "manifest": paths.MANIFEST,
+    }
     return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items()}
 
 
@@ -69,6 +74,7 @@ def write_card(
         merged=measured is not None,
         measured=measured,
         instruction=trained.instruction,
+        training=records["training"],
         decoding=title(evaluation["decoding"]),
         evaluation=evaluation,
         metrics=list(_lines(evaluation)),

@@ -74,7 +74,10 @@ def check_convertible(config: Mapping[str, Any], tokenizer: Any) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         tokenizer.save_pretrained(folder)
-        (folder / "config.json").write_text(json.dumps(dict(config)))
+        rows = {"vocab_size": max(config.get("vocab_size", 0), len(tokenizer))}
+        text = config.get("text_config")
+        nested = {"text_config": text | rows} if isinstance(text, dict) else {}
+        (folder / "config.json").write_text(json.dumps({**config, **rows, **nested}))
         try:
             _convert(folder, folder / "vocabulary.gguf", VOCABULARY, "base")
         except UserError as error:

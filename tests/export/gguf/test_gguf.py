@@ -22,6 +22,7 @@ from fintune.export.gguf.check import check_gguf, check_tokens, compare, transfo
 from fintune.export.gguf.convert import check_convertible, export_gguf
 from fintune.export.gguf.llama_cpp import PACKAGES, Completion, llama_cpp_answers, llama_cpp_tokens
 from fintune.export.gguf.tokenizer import LLAMA_3_PATTERN
+from fintune.export.verify import write_gguf
 from fintune.model.base import load_base, load_plain
 from fintune.params import Base
 from support.project import ROOT
@@ -466,6 +467,27 @@ def test_other_models_are_refused(
     with pytest.raises(UserError, match=reason):
         export_gguf(folder, tmp_path, "tiny", ["f16"])
     assert list(tmp_path.glob("*gguf*")) == []
+
+
+def test_the_demo_s_base_can_be_written_with_its_new_tokens(base: Base, tokenizer: Any) -> None:
+    config = json.loads((Path(base.model) / "config.json").read_text())
+    assert config["vocab_size"] < len(tokenizer)
+    check_convertible(config, tokenizer)
+
+
+def test_a_file_that_fails_leaves_the_folder(
+    make_tiny: MakeFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = make_tiny()
+    before = sorted(folder.iterdir())
+    texts = {PROMPTS[0]: [1, 2, 3]}  # other tokens than llama.cpp reads
+    report = write_gguf(folder, "tiny", "f16", texts, PROMPTS[:1], [Completion([], [], "")])
+    assert list(report) == ["error"] and "the file is not the same model" in report["error"]
+    change_tokenizer(folder, other_split)
+    report = write_gguf(folder, "tiny", "f16", {}, [], [])
+    assert "no name for its splitting of text" in report["error"]
+    assert sorted(folder.iterdir()) == before
+    assert "warning: no tiny-f16.gguf: " in caplog.text
 
 
 def test_code_in_a_folder_is_not_run(make_tiny: MakeFolder, tmp_path: Path) -> None:
