@@ -30,8 +30,9 @@ def render_completion(output: str) -> str:
 def add_chat_template(tokenizer: Tokenizer, instruction: str) -> None:
     """Set the prompt as the tokenizer's chat template, for programs that send messages.
 
-    A system message replaces `instruction`; a user message is the input. Earlier turns come first, each
-    formatted as in training.
+    A system or developer message replaces `instruction`; a user message is the input. Earlier turns come
+    first, each formatted as in training. Content is a text or a list of parts of text; other parts and other
+    roles are errors.
 
     Raises:
         UserError: no template reproduces the tokens that this tokenizer puts at the beginning of texts.
@@ -49,15 +50,26 @@ def add_chat_template(tokenizer: Tokenizer, instruction: str) -> None:
     )
 
 
+def pad_left(tokenizer: Tokenizer) -> None:
+    """Make a saved tokenizer pad on the left, as generating a batch needs."""
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
+
+
 def _template(begin: str, instruction: str) -> str:
-    user = render_prompt("{{ ns.instruction }}", "{{ message.content }}")
+    user = render_prompt("{{ ns.instruction }}", "{{ text(message.content) }}")
     lines = (
+        "{%- macro text(content) %}{% if content is string %}{{ content }}"
+        "{% else %}{% for part in content or [] %}{% if part.type == 'text' %}{{ part.text }}"
+        "{% else %}{{ raise_exception('only text can be read, not a part of type ' ~ part.type) }}"
+        "{% endif %}{% endfor %}{% endif %}{% endmacro %}",
         f"{{%- set ns = namespace(instruction={json.dumps(instruction, ensure_ascii=False)}) %}}",
         f"{{{{- {json.dumps(begin)} }}}}",
         "{%- for message in messages %}",
-        "{%- if message.role == 'system' %}{% set ns.instruction = message.content %}",
+        "{%- if message.role in ('system', 'developer') %}"
+        "{% set ns.instruction = text(message.content) %}",
         f"{{%- elif message.role == 'user' %}}{{{{- '' }}}}{user}",
-        f"{{%- elif message.role == 'assistant' %}}{{{{- message.content }}}}{RESPONSE_END}",
+        f"{{%- elif message.role == 'assistant' %}}{{{{- text(message.content) }}}}{RESPONSE_END}",
+        "{%- else %}{{ raise_exception('no messages of role ' ~ message.role ~ ' are known') }}",
         "{%- endif %}",
         "{%- endfor %}",
     )

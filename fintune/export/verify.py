@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 
 from fintune import paths
-from fintune.data.prompt import Tokenizer, add_chat_template, encode, load_tokenizer
+from fintune.data.prompt import Tokenizer, add_chat_template, encode, load_tokenizer, pad_left
 from fintune.data.tables import read_rows
 from fintune.errors import UserError
 from fintune.export.gguf.check import check_gguf, check_tokens, transformers_answers
@@ -30,6 +31,7 @@ log = logging.getLogger("fintune")
 TEST = paths.rows(paths.FORMATTED, "test")
 GGUF_PROMPTS, GGUF_TOKENS = 8, 32  # answered by llama.cpp on the CPU
 GGUF_MIN_EQUAL = {"f16": 0.97, "q8_0": 0.93}  # minimum share of equal choices
+PADDING_DIFFERENCE = 0.05  # of the logits' norm; kernels round in other orders
 LOGIT_ROWS = 8  # few, since their logits are in memory: rows x tokens x vocabulary
 
 
@@ -52,6 +54,7 @@ def export(
     """
     tokenizer = load_tokenizer(trained.base)
     add_chat_template(tokenizer, trained.instruction)
+    pad_left(tokenizer)
     rows = read_rows(TEST, ["prompt", "completion"])[: params.check_rows]
     tokens = [encode(tokenizer, row["prompt"], row["completion"]) for row in rows]
     measured, before = measure_adapter(trained, tokenizer, tokens)
@@ -71,6 +74,7 @@ def export(
             f"{params.max_loss_difference}; nothing was exported"
         )
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))[:GGUF_PROMPTS]
+    check_use(folder, plain, prompts)
     files = {}
     if params.gguf:
         texts = {
@@ -92,6 +96,44 @@ def export(
         "rows": len(rows),
         **({"gguf": files} if files else {}),
     }
+
+
+@torch.no_grad()
+def check_use(folder: Path, model: Any, prompts: Sequence[str]) -> None:
+    """Check a folder as its users call it: a padded batch, answered with its own generation config.
+
+    Raises:
+        UserError: padding changes what follows a prompt, or the folder cannot generate.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    batch = dict(tokenizer(list(prompts), padding=True, return_tensors="pt").to(model.device))
+    batch.pop("token_type_ids", None)
+
+    def first_logits(**inputs: Any) -> torch.Tensor:
+        done = model.generate(
+            **inputs,
+            max_new_tokens=1,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        logits: torch.Tensor = done.logits[0].float()
+        return logits
+
+    try:
+        together = first_logits(**batch)
+        model.generate(**batch, max_new_tokens=2)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"merge_export: the exported folder cannot generate: {error}") from error
+    for prompt, found in zip(prompts, together, strict=True):
+        ids = torch.tensor([encode(tokenizer, prompt, "")[0]], device=model.device)
+        alone = first_logits(input_ids=ids, attention_mask=torch.ones_like(ids))[0]
+        apart = float((found - alone).norm() / alone.norm())
+        if not apart <= PADDING_DIFFERENCE:
+            raise UserError(
+                f"merge_export: padding changes the logits after {prompt!r} by {apart:.1%}; "
+                "nothing was exported"
+            )
 
 
 def write_gguf(

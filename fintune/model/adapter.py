@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from fintune.data.prompt import SPECIAL_TOKENS, add_chat_template, load_tokenizer
+from fintune.data.prompt import SPECIAL_TOKENS, add_chat_template, load_tokenizer, pad_left
 from fintune.errors import UserError
 from fintune.hardware import compute_dtype
 from fintune.hub.models import weights_fingerprint
@@ -184,6 +184,7 @@ def write_adapter(
     (folder / "README.md").unlink()  # PEFT's model card template
     tokenizer = load_tokenizer(base)
     add_chat_template(tokenizer, instruction)
+    pad_left(tokenizer)
     tokenizer.save_pretrained(folder)
     write_training(folder, base, train, instruction)
 

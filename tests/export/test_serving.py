@@ -16,6 +16,7 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+import jinja2
 import mlflow
 import pandas as pd
 import pytest
@@ -28,7 +29,9 @@ from fintune.errors import UserError
 from fintune.export.gguf.llama_cpp import llama_cpp_answers
 from fintune.export.push import adapter_card
 from fintune.export.pyfunc import PACKAGES
+from fintune.export.verify import check_use
 from fintune.generation.tuned import prompt_tokens
+from fintune.model.base import load_plain
 from fintune.params import Base, read_params
 from support.project import ROOT, SAMPLED, Project
 from support.servers import free_port, running_server
@@ -158,6 +161,51 @@ def test_the_chat_template_makes_the_training_prompts(served: Project) -> None:
     as_usual = prompt_tokens(tokenizer, QUESTION, None)
     assert as_usual == prompt_tokens(tokenizer, QUESTION, usual)
     assert as_usual != prompt_tokens(tokenizer, QUESTION, "Be brief.")
+
+
+def test_the_chat_template_reads_parts_of_text(served: Project) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(served / "models/merged")
+
+    def rendered(*messages: tuple[str, Any]) -> str:
+        said = [{"role": role, "content": content} for role, content in messages]
+        text: str = tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
+        return text
+
+    parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "a bond?"}]
+    assert rendered(("user", parts)) == rendered(("user", "What is a bond?"))
+    asked = ("user", "What is a bond?")
+    assert rendered(("developer", "Be brief."), asked) == rendered(("system", "Be brief."), asked)
+    turns = (asked, ("assistant", None), asked)
+    assert rendered(*turns).count("<response>") == 2
+    with pytest.raises(jinja2.TemplateError, match="no messages of role tool are known"):
+        rendered(asked, ("tool", "7"))
+    with pytest.raises(
+        jinja2.TemplateError, match="only text can be read, not a part of type image"
+    ):
+        rendered(("user", [{"type": "image_url", "image_url": {"url": "x"}}]))
+
+
+def test_a_batch_is_padded_on_the_left(served: Project) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(served / "models/merged")
+    assert tokenizer.padding_side == "left"
+    model = load_plain(served / "models/merged")
+    prompts = [
+        render_prompt("Answer.", text) for text in ("Why?", "What is a bond, and why is it?")
+    ]
+    check_use(served / "models/merged", model, prompts)
+    model.generation_config.temperature = -1.0
+    model.generation_config.do_sample = True
+    with pytest.raises(UserError, match="the exported folder cannot generate: "):
+        check_use(served / "models/merged", model, prompts)
+    model.generation_config.temperature = 1.0
+    original = type(model).forward
+
+    def blind(self: Any, *args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+        return original(self, *args, **kwargs)
+
+    model.forward = blind.__get__(model)
+    with pytest.raises(UserError, match=r"padding changes the logits after .* by \d+\.\d%"):
+        check_use(served / "models/merged", model, prompts)
 
 
 @pytest.mark.parametrize("question", ["", " \n", "a <response> b", "a <response|end>"])
