@@ -277,10 +277,11 @@ def test_steps_follow_from_epochs_rows_and_the_limit() -> None:
     assert total_steps(params.model_copy(update={"max_steps": 50}), 10) == 5
 
 
-def test_a_layer_that_does_not_exist_is_refused(base: Base, tokenizer: Any) -> None:
+@pytest.mark.parametrize("name", ["query", "embed_tokens", "lm_head", "self_attn", "norm"])
+def test_what_is_no_linear_layer_is_refused(base: Base, tokenizer: Any, name: str) -> None:
     model = load_base(base, tokenizer, "none", torch.float32)
-    lora = PARAMS.lora.model_copy(update={"target_modules": ["q_proj", "query"]})
-    with pytest.raises(UserError, match=r"query: no linear layer.*q_proj.*all-linear"):
+    lora = PARAMS.lora.model_copy(update={"target_modules": ["q_proj", name]})
+    with pytest.raises(UserError, match=rf"{name}: no linear layer.*q_proj.*all-linear"):
         add_adapter(model, tokenizer, lora, 0)
 
 
