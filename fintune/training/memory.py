@@ -17,6 +17,7 @@ def estimate_memory_gib(
     checkpointing: str,
     cache_weights: bool,
     tokens: int,
+    base_gib: float = 0.0,
 ) -> dict[str, float]:
     """Estimate the peak memory of a training run in GiB, by part.
 
@@ -24,6 +25,8 @@ def estimate_memory_gib(
         bytes_per_value: of an activation and of an unquantized weight.
         cache_weights: a dequantized copy of the 4-bit base is cached.
         tokens: of a micro-batch, padding included.
+        base_gib: of the base's weights as loaded, if that is more than follows from the sizes: the experts
+            of a mixture, which stay in 16 bits, or other layers that a Llama does not have.
     """
     s, size = model, bytes_per_value
     per_weight = NF4_BYTES if quantization == "nf4" else size
@@ -61,7 +64,8 @@ def estimate_memory_gib(
         adapter = s.adapter_weights * 16
     dequantized = s.linear_weights * size if cache_weights else 0
     return {
-        "weights": (s.linear_weights * per_weight + dequantized + tables + norms) / GIB,
+        "weights": max((s.linear_weights * per_weight + tables + norms) / GIB, base_gib)
+        + dequantized / GIB,
         "adapter and optimizer": adapter / GIB,  # weight, gradient and two moments in float32
         "activations": activations / GIB,
         "logits": logits / GIB,

@@ -58,6 +58,7 @@ def plan_execution(
     on_gpu: bool,
     unsupported: str | None = None,
     packed_differs: str | None = None,
+    base_gib: float = 0.0,
 ) -> Plan:
     """Resolve each `auto` to the fastest execution whose estimate fits into the free memory.
 
@@ -67,6 +68,7 @@ def plan_execution(
         free_gib: memory available for training, including the base's weights.
         unsupported: why the fused kernels do not support this base, if so.
         packed_differs: how transformers' own layers differ on packed rows, if they do.
+        base_gib: of the base's weights as loaded.
 
     Raises:
         UserError: fused kernels are required but do not support this base, varlen attention without a GPU,
@@ -118,7 +120,7 @@ def plan_execution(
     for mode, how, limit in itertools.product(modes, dequantize, limits):
         tokens = max(min(limit, step), min(longest, step))
         passes = math.ceil(step / tokens)
-        memory = estimate(mode, how == "once", tokens)
+        memory = estimate(mode, how == "once", tokens, base_gib)
         plans.append(Plan(attention, kernels, mode, how, limit, passes, memory))
     smallest = min(plans, key=lambda plan: plan.peak_gib)
     if smallest.memory["weights"] > free_gib:

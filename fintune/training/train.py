@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, ProgressCallback
 from trl import SFTConfig
 
-from fintune.hardware import free_memory_gib, matmul_flops, peak_memory_gib
+from fintune.hardware import GIB, free_memory_gib, matmul_flops, peak_memory_gib
 from fintune.model.batch import TokenRow
 from fintune.model.conformance import agreement_of, fused_differs
 from fintune.model.sizes import ModelSize
@@ -127,6 +127,7 @@ def make_plan(
 ) -> Plan:
     """Plan the steps for this model and hardware, without allocating memory."""
     agreement = agreement_of(model.get_base_model().config)
+    frozen = (p for p in model.parameters() if not p.requires_grad)
     return plan_execution(
         _size(model, params),
         params,
@@ -136,6 +137,7 @@ def make_plan(
         torch.cuda.is_available(),
         fused_differs(model),
         agreement.differences.get("packed rows"),
+        sum(p.numel() * p.element_size() for p in frozen) / GIB,
     )
 
 

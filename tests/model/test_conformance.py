@@ -19,7 +19,7 @@ from fintune.generation.tuned import generation_config
 from fintune.merging.merge import merge_into_folder
 from fintune.model import conformance
 from fintune.model.adapter import add_adapter, load_adapter, save_adapter
-from fintune.model.base import load_base
+from fintune.model.base import add_rows, load_base
 from fintune.model.conformance import agreement_of, fused_differs
 from fintune.model.fused import families
 from fintune.model.fused import model as fused_model
@@ -230,6 +230,21 @@ def test_a_family_trains_and_is_measured_as_its_own_forward_says(
 
 def family_of(base: Base) -> str:
     return str(AutoConfig.from_pretrained(base.model).model_type)
+
+
+def test_the_plan_counts_the_experts_of_a_mixture(base: Base, tokenizer: Any) -> None:
+    """They stay as they are in a 4-bit base, and no size in its configuration tells them."""
+    config = AutoConfig.for_model("mixtral", **SMALL, **OWN["mixtral"] | {"num_local_experts": 8})
+    lora = Lora(r=4, alpha=8, dropout=0.0, target_modules="all-linear")
+    made = AutoModelForCausalLM.from_config(config)
+    add_rows(made, len(tokenizer))
+    model = add_adapter(made, tokenizer, lora, 0)
+    params = PARAMS.model_copy(update={"quantization": "nf4", "lora": lora})
+    plan = make_plan(model, params, [([3, 4], [5, 6])] * 4, torch.float32)
+    experts = sum(p.numel() for name, p in model.named_parameters() if "experts" in name)
+    weights = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    assert experts > weights / 3
+    assert plan.memory["weights"] >= weights * 4 / 2**30
 
 
 @pytest.fixture
