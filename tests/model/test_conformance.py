@@ -243,7 +243,7 @@ def test_the_plan_counts_the_experts_of_a_mixture(base: Base, tokenizer: Any) ->
     plan = make_plan(model, params, [([3, 4], [5, 6])] * 4, torch.float32)
     experts = sum(p.numel() for name, p in model.named_parameters() if "experts" in name)
     weights = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    assert experts > weights / 3
+    assert experts > weights / 6
     assert plan.memory["weights"] >= weights * 4 / 2**30
 
 
