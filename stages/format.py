@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 from fintune import paths
@@ -22,7 +21,7 @@ def main() -> None:
     check_base(params.base)  # fail fast: in train, a refusal by the hub would cost minutes
     config = read_config_file(params.base)
     check_positions(config, params.format.max_tokens)
-    check_type(config, params.merge_export.gguf)
+    check_type(config)
     tokenizer = load_tokenizer(params.base)
     report = {}
     for split in SPLITS:
@@ -33,13 +32,13 @@ def main() -> None:
     write_json(paths.FORMAT_METRICS, report)
 
 
-def check_type(config: dict[str, Any], gguf: Sequence[str]) -> None:
-    """Refuse a base that cannot be trained or written as GGUF, in another process, since that imports torch.
+def check_type(config: dict[str, Any]) -> None:
+    """Refuse a base that cannot be trained or exported, in another process, since that imports torch.
 
     Raises:
         UserError: `fintune check` refuses it.
     """
-    if config.get("model_type") in KNOWN and not gguf:
+    if config.get("model_type") in KNOWN:
         return
     found = subprocess.run(
         [sys.executable, "-m", "fintune", "check"], stderr=subprocess.PIPE, text=True
