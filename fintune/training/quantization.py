@@ -53,12 +53,7 @@ def quantization_cost(
         file.write_text(json.dumps(found))
     losses: dict[str, float] = json.loads(file.read_text())
     before, after = losses["unquantized_base_loss"], losses["quantized_base_loss"]
-    log.info(
-        "four bits cost the base %.3f nats an answer token (%.3f, %.3f)",
-        after - before,
-        before,
-        after,
-    )
+    log.info("the base's loss is %.3f nats an answer token, in 4 bits %.3f", before, after)
     if after - before > LARGE:
         log.warning(
             "warning: in 4 bits the base's loss is %.2f instead of %.2f nats an answer token, as of a base "

@@ -48,7 +48,7 @@ def test_a_large_cost_is_warned_of_once_measured(
     )
     monkeypatch.setattr(quantization, "load_base", None)  # what was measured is not measured again
     quantization_cost(base, NF4, tokenizer, rows, tmp_path)
-    assert "four bits cost the base 2.600 nats an answer token" in caplog.text
+    assert "loss is 2.810 nats an answer token, in 4 bits 5.410" in caplog.text
     assert "loss is 5.41 instead of 2.81" in caplog.text
     assert "set train.quantization: none" in caplog.text
     caplog.clear()
