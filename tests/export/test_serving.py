@@ -185,27 +185,21 @@ def test_the_chat_template_reads_parts_of_text(served: Project) -> None:
         rendered(("user", [{"type": "image_url", "image_url": {"url": "x"}}]))
 
 
-def test_a_batch_is_padded_on_the_left(served: Project) -> None:
+def test_a_batch_is_padded_on_the_left(served: Project, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(served / "models/merged")
     assert tokenizer.padding_side == "left"
     model = load_plain(served / "models/merged")
-    prompts = [
-        render_prompt("Answer.", text) for text in ("Why?", "What is a bond, and why is it?")
-    ]
+    prompts = [render_prompt("Answer.", text) for text in ("Why?", 20 * "What is a bond? ")]
     check_use(served / "models/merged", model, prompts)
     model.generation_config.temperature = -1.0
     model.generation_config.do_sample = True
     with pytest.raises(UserError, match="the exported folder cannot generate: "):
         check_use(served / "models/merged", model, prompts)
     model.generation_config.temperature = 1.0
-    original = type(model).forward
-
-    def blind(self: Any, *args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
-        return original(self, *args, **kwargs)
-
-    model.forward = blind.__get__(model)
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "right"
+    tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"padding changes the logits after .* by \d+\.\d%"):
-        check_use(served / "models/merged", model, prompts)
+        check_use(tmp_path, model, prompts)
 
 
 @pytest.mark.parametrize("question", ["", " \n", "a <response> b", "a <response|end>"])
