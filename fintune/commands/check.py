@@ -2,9 +2,8 @@
 
     python -m fintune check
 
-Nothing is changed, and of a base on the hub only its configuration is downloaded, and for GGUF files its
-tokenizer. How the base will be
-computed is held against its family's own forward on a tiny model.
+Nothing is changed. Of a base on the hub only its configuration is downloaded, and its tokenizer if GGUF
+files are wanted. How the base will be computed is held against its family's own forward on a tiny model.
 """
 
 import argparse

@@ -31,7 +31,7 @@ log = logging.getLogger("fintune")
 TEST = paths.rows(paths.FORMATTED, "test")
 GGUF_PROMPTS, GGUF_TOKENS = 8, 32  # answered by llama.cpp on the CPU
 GGUF_MIN_EQUAL = {"f16": 0.97, "q8_0": 0.93}  # minimum share of equal choices
-PADDING_DIFFERENCE = 0.25  # of the logits' norm; wrong padding gave 0.9, rounding a few hundredths
+PADDING_DIFFERENCE = 0.25  # of the logits' norm; wrong padding gave 0.4 and 0.9, rounding far less
 LOGIT_ROWS = 8  # few, since their logits are in memory: rows x tokens x vocabulary
 
 
@@ -46,8 +46,8 @@ def export(
     Returns:
         `base_loss` and `adapter_loss` of the base without and with its adapter, both as trained (in 4 bits
         if it was), `merged_loss` of the folder as loaded by transformers, `max_logit_difference` between
-        adapter and folder, the number of `rows`, and of each GGUF file how its answers agree, or why there
-        is none.
+        adapter and folder, the number of `rows`, and `gguf` if GGUF files were asked for: of each kind how
+        its answers agree, or why there is none.
 
     Raises:
         UserError: the two losses differ by more than `max_loss_difference`.
@@ -86,9 +86,9 @@ def export(
             kind: write_gguf(folder, params.registered_model, kind, texts, prompts, expected)
             for kind in params.gguf
         }
-    written = [name for name in files.values() if "file" in name]
+    written = [said["file"] for said in files.values() if "file" in said]
     if written:
-        write_modelfile(folder / written[0]["file"], trained.instruction, decoding)
+        write_modelfile(folder / written[0], trained.instruction, decoding)
     return {
         "max_logit_difference": difference,
         "merged_loss": merged_loss,

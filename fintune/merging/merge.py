@@ -96,7 +96,7 @@ def merge_into_folder(
 
 @dataclass(frozen=True)
 class _Merging:
-    """What becomes of a base's weights, by name.
+    """The treatment of a base's weights, by name.
 
     `transposed` are stored as (inputs, outputs); `rows` is the number of tokens; `loaded` is the type in
     which training read the weights.

@@ -12,6 +12,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from fintune.model.adapter import base_of
+
 
 @dataclass(frozen=True)
 class PackedSequences:
@@ -249,7 +251,7 @@ AttentionMaskInterface.register(ATTENTION, _mask_unless_packed)
 @contextmanager
 def using_attention(model: Any, name: str) -> Iterator[None]:
     """Compute a model's attention with this implementation for a while."""
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    plain = base_of(model)
     before = plain.config._attn_implementation
     plain.set_attn_implementation(name)
     try:

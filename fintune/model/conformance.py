@@ -19,7 +19,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from fintune.errors import UserError
 from fintune.model.adapter import base_of, with_lora
 from fintune.model.attention import ATTENTION, using_attention
-from fintune.model.batch import TokenRow, pack, pad
+from fintune.model.batch import MicroBatch, TokenRow, pack, pad
 from fintune.model.fused.families import unsupported
 from fintune.model.fused.model import FusedModel
 from fintune.model.plain import PlainModel
@@ -30,11 +30,8 @@ log = logging.getLogger("fintune")
 
 LOSS_DIFFERENCE, GRADIENT_DIFFERENCE = 1e-4, 0.01  # relative
 NEW = [VOCABULARY - 2, VOCABULARY - 1]  # tokens whose rows are trained
-ROW_LENGTHS = (
-    (12, 5),
-    (3, 4),
-    (20, 9),
-)  # tokens of prompt and answer; the longest exceeds a tiny window
+# tokens of prompt and answer; the longest exceeds a tiny window
+ROW_LENGTHS = ((12, 5), (3, 4), (20, 9))
 
 
 @dataclass(frozen=True)
@@ -110,23 +107,19 @@ def _compare(config: Any) -> Agreement:
             differences[path] = f"loss {of_loss:.1e}, gradients {of_gradients:.1e} off"
         return good
 
-    cpu = torch.device("cpu")
-    plain = PlainModel(model)
+    plain, cpu = PlainModel(model), torch.device("cpu")
+
+    def loss_of(computed: PlainModel | FusedModel, part: MicroBatch) -> Tensor:
+        return computed.answer_loss(computed.answer_states(part), part.targets)
 
     def padded_loss() -> Tensor:
-        part = pad(rows, cpu)
-        return plain.answer_loss(plain.answer_states(part), part.targets)
+        return loss_of(plain, pad(rows, cpu))
 
     def packed_loss() -> Tensor:
-        part = pack(rows, cpu)
-        return plain.answer_loss(plain.answer_states(part), part.targets)
+        return loss_of(plain, pack(rows, cpu))
 
     def fused_loss() -> Tensor:
-        part = pack(rows, cpu)
-        assert part.packed is not None
-        fused = FusedModel(model, torch.float32)
-        states = fused.hidden_states(part.ids[0], part.positions[0], part.packed)
-        return fused.answer_loss(states.index_select(0, part.predicting), part.targets)
+        return loss_of(FusedModel(model, torch.float32), pack(rows, cpu))
 
     known = ("sdpa", "eager") if model.get_base_model()._supports_sdpa else ("eager",)
     padded = [a for a in known if agrees(f"padded rows, {a}", padded_loss, a)]

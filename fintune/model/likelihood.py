@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from fintune.hardware import room_gib
 from fintune.model.adapter import base_of
-from fintune.model.batch import CHUNK, MicroBatch, TokenRow, batches_by_length, pack, pad
+from fintune.model.batch import CHUNK, TokenRow, batches_by_length, pack, pad
 from fintune.model.conformance import fused_differs
 from fintune.model.fused.model import FusedModel, cached_weights_gib
 from fintune.model.plain import PlainModel
@@ -129,12 +129,5 @@ class _Forward:
             dtype = base_of(model).get_output_embeddings().weight.dtype
             self.fused = FusedModel(model, dtype, cache_weights=cache, training=False)
         self.lay_out = pack if self.fused else pad
-        self.logits = self.fused.logits if self.fused else self.plain.logits
-
-    def answer_states(self, part: MicroBatch) -> torch.Tensor:
-        """Return the normalized hidden states that predict answers, (answer tokens, hidden)."""
-        if not self.fused:
-            return self.plain.answer_states(part)
-        assert part.packed is not None
-        hidden = self.fused.hidden_states(part.ids[0], part.positions[0], part.packed)
-        return hidden.index_select(0, part.predicting)
+        computed = self.fused or self.plain
+        self.answer_states, self.logits = computed.answer_states, computed.logits

@@ -133,9 +133,8 @@ class AnswerTrainer(SFTTrainer):
         return total
 
     def _fused_loss(self, part: MicroBatch) -> torch.Tensor:
-        assert self.fused is not None and part.packed is not None
-        states = self.fused.hidden_states(part.ids[0], part.positions[0], part.packed)
-        return self.fused.answer_loss(states.index_select(0, part.predicting), part.targets)
+        assert self.fused is not None
+        return self.fused.answer_loss(self.fused.answer_states(part), part.targets)
 
     def _plain_loss(self, part: MicroBatch) -> torch.Tensor:
         """Compute the summed loss in nats with transformers' and PEFT's own layers."""

@@ -21,6 +21,7 @@ from typing import Any
 from fintune.errors import UserError
 from fintune.export.gguf.llama_cpp import INSTALL
 from fintune.export.gguf.tokenizer import adds_space, is_sentencepiece, pieces, splitting
+from fintune.hub.models import POSITIONS
 
 log = logging.getLogger("fintune")
 
@@ -113,9 +114,9 @@ def main() -> None:
     sys.path[:0] = [f"{place}/llama.cpp", f"{place}/llama.cpp/gguf-py"]
     try:
         _run(Path(folder), Path(file), kind, name)
-    except OSError as error:
-        sys.exit(f"{error.strerror or error}; is the disk full?")
     except Exception as error:
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            sys.exit(f"{error.strerror or error}; is the disk full?")
         sys.exit(" ".join(f"{type(error).__name__}: {error}".split())[:400])
 
 
@@ -172,7 +173,7 @@ def _run(folder: Path, file: Path, kind: str, name: str) -> None:
     write = writer.write_header_to_file
 
     def with_settings(path: Path | None = None) -> None:
-        _add_settings(writer, folder, hparams)
+        _add_settings(writer, folder, model.hparams)
         write(path)
 
     logging.getLogger("gguf.gguf_writer").setLevel(logging.ERROR)  # keys are set anew
@@ -203,7 +204,7 @@ def _add_settings(writer: Any, folder: Path, hparams: dict[str, Any]) -> None:
         given = settings.get(name) if sampled else None
         return unused if given is None else given
 
-    positions = hparams["max_position_embeddings"]
+    positions = next(hparams[name] for name in POSITIONS if name in hparams)
     if writer.arch == "llama" and hparams.get("sliding_window"):  # it has no window
         positions = min(positions, hparams["sliding_window"])
     writer.add_context_length(positions)

@@ -1,4 +1,4 @@
-"""What llama.cpp's converter does not read from a tokenizer.json: splitting rules and SentencePiece pieces.
+"""Read from a tokenizer.json what llama.cpp's converter does not: splitting rules and SentencePiece pieces.
 
 The converter knows a byte-level tokenizer by the tokens of one text, so a vocabulary that it has never seen
 is unknown to it, even with GPT-2's splitting. SentencePiece's BPE it reads from a file tokenizer.model,

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from fintune.hardware import GIB
 from fintune.model.adapter import base_of
 from fintune.model.attention import PackedSequences
-from fintune.model.batch import CHUNK
+from fintune.model.batch import CHUNK, MicroBatch
 from fintune.model.fused.families import make_layers
 from fintune.model.fused.layers import CheckpointedLayer, Rotary
 from fintune.model.fused.ops import functions_for
@@ -166,6 +166,12 @@ class FusedModel:
                 x = layer(x, packed, rotary, seed + 4 * number)
         normal: Tensor = self.body.norm(x)
         return normal
+
+    def answer_states(self, part: MicroBatch) -> Tensor:
+        """Return the normalized hidden states that predict packed answers, (answer tokens, hidden)."""
+        assert part.packed is not None
+        states = self.hidden_states(part.ids[0], part.positions[0], part.packed)
+        return states.index_select(0, part.predicting)
 
     @torch.no_grad()
     def sync_parameters(self) -> None:
