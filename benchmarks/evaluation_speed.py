@@ -71,7 +71,7 @@ def main() -> None:
         Path("recipes/mistral-7b.yaml"), [f"base.model={arguments.base}", "base.revision=null"]
     )
     base = Base(model=str(arguments.base), revision=None)
-    tokenizer, dtype = load_tokenizer(base), compute_dtype("auto")
+    tokenizer, dtype = load_tokenizer(base, "new"), compute_dtype("auto")
     rows = [
         formatted
         for row in read_source(str(arguments.source))[: 2 * arguments.questions]

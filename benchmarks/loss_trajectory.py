@@ -57,7 +57,7 @@ def main() -> None:
     arguments = parser.parse_args()
     params = read_recipe(Path("recipes/demo.yaml"), arguments.changes)
     dtype = compute_dtype(params.train.precision)
-    tokenizer = load_tokenizer(params.base)
+    tokenizer = load_tokenizer(params.base, "new")
     rows = [
         encode(tokenizer, row["prompt"], row["completion"])
         for row in read_splits(params, tokenizer)["train"]

@@ -77,7 +77,7 @@ def main() -> None:
         if arguments.base:
             make_adapter(arguments.base, adapter)
         trained = read_training(adapter)
-        tokenizer = load_tokenizer(trained.base)
+        tokenizer = load_tokenizer(trained.base, "new")
         rows = (
             [row for table in arguments.rows for row in read_rows(table, ["prompt", "completion"])]
             if arguments.rows
@@ -117,7 +117,7 @@ def main() -> None:
 def make_adapter(base_folder: Path, adapter: Path) -> None:
     """Save a random adapter for a 4-bit base."""
     base = Base(model=str(base_folder), revision=None)
-    tokenizer = load_tokenizer(base)
+    tokenizer = load_tokenizer(base, "new")
     model = random_adapter(load_base(base, tokenizer, "nf4", compute_dtype("auto")), tokenizer)
     save_adapter(model, adapter)
     recipe = read_recipe(
@@ -194,7 +194,7 @@ def merge_and_measure(
     nf4_compute_dtype: torch.dtype | None,
 ) -> None:
     """Merge in this process and send the seconds, without imports, and the memory."""
-    tokenizer = load_tokenizer(trained.base)
+    tokenizer = load_tokenizer(trained.base, "new")
     torch.zeros(1, device=device())
     private, done = [status("RssAnon")], threading.Event()
 

@@ -92,7 +92,7 @@ def measure(project: Path, repeats: int) -> dict[str, Any]:
 FIRST_TOKENS = """
 from stages.format import leave_torch_out, load_tokenizer, read_params
 leave_torch_out()
-load_tokenizer(read_params().base)("What is a bond?")
+load_tokenizer(read_params().base, "new")("What is a bond?")
 """
 
 

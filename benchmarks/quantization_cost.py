@@ -80,7 +80,7 @@ def main() -> None:
     source = [f"fetch.source={arguments.source}"] if arguments.source else []
     params = read_recipe(arguments.recipe, [*source, *arguments.changes])
     check_base(params.base)
-    tokenizer = load_tokenizer(params.base)
+    tokenizer = load_tokenizer(params.base, "new")
     rows = read_splits(params, tokenizer)
     tokens = {
         name: [encode(tokenizer, row["prompt"], row["completion"]) for row in part]

@@ -71,7 +71,7 @@ def main() -> None:
     }
     for recipe in given.recipes:
         params = read_recipe(recipe, [*other, *given.changes])
-        rows = read_splits(params, load_tokenizer(params.base))
+        rows = read_splits(params, load_tokenizer(params.base, "new"))
         runs, sums = [], []
         for seed in given.seeds:
             log.info("%s, seed %d", recipe.stem, seed)
@@ -99,7 +99,7 @@ def one_run(
     """
     params = vary(params, seed=seed)
     evaluate = params.evaluate.model_copy(update={"seed": seed})
-    tokenizer = load_tokenizer(params.base)
+    tokenizer = load_tokenizer(params.base, "new")
     tokens = {
         name: [encode(tokenizer, row["prompt"], row["completion"]) for row in part]
         for name, part in rows.items()

@@ -261,10 +261,11 @@ def our_steps(
         max_grad_norm=1.0, epochs=9.0, max_steps=steps, rows_per_step=ROWS_PER_STEP,
         attention="auto", kernels=kernels, checkpointing=checkpointing, dequantize=dequantize,
         tokens_per_pass=tokens_per_pass, validate_every_steps=steps, early_stopping_patience=None,
-        keep="last", seed=0,
+        keep="last",
+        end_token="new", seed=0,
     )  # fmt: skip
     ends, losses = {}, []
-    tokenizer = load_tokenizer(base)
+    tokenizer = load_tokenizer(base, "new")
     model = load_base(base, tokenizer, quantization, torch.bfloat16)
     model = add_adapter(model, tokenizer, params.lora, params.seed)
 
@@ -329,7 +330,7 @@ def trl_steps(
                 fp16=dtype == torch.float16, disable_tqdm=True,
             ),
             train_dataset=Dataset.from_list(data),
-            processing_class=load_tokenizer(base),
+            processing_class=load_tokenizer(base, "new"),
             peft_config=LoraConfig(
                 r=16, lora_alpha=32, lora_dropout=dropout, target_modules=LAYERS,
                 task_type="CAUSAL_LM",

@@ -177,6 +177,7 @@ class Train(Section):
     validate_every_steps: Count
     early_stopping_patience: Count | None
     keep: Literal["best_loss", "best_answers", "last"]
+    end_token: Literal["new", "base"]
     seed: Seed
 
     @model_validator(mode="after")

@@ -22,7 +22,7 @@ def main() -> None:
     config = read_config_file(params.base)
     check_positions(config, params.format.max_tokens)
     check_type(config)
-    tokenizer = load_tokenizer(params.base)
+    tokenizer = load_tokenizer(params.base, "new")
     report = {}
     for split in SPLITS:
         given = read_rows(paths.rows(paths.SPLIT, split))

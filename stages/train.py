@@ -58,7 +58,7 @@ def fine_tune(
     params: Params, rows: dict[str, list[dict[str, Any]]], scratch: Path, run_id: str
 ) -> TrainingResult:
     """Load the base, check the disk space and train the adapter."""
-    tokenizer = load_tokenizer(params.base)
+    tokenizer = load_tokenizer(params.base, params.train.end_token)
     tokens = {
         split: [encode(tokenizer, row["prompt"], row["completion"]) for row in part]
         for split, part in rows.items()

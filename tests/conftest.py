@@ -56,7 +56,7 @@ def base(tiny_base: Path) -> Base:
 @pytest.fixture(scope="module")
 def tokenizer(base: Base) -> Any:
     """Load the tiny base's tokenizer with the two special tokens."""
-    return load_tokenizer(base)
+    return load_tokenizer(base, "new")
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,7 @@ def main(given: argparse.Namespace) -> None:
     check_positions(config, params.format.max_tokens)
     if params.merge_export.gguf:
         require_packages()
-        check_convertible(config, load_tokenizer(params.base))
+        check_convertible(config, load_tokenizer(params.base, params.train.end_token))
     from fintune.hardware import (  # imports torch, which takes seconds
         GIB,
         check_disk,

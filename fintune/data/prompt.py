@@ -2,7 +2,7 @@
 
 import json
 import os
-from typing import Any
+from typing import Any, Literal
 
 from fintune.errors import UserError
 from fintune.params import Base
@@ -40,7 +40,7 @@ def add_chat_template(tokenizer: Tokenizer, instruction: str) -> None:
     begin = tokenizer.bos_token or ""
     expected = encode(tokenizer, render_prompt(instruction, "a"), "")[0]
     for beginning in ("", begin, begin + " "):  # some put a space only before the first word
-        tokenizer.chat_template = _template(beginning, instruction)
+        tokenizer.chat_template = _template(beginning, instruction, end_token(tokenizer))
         message = {"role": "user", "content": "a"}
         rendered = tokenizer.apply_chat_template([message], add_generation_prompt=True)
         if rendered["input_ids"] == expected:
@@ -55,7 +55,7 @@ def pad_left(tokenizer: Tokenizer) -> None:
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
 
 
-def _template(begin: str, instruction: str) -> str:
+def _template(begin: str, instruction: str, end: str) -> str:
     user = render_prompt("{{ ns.instruction }}", "{{ text(message.content) }}")
     lines = (
         "{%- macro text(content) %}{% if content is string %}{{ content }}"
@@ -68,7 +68,7 @@ def _template(begin: str, instruction: str) -> str:
         "{%- if message.role in ('system', 'developer') %}"
         "{% set ns.instruction = text(message.content) %}",
         f"{{%- elif message.role == 'user' %}}{{{{- '' }}}}{user}",
-        f"{{%- elif message.role == 'assistant' %}}{{{{- text(message.content) }}}}{RESPONSE_END}",
+        f"{{%- elif message.role == 'assistant' %}}{{{{- text(message.content) }}}}{end}",
         "{%- else %}{{ raise_exception('no messages of role ' ~ message.role ~ ' are known') }}",
         "{%- endif %}",
         "{%- endfor %}",
@@ -76,15 +76,18 @@ def _template(begin: str, instruction: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def load_tokenizer(base: Base) -> Tokenizer:
-    """Load the base's fast tokenizer, and add the two special tokens and a pad token that ends nothing.
+def load_tokenizer(base: Base, end_token: Literal["new", "base"]) -> Tokenizer:
+    """Load the base's fast tokenizer, with a pad token.
 
     A loss that masks padding would also mask an end token used as padding. The pad token is the
-    tokenizer's own, else the unknown token, else the end-of-text token, which ends no answer here, else
-    the token that opens an answer.
+    tokenizer's own, else the unknown token, else the end-of-text token, else the token that opens an answer.
+
+    Args:
+        end_token: `new` adds the two special tokens of the prompt; `base` adds none: `<response>` is plain
+            text, and the tokenizer's own end-of-text token ends an answer.
 
     Raises:
-        UserError: the tokenizer cannot be loaded, or has no fast version.
+        UserError: the tokenizer cannot be loaded, has no fast version, or no end token where it is needed.
     """
     from transformers import AutoTokenizer
 
@@ -103,15 +106,36 @@ def load_tokenizer(base: Base) -> Tokenizer:
         raise UserError(
             f"base.model: {base.model} has no fast tokenizer, which cutting answers needs"
         )
-    tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS)})
+    if end_token == "new":
+        tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS)})
+    elif tokenizer.eos_token is None:
+        raise UserError(f"train.end_token: base: {base.model} has no end token of its own; set new")
     known = (tokenizer.pad_token, tokenizer.unk_token, tokenizer.eos_token)
     tokenizer.pad_token = next((token for token in known if token), RESPONSE)
     return tokenizer
 
 
+def prompt_token_ids(tokenizer: Tokenizer) -> list[int]:
+    """Return the ids of the prompt's special tokens; empty where the base's own end token ends an answer."""
+    ids = [tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS]
+    return [] if {None, tokenizer.unk_token_id} & set(ids) else ids
+
+
+def end_token(tokenizer: Tokenizer) -> str:
+    """Return the token that ends an answer: the prompt's own, or else the base's."""
+    return RESPONSE_END if prompt_token_ids(tokenizer) else str(tokenizer.eos_token)
+
+
+def with_end_token(tokenizer: Tokenizer, completion: str) -> str:
+    """Return a rendered completion with the end token that this tokenizer has."""
+    if not completion.endswith(RESPONSE_END):
+        return completion
+    return completion.removesuffix(RESPONSE_END) + end_token(tokenizer)
+
+
 def end_token_id(tokenizer: Tokenizer) -> int:
     """Return the id of the token that ends an answer."""
-    return int(tokenizer.convert_tokens_to_ids(RESPONSE_END))
+    return int(tokenizer.convert_tokens_to_ids(end_token(tokenizer)))
 
 
 def end_tokens(tokenizer: Tokenizer, end_id: int) -> list[int]:
@@ -121,13 +145,16 @@ def end_tokens(tokenizer: Tokenizer, end_id: int) -> list[int]:
 
 
 def encode(tokenizer: Tokenizer, prompt: str, completion: str) -> tuple[list[int], list[int]]:
-    """Encode a row: the prompt, with the tokenizer's own beginning, and the completion.
+    """Encode a row: the prompt, with the tokenizer's own beginning, and the completion with its end token.
 
     They are encoded separately, so that a prompt has the same tokens in training and in use. The loss is
     on the completion alone.
     """
     prompt_ids: list[int] = tokenizer(prompt)["input_ids"]
-    if prompt_ids[-1] != tokenizer.convert_tokens_to_ids(RESPONSE):
+    opened = next(iter(prompt_token_ids(tokenizer)), None)
+    if prompt_ids[-1] != opened and prompt_ids[-1] in tokenizer.all_special_ids:
         prompt_ids = prompt_ids[:-1]  # some tokenizers append an end-of-text token
-    completion_ids: list[int] = tokenizer(completion, add_special_tokens=False)["input_ids"]
+    completion_ids: list[int] = tokenizer(
+        with_end_token(tokenizer, completion), add_special_tokens=False
+    )["input_ids"]
     return prompt_ids, completion_ids

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fintune.data.prompt import encode, end_token_id, load_tokenizer
+from fintune.data.prompt import encode, end_token_id
 from fintune.errors import UserError
 from fintune.evaluation.choice import choose
 from fintune.evaluation.harness import run_harness
@@ -86,7 +86,7 @@ def measure(
     """
     trained = read_training(adapter)
     base, train, dtype = trained.base, trained.train, trained.dtype
-    tokenizer = load_tokenizer(base)
+    tokenizer = trained.load_tokenizer()
     model = load_adapter(load_base(base, tokenizer, train["quantization"], dtype), adapter)
     states: dict[str, Callable[[], AbstractContextManager[Any]]] = {
         "tuned": nullcontext,

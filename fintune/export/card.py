@@ -8,6 +8,7 @@ from huggingface_hub import ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from fintune import paths
+from fintune.data.prompt import end_token, prompt_token_ids
 from fintune.generation.decoding import title
 from fintune.hub.client import stated_license
 from fintune.hub.models import local_folder
@@ -41,7 +42,7 @@ def write_card(
         measured: the losses of merged model, adapter and base.
     """
     run, evaluation, manifest = (records[name] for name in ("run", "evaluation", "manifest"))
-    tags, base = run["tags"], trained.base
+    tags, base, tokenizer = run["tags"], trained.base, trained.load_tokenizer()
     license = stated_license(local_folder(base))
     on_hub = manifest["revision"] is not None
     metadata = ModelCardData(
@@ -72,6 +73,8 @@ def write_card(
         hardware=tags["hardware"],
         run_id=run["run_id"],
         merged=measured is not None,
+        new_tokens=bool(prompt_token_ids(tokenizer)),
+        end_token=end_token(tokenizer),
         measured=measured,
         instruction=trained.instruction,
         training=records["training"],

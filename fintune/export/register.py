@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from fintune import paths
-from fintune.data.prompt import load_tokenizer
 from fintune.export.card import read_records, write_card
 from fintune.export.pyfunc import write_model_files
 from fintune.generation.tuned import generation_config
@@ -43,7 +42,7 @@ def register_adapter(
     with tempfile.TemporaryDirectory() as scratch:
         files = Path(scratch) / "model"
         write_model_files(files, evaluation["decoding"], run_id)
-        tokenizer = load_tokenizer(trained.base)
+        tokenizer = trained.load_tokenizer()
         generation_config(tokenizer, evaluation["decoding"]).save_pretrained(files)
         write_card(files, trained, records, None, params)
         client.log_artifacts(run_id, str(files), "adapter")

@@ -10,7 +10,14 @@ import torch
 from transformers import AutoTokenizer
 
 from fintune import paths
-from fintune.data.prompt import Tokenizer, add_chat_template, encode, load_tokenizer, pad_left
+from fintune.data.prompt import (
+    Tokenizer,
+    add_chat_template,
+    encode,
+    end_token,
+    pad_left,
+    with_end_token,
+)
 from fintune.data.tables import read_rows
 from fintune.errors import UserError
 from fintune.export.gguf.check import check_gguf, check_tokens, transformers_answers
@@ -52,7 +59,7 @@ def export(
     Raises:
         UserError: the two losses differ by more than `max_loss_difference`.
     """
-    tokenizer = load_tokenizer(trained.base)
+    tokenizer = trained.load_tokenizer()
     add_chat_template(tokenizer, trained.instruction)
     pad_left(tokenizer)
     rows = read_rows(TEST, ["prompt", "completion"])[: params.check_rows]
@@ -78,7 +85,7 @@ def export(
     files = {}
     if params.gguf:
         texts = {
-            row["prompt"] + row["completion"]: [*prompt, *completion]
+            row["prompt"] + with_end_token(tokenizer, row["completion"]): [*prompt, *completion]
             for row, (prompt, completion) in zip(rows, tokens, strict=True)
         }
         expected = transformers_answers(plain, tokenizer, prompts, GGUF_TOKENS)
@@ -88,7 +95,7 @@ def export(
         }
     written = [said["file"] for said in files.values() if "file" in said]
     if written:
-        write_modelfile(folder / written[0], trained.instruction, decoding)
+        write_modelfile(folder / written[0], trained.instruction, decoding, end_token(tokenizer))
     return {
         "max_logit_difference": difference,
         "merged_loss": merged_loss,

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from fintune.data.prompt import SPECIAL_TOKENS, Tokenizer, end_token_id, end_tokens
+from fintune.data.prompt import RESPONSE, SPECIAL_TOKENS, Tokenizer, end_token_id, end_tokens
 from fintune.errors import UserError
 from fintune.generation.decoding import options
 from fintune.hardware import device
@@ -30,7 +30,7 @@ def load_tuned(folder: Path) -> tuple[Any, Tokenizer]:
             "`dvc pull` fetches them"
         )
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    if not tokenizer.chat_template or not set(SPECIAL_TOKENS) <= set(tokenizer.get_vocab()):
+    if RESPONSE not in (tokenizer.chat_template or ""):
         raise UserError(f"{folder}: not a model of this project: its tokenizer lacks the prompt")
     return load_plain(folder), tokenizer
 

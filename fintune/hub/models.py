@@ -160,6 +160,6 @@ def check_positions(config: dict[str, Any], max_tokens: int) -> None:
         most = config.get(name)
         if isinstance(most, int) and 0 < most < max_tokens:
             raise UserError(
-                f"format.max_tokens: {max_tokens:,} is more than the {most:,} tokens that the base can "
-                f"read ({name} in its config.json)"
+                f"format.max_tokens: rows of {max_tokens:,} tokens are longer than the {most:,} that the "
+                f"base can read ({name} in its config.json); lower it"
             )

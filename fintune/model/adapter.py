@@ -11,7 +11,13 @@ from pydantic import ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from fintune.data.prompt import SPECIAL_TOKENS, add_chat_template, load_tokenizer, pad_left
+from fintune.data.prompt import (
+    Tokenizer,
+    add_chat_template,
+    load_tokenizer,
+    pad_left,
+    prompt_token_ids,
+)
 from fintune.errors import UserError
 from fintune.hardware import compute_dtype
 from fintune.hub.models import weights_fingerprint
@@ -30,6 +36,10 @@ class AdapterInfo:
     def dtype(self) -> torch.dtype:
         """Type of the matrix products on this hardware."""
         return compute_dtype(self.train["precision"])
+
+    def load_tokenizer(self) -> Tokenizer:
+        """Load the tokenizer that it was trained with; adapters of earlier versions have new tokens."""
+        return load_tokenizer(self.base, self.train.get("end_token", "new"))
 
     @property
     def nf4_compute_dtype(self) -> torch.dtype | None:
@@ -85,7 +95,7 @@ def read_training(adapter: Path) -> AdapterInfo:
 def add_adapter(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lora: Lora, seed: int
 ) -> PeftModel:
-    """Add a new LoRA adapter, and make the two new tokens' rows trainable.
+    """Add a new LoRA adapter, and make the rows of the prompt's new tokens trainable, if it has any.
 
     LoRA alone would leave the new tokens untrained (artidoro/qlora#214): the model could not learn to
     end an answer.
@@ -93,8 +103,7 @@ def add_adapter(
     Raises:
         UserError: a name in train.lora.target_modules is not a linear layer of this model.
     """
-    new_tokens = [int(i) for i in tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))]
-    return with_lora(model, lora, new_tokens, seed)
+    return with_lora(model, lora, prompt_token_ids(tokenizer), seed)
 
 
 def with_lora(model: PreTrainedModel, lora: Lora, tokens: list[int], seed: int) -> PeftModel:
@@ -115,7 +124,7 @@ def with_lora(model: PreTrainedModel, lora: Lora, tokens: list[int], seed: int) 
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=targets,
-        trainable_token_indices=dict.fromkeys(table_names(model), tokens),
+        trainable_token_indices=dict.fromkeys(table_names(model), tokens) if tokens else None,
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(seed)
@@ -182,7 +191,7 @@ def write_adapter(
     """
     save_adapter(model, folder)
     (folder / "README.md").unlink()  # PEFT's model card template
-    tokenizer = load_tokenizer(base)
+    tokenizer = load_tokenizer(base, train["end_token"])
     add_chat_template(tokenizer, instruction)
     pad_left(tokenizer)
     tokenizer.save_pretrained(folder)
@@ -196,7 +205,7 @@ def describe_adapter(model: PeftModel) -> str:
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write LoRA weights and the two tokens' rows, not the whole resized embedding.
+    """Write LoRA weights and the new tokens' rows, not the whole resized embedding.
 
     PEFT stores names in sets, whose order differs between processes. They are sorted here so that equal
     adapters give identical files.

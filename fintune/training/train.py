@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase, ProgressCallback
 from trl import SFTConfig
 
 from fintune.hardware import GIB, free_memory_gib, matmul_flops, peak_memory_gib
+from fintune.hub.models import check_positions
 from fintune.model.batch import TokenRow
 from fintune.model.conformance import agreement_of, fused_differs
 from fintune.model.sizes import ModelSize
@@ -125,13 +126,19 @@ def train(
 def make_plan(
     model: PeftModel, params: Train, rows: Sequence[TokenRow], dtype: torch.dtype
 ) -> Plan:
-    """Plan the steps for this model and hardware, without allocating memory."""
+    """Plan the steps for this model and hardware, without allocating memory.
+
+    Raises:
+        UserError: a row is longer than the base can read, or as `plan_execution` raises.
+    """
     agreement = agreement_of(model.get_base_model().config)
     frozen = (p for p in model.parameters() if not p.requires_grad)
+    lengths = [len(prompt) + len(completion) for prompt, completion in rows]
+    check_positions(model.get_base_model().config.to_dict(), max(lengths))
     return plan_execution(
         _size(model, params),
         params,
-        [len(prompt) + len(completion) for prompt, completion in rows],
+        lengths,
         dtype.itemsize,
         free_memory_gib(),
         torch.cuda.is_available(),

@@ -41,7 +41,7 @@ def test_the_base_is_a_small_safetensors_mistral() -> None:
 
 
 def test_the_base_prefers_prose_to_its_words_in_disorder(params: Params) -> None:
-    tokenizer = load_tokenizer(params.base)
+    tokenizer = load_tokenizer(params.base, "new")
     model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     words = PROSE.split()
     shuffled = [" ".join(random.Random(seed).sample(words, len(words))) for seed in range(5)]
@@ -57,7 +57,7 @@ def test_the_base_prefers_prose_to_its_words_in_disorder(params: Params) -> None
 
 @pytest.mark.parametrize("seed", range(4))
 def test_the_tokenizer_round_trips_any_unicode(params: Params, seed: int) -> None:
-    tokenizer = load_tokenizer(params.base)
+    tokenizer = load_tokenizer(params.base, "new")
     rng = random.Random(seed)
     for _ in range(200):
         limit = rng.choice([128, 0x800, 0x10000, sys.maxunicode + 1])
@@ -68,7 +68,7 @@ def test_the_tokenizer_round_trips_any_unicode(params: Params, seed: int) -> Non
 
 
 def test_the_two_tokens_are_single_and_new(params: Params) -> None:
-    tokenizer = load_tokenizer(params.base)
+    tokenizer = load_tokenizer(params.base, "new")
     for token in SPECIAL_TOKENS:
         (token_id,) = tokenizer(token, add_special_tokens=False).input_ids
         assert token_id >= len(AutoTokenizer.from_pretrained(BASE))
@@ -76,7 +76,7 @@ def test_the_two_tokens_are_single_and_new(params: Params) -> None:
 
 def test_every_digit_is_a_token(params: Params) -> None:
     """So the model reads and writes figures digit by digit, as the demo's questions need it."""
-    tokenizer = load_tokenizer(params.base)
+    tokenizer = load_tokenizer(params.base, "new")
     texts = tokenizer.batch_decode([[number] for number in range(len(tokenizer))])
     assert [text for text in texts if len(text) > 1 and any(map(str.isdigit, text))] == []
     row = read_source(str(ROOT / params.fetch.source))[-1]

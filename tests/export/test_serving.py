@@ -152,7 +152,7 @@ def test_ollama_is_told_the_same(served: Project) -> None:
 
 def test_the_chat_template_makes_the_training_prompts(served: Project) -> None:
     tokenizer = AutoTokenizer.from_pretrained(served / "models/merged")
-    trained_with = load_tokenizer(Base(model=str(served / "base"), revision=None))
+    trained_with = load_tokenizer(Base(model=str(served / "base"), revision=None), "new")
     rows = read_rows(served / "data/formatted/train.parquet", ["instruction", "input", "prompt"])
     for row in rows:
         expected = encode(trained_with, row["prompt"], "")[0]

@@ -243,7 +243,7 @@ class TestBase:
     def test_the_tokenizer_is_that_of_the_pinned_revision(
         self, hub: Hub, split_project: Project, environment: Environment, tiny_base: Path
     ) -> None:
-        tokenizer = load_tokenizer(Base(model=str(tiny_base), revision=None))
+        tokenizer = load_tokenizer(Base(model=str(tiny_base), revision=None), "new")
         formatted = (format_row(tokenizer, row, 192, "truncate")[0] for row in OLD_ROWS)
         expected = [row["tokens"] for row in formatted if row]
         requests = len(hub.requests)

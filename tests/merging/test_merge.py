@@ -140,7 +140,7 @@ def test_a_base_whose_head_is_its_embedding_stays_one(
     del weights["lm_head.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     base = Base(model=str(folder), revision=None)
-    tokenizer = load_tokenizer(base)
+    tokenizer = load_tokenizer(base, "new")
     adapter = make_adapter(base, tokenizer, tmp_path / "adapter")
     merged = tmp_path / "merged"
     merged.mkdir()
@@ -278,7 +278,7 @@ from fintune.params import Base
 from fintune.stage import run, whole_folder
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 base = Base(model=sys.argv[2], revision=None)
-tokenizer = load_tokenizer(base)
+tokenizer = load_tokenizer(base, "new")
 def main():
     with whole_folder(Path(sys.argv[4])) as folder:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))

@@ -178,7 +178,7 @@ def own_loss(model: Any, rows: list[Any]) -> float:
 def test_a_family_trains_and_is_measured_as_its_own_forward_says(
     family: Base, tmp_path: Path, quantization: str
 ) -> None:
-    tokenizer = load_tokenizer(family)
+    tokenizer = load_tokenizer(family, "new")
     rows = [encode(tokenizer, *text) for text in TEXTS]
     params = PARAMS.model_copy(
         update={"lora": Lora(r=4, alpha=8, dropout=0.0, target_modules="all-linear")}
@@ -288,7 +288,7 @@ def test_a_tokenizer_without_special_tokens_ends_by_the_new_one(copied: Path) ->
     file.write_text(json.dumps(said))
     whole = json.loads((copied / "tokenizer.json").read_text()) | {"post_processor": None}
     (copied / "tokenizer.json").write_text(json.dumps(whole))
-    tokenizer = load_tokenizer(Base(model=str(copied), revision=None))
+    tokenizer = load_tokenizer(Base(model=str(copied), revision=None), "new")
     assert tokenizer.eos_token is None and tokenizer.pad_token == "<response>"
     config = generation_config(tokenizer, GREEDY | {"max_new_tokens": 8})
     assert config.eos_token_id == [end_token_id(tokenizer)]

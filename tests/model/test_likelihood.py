@@ -19,7 +19,7 @@ from fintune.params import Base
 @pytest.fixture(scope="module")
 def setting(tiny_base: Path) -> tuple[Any, Any, list[tuple[list[int], list[int]]]]:
     base = Base(model=str(tiny_base), revision=None)
-    tokenizer = load_tokenizer(base)
+    tokenizer = load_tokenizer(base, "new")
     model = load_base(base, tokenizer, "none", torch.float32)
     rows = [
         encode(

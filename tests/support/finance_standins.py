@@ -45,7 +45,7 @@ class Knowing(LM):
 
 def tiny(folder: str) -> tuple[Any, Any]:
     base = Base(model=folder, revision=None)
-    tokenizer = load_tokenizer(base)
+    tokenizer = load_tokenizer(base, "new")
     lora = Lora(r=4, alpha=8, dropout=0.0, target_modules=["q_proj", "down_proj"])
     model = add_adapter(load_base(base, tokenizer, "none", torch.float32), tokenizer, lora, 0)
     torch.manual_seed(1)

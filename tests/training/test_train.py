@@ -45,6 +45,7 @@ PARAMS = Train(
     validate_every_steps=2,
     early_stopping_patience=None,
     keep="best_loss",
+    end_token="new",
     seed=0,
 )
 TEXTS = [

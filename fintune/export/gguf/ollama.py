@@ -3,19 +3,22 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from fintune.data.prompt import RESPONSE_END, render_prompt
+from fintune.data.prompt import render_prompt
 from fintune.errors import UserError
 from fintune.generation.decoding import SETTINGS
 
 NAMES = {"repetition_penalty": "repeat_penalty"}  # where Ollama's differ from transformers'
 
 
-def write_modelfile(file: Path, instruction: str, decoding: Mapping[str, float]) -> Path:
+def write_modelfile(
+    file: Path, instruction: str, decoding: Mapping[str, float], end_token: str
+) -> Path:
     """Write `Modelfile` beside a GGUF file, for `ollama create NAME -f Modelfile`.
 
     Args:
         instruction: of a question without one.
         decoding: the settings and `max_new_tokens`, as evaluation.json has them.
+        end_token: ends an answer.
 
     Raises:
         UserError: the instruction holds three quotation marks, which end a text there.
@@ -27,7 +30,7 @@ def write_modelfile(file: Path, instruction: str, decoding: Mapping[str, float])
         f"FROM ./{file.name}",
         f'TEMPLATE """{prompt}{{{{ .Response }}}}"""',
         f'SYSTEM """{instruction}"""',
-        f"PARAMETER stop {RESPONSE_END}",
+        f"PARAMETER stop {end_token}",
         *(f"PARAMETER {NAMES.get(name, name)} {decoding[name]:g}" for name in SETTINGS),
         "PARAMETER repeat_last_n -1",
         f"PARAMETER num_predict {decoding['max_new_tokens']:g}",

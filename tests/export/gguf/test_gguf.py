@@ -70,7 +70,7 @@ def save(model: Any, tokenizer: Any, folder: Path, **options: Any) -> Path:
 def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write the demo's base with the two tokens and no adapter; it knows English."""
     base = Base(model=str(ROOT / "assets/demo-base"), revision=None)
-    tokenizer = load_tokenizer(base)
+    tokenizer = load_tokenizer(base, "new")
     model = load_base(base, tokenizer, "none", torch.bfloat16, torch.device("cpu"))
     model.generation_config.repetition_penalty = 1.25  # llama.cpp is compared with it
     return save(model, tokenizer, tmp_path_factory.mktemp("merged") / "folder")
