@@ -99,7 +99,7 @@ def one_run(
     """
     params = vary(params, seed=seed)
     evaluate = params.evaluate.model_copy(update={"seed": seed})
-    tokenizer = load_tokenizer(params.base, "new")
+    tokenizer = load_tokenizer(params.base, params.train.end_token)
     tokens = {
         name: [encode(tokenizer, row["prompt"], row["completion"]) for row in part]
         for name, part in rows.items()

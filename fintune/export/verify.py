@@ -22,7 +22,7 @@ from fintune.data.tables import read_rows
 from fintune.errors import UserError
 from fintune.export.gguf.check import check_gguf, check_tokens, transformers_answers
 from fintune.export.gguf.convert import export_gguf
-from fintune.export.gguf.llama_cpp import Completion
+from fintune.export.gguf.llama_cpp import Completion, llama_cpp_loss
 from fintune.export.gguf.ollama import write_modelfile
 from fintune.generation.tuned import generation_config
 from fintune.hardware import DTYPES, free_memory
@@ -31,7 +31,7 @@ from fintune.model.adapter import AdapterInfo, load_adapter
 from fintune.model.base import load_base, load_plain
 from fintune.model.batch import TokenRow
 from fintune.model.likelihood import answer_logits, likelihood
-from fintune.params import MergeExport
+from fintune.params import Base, MergeExport
 
 log = logging.getLogger("fintune")
 
@@ -52,7 +52,8 @@ def export(
 
     Returns:
         `base_loss` and `adapter_loss` of the base without and with its adapter, both as trained (in 4 bits
-        if it was), `merged_loss` of the folder as loaded by transformers, `max_logit_difference` between
+        if it was), `merged_loss` of the folder as loaded by transformers, and `merged_loss_in_4_bits`
+        with its weights quantized to NF4, `max_logit_difference` between
         adapter and folder, the number of `rows`, and `gguf` if GGUF files were asked for: of each kind how
         its answers agree, or why there is none.
 
@@ -89,16 +90,23 @@ def export(
             for row, (prompt, completion) in zip(rows, tokens, strict=True)
         }
         expected = transformers_answers(plain, tokenizer, prompts, GGUF_TOKENS)
+        scored = [(prompt, answer[:GGUF_TOKENS]) for prompt, answer in tokens[:GGUF_PROMPTS]]
+        same = {"folder_loss": likelihood(plain, scored, "merged").loss}
         files = {
-            kind: write_gguf(folder, params.registered_model, kind, texts, prompts, expected)
+            kind: same
+            | write_gguf(folder, params.registered_model, kind, texts, prompts, expected, scored)
             for kind in params.gguf
         }
+    del plain
+    free_memory()
+    in_4_bits = load_base(Base(model=str(folder), revision=None), tokenizer, "nf4", trained.dtype)
     written = [said["file"] for said in files.values() if "file" in said]
     if written:
         write_modelfile(folder / written[0], trained.instruction, decoding, end_token(tokenizer))
     return {
         "max_logit_difference": difference,
         "merged_loss": merged_loss,
+        "merged_loss_in_4_bits": likelihood(in_4_bits, tokens, "merged, in 4 bits").loss,
         **measured,
         "rows": len(rows),
         **({"gguf": files} if files else {}),
@@ -150,26 +158,30 @@ def write_gguf(
     texts: Mapping[str, Sequence[int]],
     prompts: Sequence[str],
     expected: Sequence[Completion],
+    scored: Sequence[TokenRow],
 ) -> dict[str, Any]:
     """Write a GGUF file, and check its tokens and answers; without it the folder is still whole.
 
     Args:
         texts: the tokens of each text.
         expected: the folder's answers to the prompts.
+        scored: rows whose loss is measured.
 
     Returns:
-        The name of the `file`, its `bytes` and the agreement; or the `error`, and there is no file.
+        The name of the `file`, its `bytes`, the agreement and the `loss`; or the `error` for which there is
+        no file.
     """
     file = folder / f"{name}-{kind}.gguf"
     try:
         export_gguf(folder, folder, name, [kind])
         check_tokens(file, texts)
         same = check_gguf(file, expected, prompts, GGUF_TOKENS, GGUF_MIN_EQUAL[kind])
+        loss = llama_cpp_loss(file, scored)
     except UserError as error:
         file.unlink(missing_ok=True)
         log.warning("warning: no %s: %s", file.name, error)
         return {"error": str(error)}
-    return {"file": file.name, "bytes": file.stat().st_size, **asdict(same)}
+    return {"file": file.name, "bytes": file.stat().st_size, **asdict(same), "loss": loss}
 
 
 def measure_adapter(

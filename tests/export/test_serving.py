@@ -365,6 +365,8 @@ def test_llama_cpp_gives_the_same_answer(served: Project, plain: dict[str, Any])
     assert answer.text.removesuffix(RESPONSE_END) == plain["answer"]
     report = json.loads((served / "reports/export.json").read_text())["gguf"]
     assert report["f16"]["equal_choices"] > 0.97 and report["q8_0"]["equal_choices"] > 0.93
+    for kind, most in (("f16", 0.005), ("q8_0", 0.1)):
+        assert abs(report[kind]["loss"] - report[kind]["folder_loss"]) < most
     assert report["f16"]["bytes"] == file.stat().st_size > 1.5 * report["q8_0"]["bytes"]
 
 
@@ -375,6 +377,9 @@ def test_the_card_states_facts(served: Project) -> None:
     text = card.read_text()
     evaluation = json.loads((served / "reports/evaluation.json").read_text())
     export = json.loads((served / "reports/export.json").read_text())
+    assert (
+        export["merged_loss_in_4_bits"] > export["merged_loss"]
+    )  # a small base learns in small steps
     record = json.loads((served / "models/run.json").read_text())
     manifest = json.loads((served / "data/raw/manifest.json").read_text())
     gain = evaluation["improvement"]["rouge_l"]
@@ -386,6 +391,8 @@ def test_the_card_states_facts(served: Project) -> None:
         f"{export['merged_loss']:.4g} nats an answer token",
         f"{evaluation['tuned']['rouge_l']:.4g} | {gain['value']:.4g} ({gain['low']:.4g} to ",
         evaluation["gate"]["reason"],
+        f"Loaded in 4 bits (NF4) it is {export['merged_loss_in_4_bits']:.4g}",
+        f"as GGUF in q8_0 it is\n{export['gguf']['q8_0']['loss']:.4g} on",
     ):
         assert fact.replace("-0.", "−0.") in text or fact in text, fact
     assert "{{" not in text and "None" not in text

@@ -247,6 +247,16 @@ def test_the_plan_counts_the_experts_of_a_mixture(base: Base, tokenizer: Any) ->
     assert plan.memory["weights"] >= weights * 4 / 2**30
 
 
+def test_a_row_longer_than_the_base_can_read_is_refused(base: Base, tokenizer: Any) -> None:
+    """A prompt with the base's own end token is a few tokens longer than `format` counts."""
+    model = load_base(base, tokenizer, "none", torch.float32)
+    model.config.max_position_embeddings = 20
+    tuned = add_adapter(model, tokenizer, PARAMS.lora, 0)
+    make_plan(tuned, PARAMS, [([3] * 10, [4] * 10)], torch.float32)
+    with pytest.raises(UserError, match=r"rows of 21 tokens are longer than the 20 that the base"):
+        make_plan(tuned, PARAMS, [([3] * 11, [4] * 10)], torch.float32)
+
+
 @pytest.fixture
 def copied(base: Base, tmp_path: Path) -> Path:
     folder = tmp_path / "copied"

@@ -155,6 +155,8 @@ def _run(folder: Path, file: Path, kind: str, name: str) -> None:
 
     lazy.tofile = write_finite
     hparams = base.load_hparams(folder, False)
+    if "n_positions" in hparams:
+        hparams.setdefault("n_ctx", hparams["n_positions"])  # GPT-2's former name
     architecture = conversion.get_model_architecture(hparams, conversion.ModelType.TEXT)
     types = gguf.LlamaFileType
     model = conversion.get_model_class(architecture)(
@@ -162,6 +164,7 @@ def _run(folder: Path, file: Path, kind: str, name: str) -> None:
         {"q8_0": types.MOSTLY_Q8_0}.get(kind, types.MOSTLY_F16),
         file,
         model_name=name,
+        hparams=hparams,
     )
     if is_sentencepiece(parts) and not (folder / "tokenizer.model").exists():
         model.set_vocab = functools.partial(_set_pieces, model, adds_space(parts))

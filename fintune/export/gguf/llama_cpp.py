@@ -1,7 +1,7 @@
-"""Generate greedy answers from a GGUF file with llama.cpp (PyPI's xllamacpp), in a separate process.
+"""Run a GGUF file with llama.cpp (PyPI's xllamacpp) in a separate process: greedy answers, tokens, losses.
 
-`python -m fintune.export.gguf.llama_cpp FILE` reads prompts as JSON from its input and prints the
-answers. In a separate process, a crash of llama.cpp only fails the check, and its threads and torch's do
+`python -m fintune.export.gguf.llama_cpp FILE` reads a request as JSON from its input and prints the
+result. In a separate process, a crash of llama.cpp only fails the check, and its threads and torch's do
 not interfere.
 """
 
@@ -74,6 +74,22 @@ def llama_cpp_tokens(file: Path, texts: Sequence[str]) -> list[list[int]]:
         UserError: llama.cpp is not installed, or cannot load the file.
     """
     return _run(file, {"texts": list(texts)})
+
+
+def llama_cpp_loss(file: Path, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> float:
+    """Return the loss in nats per answer token of a GGUF file, computed by llama.cpp on the CPU.
+
+    The server scores no given text. Each answer token is therefore forced by a bias, in a request of its
+    own, and its log-probability read, which llama.cpp computes without the bias.
+
+    Args:
+        rows: prompt and answer token ids.
+
+    Raises:
+        UserError: llama.cpp is not installed, or cannot load or run the file.
+    """
+    found = _run(file, {"rows": [[list(prompt), list(answer)] for prompt, answer in rows]})
+    return -sum(found) / len(found)
 
 
 def _run(file: Path, request: dict[str, Any]) -> list[Any]:
@@ -159,13 +175,30 @@ def _tokens(post: Callable[[str, dict[str, Any]], dict[str, Any]], text: str) ->
     return tokens
 
 
+def _score_all(file: str, rows: list[tuple[list[int], list[int]]]) -> list[float]:
+    """Return the log-probability of each answer token."""
+    post = _serve(file, max(len(prompt) + len(answer) for prompt, answer in rows) + 1)
+    wanted = {"n_predict": 1, "n_probs": 1, "temperature": 0, "cache_prompt": True}
+    found = []
+    for prompt, answer in rows:
+        for i, token in enumerate(answer):
+            body = {"prompt": prompt + answer[:i], "logit_bias": [[token, 1e6]], **wanted}
+            (chosen,) = post("/completion", body)["completion_probabilities"]
+            if chosen["id"] != token:
+                raise RuntimeError(f"token {token} cannot be forced")
+            found.append(float(chosen["logprob"]))
+    return found
+
+
 def main() -> None:
-    """Answer or tokenize what standard input asks for, with the file named on the command line."""
+    """Answer, score or tokenize what standard input asks for, with the file named on the command line."""
     request, file = json.loads(sys.stdin.read()), sys.argv[1]
     found: list[Any]
     if "texts" in request:
         post = _serve(file, 64)
         found = [_tokens(post, text) for text in request["texts"]]
+    elif "rows" in request:
+        found = _score_all(file, request["rows"])
     else:
         found = _complete_all(file, request["prompts"], request["max_new_tokens"])
     print(json.dumps(found))

@@ -20,10 +20,17 @@ from fintune.errors import UserError
 from fintune.export.gguf import convert, llama_cpp
 from fintune.export.gguf.check import check_gguf, check_tokens, compare, transformers_answers
 from fintune.export.gguf.convert import check_convertible, export_gguf
-from fintune.export.gguf.llama_cpp import PACKAGES, Completion, llama_cpp_answers, llama_cpp_tokens
+from fintune.export.gguf.llama_cpp import (
+    PACKAGES,
+    Completion,
+    llama_cpp_answers,
+    llama_cpp_loss,
+    llama_cpp_tokens,
+)
 from fintune.export.gguf.tokenizer import LLAMA_3_PATTERN
 from fintune.export.verify import write_gguf
 from fintune.model.base import load_base, load_plain
+from fintune.model.likelihood import likelihood
 from fintune.params import Base
 from support.project import ROOT
 from tools.byte_bpe import train_tokenizer
@@ -145,6 +152,20 @@ def test_greedy_answers_are_those_of_the_folder(
     assert q8_0.stat().st_size < 0.6 * f16.stat().st_size
 
 
+def test_llama_cpp_computes_the_folder_s_loss(merged: Path, tmp_path: Path) -> None:
+    """On given answers, which the model would not choose; in float16 nearly the same, in 8 bits near."""
+    f16, q8_0 = export_gguf(merged, tmp_path, "demo", ["f16", "q8_0"])
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    answers = ("A loan.<response|end>", "Prices rose, mostly.<response|end>")
+    rows = [encode(tokenizer, *each) for each in zip(PROMPTS, answers, strict=False)]
+    assert rows[0][1][-1] == end_token_id(tokenizer)
+    loss = likelihood(load_plain(merged), rows, "").loss
+    assert loss > 0.5
+    assert llama_cpp_loss(f16, rows) == pytest.approx(loss, rel=2e-3)
+    assert llama_cpp_loss(q8_0, rows) == pytest.approx(loss, rel=0.1)
+    assert llama_cpp_loss(f16, rows[:1]) != pytest.approx(loss, rel=0.02)
+
+
 def test_eight_bits_are_within_half_a_step(merged: Path, tmp_path: Path) -> None:
     """A step is 1/127 of the largest weight in a block of 32, with its scale rounded to float16."""
     (path,) = export_gguf(merged, tmp_path, "demo", ["q8_0"])
@@ -216,8 +237,9 @@ LLAMA_3_ROPE = {
         {"family": "gemma3_text", "head_dim": 32, "query_pre_attn_scalar": 32},
         {"family": "granite", "logits_scaling": 8.0},
         {"family": "stablelm"},
+        {"family": "gpt2", "tie_word_embeddings": True},
     ],
-    ids=["tied", "llama3", "linear", "heads", "qwen3", "gemma3", "granite", "stablelm"],
+    ids=["tied", "llama3", "linear", "heads", "qwen3", "gemma3", "granite", "stablelm", "gpt2"],
 )
 def test_other_shapes_and_families(
     make_tiny: MakeFolder, tmp_path: Path, values: dict[str, Any]
@@ -481,10 +503,10 @@ def test_a_file_that_fails_leaves_the_folder(
     folder = make_tiny()
     before = sorted(folder.iterdir())
     texts = {PROMPTS[0]: [1, 2, 3]}  # other tokens than llama.cpp reads
-    report = write_gguf(folder, "tiny", "f16", texts, PROMPTS[:1], [Completion([], [], "")])
+    report = write_gguf(folder, "tiny", "f16", texts, PROMPTS[:1], [Completion([], [], "")], [])
     assert list(report) == ["error"] and "the file is not the same model" in report["error"]
     change_tokenizer(folder, other_split)
-    report = write_gguf(folder, "tiny", "f16", {}, [], [])
+    report = write_gguf(folder, "tiny", "f16", {}, [], [], [])
     assert "no name for its splitting of text" in report["error"]
     assert sorted(folder.iterdir()) == before
     assert "warning: no tiny-f16.gguf: " in caplog.text
