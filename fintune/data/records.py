@@ -1,8 +1,6 @@
 """Question-answer records: map a source's rows, and drop or refuse unusable ones."""
 
 import difflib
-import re
-import unicodedata
 from collections import Counter
 from typing import Any, Literal
 
@@ -126,22 +124,3 @@ def text_fault(value: Any) -> str | None:
     if not value.strip():
         return "empty"
     return "literal_nan" if value.strip().lower() in NOT_A_TEXT else None
-
-
-def questions_of(rows: list[Row]) -> list[str]:
-    """Return the normalised question of each row."""
-    return [normalize_question(row["input"]) for row in rows]
-
-
-def normalize_question(text: str) -> str:
-    """Fold differences that do not change a question: case, white space, punctuation, Unicode variants.
-
-    NFKC maps compatibility characters (full-width letters, no-break spaces, ligatures); invisible
-    format characters and soft hyphens are removed. Signs that carry meaning in numbers stay: `$ % . -`.
-    """
-    text = unicodedata.normalize("NFKC", text)
-    text = "".join(c for c in text if unicodedata.category(c) not in ("Cf", "Cc") or c.isspace())
-    text = unicodedata.normalize("NFKC", text.casefold())
-    text = re.sub(r"(?<=\d),(?=\d{3})", "", text)
-    text = re.sub(r"(?<!\d)[.\-](?!\d)|(?<=\d)[.\-](?!\d)|[^\w\s$%.\-]|_", " ", text)
-    return " ".join(text.split()) or "?"

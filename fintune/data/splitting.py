@@ -13,7 +13,7 @@ import re
 from collections import Counter, defaultdict
 from typing import Any
 
-from fintune.data.records import normalize_question
+from fintune.data.questions import normalize_question
 from fintune.data.tables import COLUMNS, SPLITS
 from fintune.errors import UserError
 from fintune.params import Split

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,14 @@ import torch
 from transformers import AutoTokenizer
 
 from fintune import paths
-from fintune.data.prompt import Tokenizer, add_chat_template, encode, load_tokenizer, pad_left
+from fintune.data.prompt import (
+    Tokenizer,
+    add_chat_template,
+    encode,
+    has_special_token,
+    load_tokenizer,
+    pad_left,
+)
 from fintune.data.tables import read_rows
 from fintune.errors import UserError
 from fintune.export.gguf.check import check_gguf, check_tokens, transformers_answers
@@ -73,13 +81,16 @@ def export(
             f"{measured['adapter_loss']:.4f}, further apart than merge_export.max_loss_difference: "
             f"{params.max_loss_difference}; nothing was exported"
         )
-    prompts = list(dict.fromkeys(row["prompt"] for row in rows))[:GGUF_PROMPTS]
-    check_use(folder, plain, prompts)
+    # other programs read `</s>` within a text as the token
+    shown = [not has_special_token(tokenizer, row["prompt"] + row["completion"]) for row in rows]
+    prompts = list(dict.fromkeys(row["prompt"] for row in compress(rows, shown)))[:GGUF_PROMPTS]
+    if prompts:
+        check_use(folder, plain, prompts)
     files = {}
     if params.gguf:
         texts = {
             row["prompt"] + row["completion"]: [*prompt, *completion]
-            for row, (prompt, completion) in zip(rows, tokens, strict=True)
+            for row, (prompt, completion) in compress(zip(rows, tokens, strict=True), shown)
         }
         expected = transformers_answers(plain, tokenizer, prompts, GGUF_TOKENS)
         files = {

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fintune.data.records import normalize_question
+from fintune.data.questions import normalize_question
 from fintune.data.splitting import describe_splits, group_questions, split_rows
 from fintune.errors import UserError
 from fintune.params import Split
@@ -106,6 +106,15 @@ def test_exact_duplicates_are_removed_and_counted() -> None:
         ("A loan of $10,000?", "a loan of $10000"),
         ("Straße or Gasse?", "STRASSE or GASSE"),
         ("I owe 5.5%.", "i owe 5.5%"),
+        ("5% of 200?", "5 % of 200"),
+        ("5% of 200?", "５％ ｏｆ ２００？"),
+        ("Is ٥٪ good?", "Is 5 % good?"),
+        ("What is 12 + 4?", "what is 12+4"),
+        ("What is 12 − 4?", "what is 12-4"),
+        ("What is 3 × 4?", "what is 3*4"),
+        ("Is x > 5?", "Is x>5"),
+        ("$ 5 a month?", "$5 a month"),
+        ("**Bonds** - *what* and/or why?", "Bonds: what and or why"),
     ],
 )
 def test_spellings_of_one_question(one: str, other: str) -> None:
@@ -119,6 +128,19 @@ def test_spellings_of_one_question(one: str, other: str) -> None:
         ("Is 5% good?", "Is $5 good?"),
         ("What is C?", "What is D?"),
         ("\u7a0e?", "\u91d1?"),
+        ("How much is €100 in dollars?", "How much is £100 in dollars?"),
+        ("What is 12 + 4?", "What is 12 * 4?"),
+        ("What is 12 + 4?", "What is 12 - 4?"),
+        ("What is 12 / 4?", "What is 12 - 4?"),
+        ("What is a + b?", "What is a - b?"),
+        ("Is x > 5?", "Is x < 5?"),
+        ("Is x ≤ 5?", "Is x = 5?"),
+        ("What is 5²?", "What is 52?"),
+        ("What is (2 + 3) * 4?", "What is 2 + (3 * 4)?"),
+        ("Why C++?", "Why C#?"),
+        ("बिल क्या है?", "बैल क्या है?"),
+        ("กิน?", "กัน?"),
+        ("👍", "👎"),
     ],
 )
 def test_different_questions_stay_different(one: str, other: str) -> None:

@@ -11,7 +11,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fintune.data.prompt import SPECIAL_TOKENS, load_tokenizer
-from fintune.data.records import normalize_question, select_records
+from fintune.data.questions import normalize_question
+from fintune.data.records import select_records
 from fintune.data.splitting import split_rows
 from fintune.data.tables import read_source
 from fintune.params import Params, read_params
