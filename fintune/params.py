@@ -54,31 +54,46 @@ class Section(BaseModel):
 class Columns(Section):
     """The source's columns that hold the three texts; `default_instruction` replaces a null instruction.
 
-    Three more are optional: `result`, what of the output can be right or wrong; `kind`, by which the
-    report breaks the metrics down; and `split`, which says train, validation or test.
+    More are optional: `context`, a text that the input asks about; `messages`, a conversation instead of the
+    three; `result`, what of the output can be right or wrong; `kind`, by which the report breaks the metrics
+    down; `split`, which says train, validation or test; and `group`, whose rows stay in one split.
     """
 
-    instruction: Name | None
-    input: Name
-    output: Name
+    instruction: Name | None = None
+    input: Name | None = None
+    output: Name | None = None
+    context: Name | None = None
+    messages: Name | None = None
     result: Name | None = None
     kind: Name | None = None
     split: Name | None = None
+    group: Name | None = None
+
+    @model_validator(mode="after")
+    def _question_and_answer(self) -> "Columns":
+        if self.messages is None and (self.input is None or self.output is None):
+            raise ValueError("give input and output, or messages")
+        return self
 
 
 class Fetch(Section):
-    """The source of the question-answer records, and the handling of unusable rows."""
+    """The source of the question-answer records, its shape, and the handling of unusable rows."""
 
     source: Name
     revision: Name | None
+    config: Name | None
     split: Name
+    shape: Literal["auto", "columns", "messages"]
+    turns: Literal["last", "all"]
     columns: Columns
     default_instruction: Name | None
     invalid_rows: Literal["drop", "refuse"]
 
     @model_validator(mode="after")
     def _instruction_from_somewhere(self) -> "Fetch":
-        if (self.columns.instruction is None) == (self.default_instruction is None):
+        conversation = self.shape == "messages" or self.columns.messages is not None
+        given = [self.columns.instruction, self.default_instruction]
+        if not conversation and given.count(None) != 1:
             raise ValueError(
                 "give either columns.instruction or default_instruction, and null for the other"
             )

@@ -12,21 +12,21 @@ from fintune.stage import log, run, write_json
 
 def main() -> None:
     params = read_params().fetch
-    rows, origin = read_rows_of(params)
+    rows, columns, origin = read_rows_of(params)
     records, dropped = select_records(
         rows,
-        params.columns.model_dump(),
+        columns,
         params.default_instruction,
         params.invalid_rows,
         params.source,
+        params.turns,
     )
     write_rows(paths.RAW_ROWS, records)
     digest = hashlib.sha256(paths.RAW_ROWS.read_bytes()).hexdigest()
-    counts = {"rows_read": len(rows), "rows": len(records), "dropped": dropped}
+    read = len(records) + sum(dropped.values())  # of a conversation, each answer that is learned
+    counts = {"rows_read": read, "rows": len(records), "dropped": dropped}
     write_json(paths.MANIFEST, {**origin, "sha256": digest, **counts})
-    log.info(
-        "%s: %d rows, %d kept, dropped: %s", params.source, len(rows), len(records), dropped or 0
-    )
+    log.info("%s: %d rows, %d kept, dropped: %s", params.source, read, len(records), dropped or 0)
 
 
 if __name__ == "__main__":

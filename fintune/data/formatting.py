@@ -7,6 +7,7 @@ from typing import Any, Literal
 import pyarrow as pa
 from tqdm.auto import tqdm
 
+from fintune.data.parsing import Row
 from fintune.data.prompt import (
     SPECIAL_TOKENS,
     Tokenizer,
@@ -15,9 +16,10 @@ from fintune.data.prompt import (
     render_completion,
     render_prompt,
 )
-from fintune.data.tables import COLUMNS, Row, optional_columns
+from fintune.data.records import warn_of_dropped
+from fintune.data.tables import COLUMNS, optional_columns
 from fintune.data.words import sentence_ends, word_ends
-from fintune.errors import UserError
+from fintune.errors import UserError, brief
 from fintune.params import Format
 
 LONGEST_WORD = 40  # characters
@@ -25,7 +27,7 @@ LONGEST_WORD = 40  # characters
 
 def schema_of(rows: list[Row]) -> dict[str, pa.DataType]:
     """Return the columns of formatted rows and their types; `result` and `kind` only where rows have them."""
-    optional = [name for name in optional_columns(rows) if name != "split"]
+    optional = [name for name in optional_columns(rows) if name not in ("split", "group")]
     texts = (*COLUMNS, *optional, "prompt", "completion")
     return {**dict.fromkeys(texts, pa.string()), "tokens": pa.int32()}
 
@@ -102,16 +104,24 @@ def format_rows(
     Raises:
         UserError: no row is left.
     """
-    kept, events = [], Counter[str]()
+    kept, events, examples = [], Counter[str](), []
     for row in tqdm(rows, desc=f"format {split}", unit="row", leave=False):
         formatted, event = format_row(tokenizer, row, params.max_tokens, params.overlong)
         if formatted:
             kept.append(formatted)
         if event:
             events[event] += 1
-    if not kept:
+        if not formatted:
+            examples.append(f"{brief(row['input'], 60)!r} is {str(event).replace('_', ' ')}")
+    warn_of_dropped(f"format {split}", examples, len(rows))
+    if not kept and set(events) <= {"too_long", "prompt_too_long"}:
         raise UserError(
             f"format: no {split} row fits into format.max_tokens: {params.max_tokens}; raise it"
+        )
+    if not kept:
+        raise UserError(
+            f"format: no {split} row is left of {len(rows)}; dropped: {dict(events)}; special_token: a "
+            f"text holds {' or '.join(SPECIAL_TOKENS)}, which frame the answer; mend the source"
         )
     truncated = events.pop("truncated", 0)
     return kept, {

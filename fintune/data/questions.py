@@ -4,7 +4,7 @@ import unicodedata
 
 import regex
 
-from fintune.data.tables import Row
+from fintune.data.parsing import Row
 
 SPELLINGS = str.maketrans("−×⋅∙÷⁄∕٪", "-***///%")
 THOUSANDS = regex.compile(r"(?<=\d),(?=\d{3})")

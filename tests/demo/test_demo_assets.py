@@ -104,7 +104,7 @@ def test_every_demo_question_stays_in_the_split_of_its_row(params: Params) -> No
     records, dropped = select_records(rows, *selection, fetch.source)
     assert len(records) >= 1500
     assert sum(dropped.values()) == 0
-    splits, left_out = split_rows(records, params.split)
+    splits, left_out, _ = split_rows(records, params.split)
     assert left_out["duplicate"] == 0
     assert left_out["held_out_question"] <= 2  # near-duplicates of held-out questions
     assert all(row["split"] == name for name, part in splits.items() for row in part)
