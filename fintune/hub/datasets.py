@@ -46,11 +46,7 @@ def read_dataset(
     except Exception as error:
         raise UserError(explain_error(error, "datasets", name, commit)) from error
     try:
-        builder = datasets.load_dataset_builder(folder, config)
-        texts = hasattr(builder.config, "keep_default_na")
-        # else pandas takes N/A and None in a CSV file for missing values
-        reading = {"keep_default_na": False, "dtype": str} if texts else {}
-        dataset = datasets.load_dataset(folder, config, split=split, **reading)
+        dataset = _load(folder, config, split)
     except Exception as error:  # what its parsers of cards and files raise is not listed anywhere
         cause = error.__cause__ or error  # a generation error's own message is generic
         hint = "; name one in fetch.config" if "Config name is missing" in str(cause) else ""
@@ -87,3 +83,17 @@ def _commit(name: str, revision: str | None) -> str:
             f"  revision: {commit}"
         )
     return str(commit)
+
+
+def _load(folder: str, config: str | None, split: str) -> Any:
+    """Load a data set's folder; in CSV files, only an empty cell is a missing value, not N/A or None."""
+    import datasets
+
+    builder = datasets.load_dataset_builder(folder, config)
+    if hasattr(builder.config, "keep_default_na"):
+        try:
+            texts = {"keep_default_na": False, "na_values": [""]}
+            return datasets.load_dataset(folder, config, split=split, **texts)
+        except datasets.exceptions.DatasetGenerationError:
+            pass  # N/A in a column of numbers, perhaps one that nobody asked for
+    return datasets.load_dataset(folder, config, split=split)
