@@ -30,7 +30,6 @@ def read_dataset(
             downloads resume.
     """
     commit = _commit(name, revision)
-    import datasets
     from huggingface_hub import snapshot_download
 
     try:

@@ -70,7 +70,7 @@ def test_a_failure_is_told_with_its_reason(address: str, name: str, reason: str)
 def test_a_refused_port_is_told_as_such() -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as server:
         port = server.server_port
-    with pytest.raises(RecordError, match="no connection: .*check the address"):
+    with pytest.raises(RecordError, match=r"no connection: .*check the address"):
         download(f"http://127.0.0.1:{port}/qa.csv")
 
 
