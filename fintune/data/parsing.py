@@ -105,6 +105,9 @@ def _parquet(content: bytes, choose: Choice) -> list[Row]:
 
 def _separated(text: str, separator: str, choose: Choice) -> list[Row]:
     csv.field_size_limit(2**31 - 1)
+    first = text.partition("\n")[0]
+    if separator == "," and "," not in first and ";" in first:
+        separator = ";"  # as spreadsheets write it where the comma is in numbers
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     rows, begun = [], 1
     try:

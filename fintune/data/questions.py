@@ -1,6 +1,7 @@
 """Questions in a normalised spelling: the unit of the split and of the references."""
 
 import unicodedata
+from functools import lru_cache
 
 import regex
 
@@ -28,6 +29,7 @@ def questions_of(rows: list[Row]) -> list[str]:
     return [normalize_question(row["input"]) for row in rows]
 
 
+@lru_cache(maxsize=2**20)  # the split asks several times
 def normalize_question(text: str) -> str:
     """Fold differences that do not change a question: case, white space, punctuation, Unicode variants.
 

@@ -43,6 +43,8 @@ def recognise(names: Iterable[str], params: Fetch) -> Columns:
         RecordError: a named column is not there, and no usual one either.
     """
     present = list(names)
+    if not present:
+        raise RecordError(": no rows")
     columns: Columns = params.columns.model_dump()
     wanted = params.shape
     if wanted == "auto" and columns["messages"]:

@@ -28,6 +28,7 @@ def test_bare_words_lose_their_marks_and_keep_their_vowels() -> None:
     ("text", "sentences"),
     [
         ("It is 3.14, e.g. Yes! “No.” Or", ["It is 3.14, e.g.", " Yes!", " “No.”"]),
+        ("(He said “no.”) Or", ["(He said “no.”)"]),
         ("存钱。「好吗？」然后", ["存钱。", "「好吗？」"]),
         ("πόσο。３．１４．次", ["πόσο。", "３．１４．"]),
         ("बिल है। वह", ["बिल है।"]),
