@@ -76,21 +76,21 @@ class Columns(Section):
         return self
 
 
-class Fetch(Section):
-    """The source of the question-answer records, its shape, and the handling of unusable rows."""
+class Source(Section):
+    """A source of question-answer records, its shape, and the share of its questions that is taken."""
 
     source: Name
     revision: Name | None
     config: Name | None
     split: Name
+    share: Annotated[float, Field(gt=0, le=1)]
     shape: Literal["auto", "columns", "messages"]
     turns: Literal["last", "all"]
     columns: Columns
     default_instruction: Name | None
-    invalid_rows: Literal["drop", "refuse"]
 
     @model_validator(mode="after")
-    def _instruction_from_somewhere(self) -> "Fetch":
+    def _instruction_from_somewhere(self) -> "Source":
         conversation = self.shape == "messages" or self.columns.messages is not None
         given = [self.columns.instruction, self.default_instruction]
         if not conversation and given.count(None) != 1:
@@ -98,6 +98,13 @@ class Fetch(Section):
                 "give either columns.instruction or default_instruction, and null for the other"
             )
         return self
+
+
+class Fetch(Source):
+    """The source of the records, perhaps more of them, and the handling of unusable rows."""
+
+    more: list[Source]
+    invalid_rows: Literal["drop", "refuse"]
 
 
 class Split(Section):
@@ -332,8 +339,9 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _held_out_rows_from_somewhere(self) -> "Params":
+        named = any(part.columns.split for part in (self.fetch, *self.fetch.more))
         for key in ("validation_fraction", "test_fraction"):
-            if getattr(self.split, key) is None and self.fetch.columns.split is None:
+            if getattr(self.split, key) is None and not named:
                 raise ValueError(
                     f"split.{key}: null takes the rows that a column of the source assigns; "
                     "name it in fetch.columns.split, or give a fraction"
@@ -397,6 +405,8 @@ def _keys_at(path: list[str]) -> list[str]:
     """Return the keys of the section at `path`."""
     section: type[BaseModel] = Params
     for part in path:
+        if part.isdigit():  # a place in a list
+            continue
         annotation: Any = section.model_fields[part].annotation
         section = next(kind for kind in _members(annotation) if issubclass(kind, BaseModel))
     return list(section.model_fields)

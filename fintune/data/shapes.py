@@ -14,7 +14,7 @@ from typing import Any, Literal
 from fintune.data.parsing import Row
 from fintune.data.tables import COLUMNS, OPTIONAL
 from fintune.errors import RecordError
-from fintune.params import Fetch
+from fintune.params import Source
 
 CONVERSATIONS = ("messages", "conversations", "conversation")
 QUESTIONS = ("question", "query", "prompt", "instruction", "input")
@@ -33,7 +33,7 @@ class Unusable(Exception):
     """A row that no record can be made of; its only argument is the reason."""
 
 
-def recognise(names: Iterable[str], params: Fetch) -> Columns:
+def recognise(names: Iterable[str], params: Source) -> Columns:
     """Return which columns of a source hold what.
 
     The named ones, if the source has them. With `shape: auto` and neither the named input nor the named

@@ -152,8 +152,9 @@ def describe_run(
     for entry in before:
         params.update(locked_params(entry))
     tags |= output_hashes(before)
-    sources = [params.get("fetch", {}).get("source"), params.get("base", {}).get("model")]
-    untracked = in_no_commit(root, [source for source in sources if source])
+    fetched = params.get("fetch", {})
+    sources = [part["source"] for part in (fetched, *fetched.get("more", [])) if "source" in part]
+    untracked = in_no_commit(root, [*sources, params["base"]["model"]])
     if tags["git_commit"] and untracked:
         tags |= {"git_dirty": "true", "inputs_in_no_commit": ", ".join(untracked)}
         log.warning(

@@ -37,6 +37,8 @@ def fetch(shape: str = "auto", turns: str = "last", **columns: str | None) -> Fe
         revision=None,
         config=None,
         split="train",
+        share=1.0,
+        more=[],
         shape=shape,  # type: ignore[arg-type]
         turns=turns,  # type: ignore[arg-type]
         columns=named,
