@@ -6,12 +6,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test check experiments lock
+.PHONY: demo repository test check experiments lock
 
-demo: $(BIN)/ready
+demo: repository $(BIN)/ready
 	python -m fintune check
 	dvc repro
 	python -m fintune results
+
+# DVC wants a git repository, which a downloaded archive is not.
+repository:
+	@test -e .git || grep -qsE '^ *no_scm *= *true' .dvc/config .dvc/config.local || { echo "error: $(CURDIR) is not a git repository, which DVC wants: clone the project, or run \`git init && git add . && git commit -m start\`; without git: write \`no_scm = true\` under [core] in .dvc/config" >&2; exit 1; }
 
 test: $(BIN)/ready
 	python -m pytest -n 3 --dist loadfile --no-loadscope-reorder

@@ -161,7 +161,7 @@ def read_splits(params: Params, tokenizer: Any) -> dict[str, list[dict[str, Any]
     fetch, columns = params.fetch, params.fetch.columns.model_dump()
     selection = (columns, fetch.default_instruction, fetch.invalid_rows, fetch.source)
     records, _ = select_records(read_source(fetch.source), *selection)
-    splits, _ = split_rows(records, params.split)
+    splits, _, _ = split_rows(records, params.split)
     rows = {
         name: format_rows(tokenizer, part, params.format, name)[0] for name, part in splits.items()
     }

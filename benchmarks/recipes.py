@@ -28,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.quantization_cost import LIBRARIES, fine_tune, read_recipe, read_splits, vary
 from benchmarks.training_speed import version
 from fintune.data.prompt import encode, load_tokenizer
-from fintune.data.records import questions_of, read_passages
+from fintune.data.questions import questions_of
+from fintune.data.records import read_passages
 from fintune.evaluation.measure import measure
 from fintune.evaluation.report import conclude
 from fintune.evaluation.rows import select_rows

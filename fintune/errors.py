@@ -11,3 +11,9 @@ class UserError(Exception):
 
 class RecordError(UserError):
     """Error in a table's format or contents; the message names file, row and column."""
+
+
+def brief(value: object, characters: int = 200) -> str:
+    """Return a value as one line of a message, at most so long."""
+    text = " ".join(str(value)[: 4 * characters].split()) or type(value).__name__
+    return text if len(text) <= characters else text[: characters - 1] + "…"

@@ -36,6 +36,30 @@ def git(root: Path, *arguments: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
+def in_no_commit(root: Path, sources: Sequence[str]) -> list[str]:
+    """Return the files and folders among some sources that neither git nor DVC tracks.
+
+    Names of no file are left out. Of a folder, one file that is not tracked is enough.
+    """
+    return [
+        source
+        for source in dict.fromkeys(sources)
+        if (root / source).exists() and not _is_tracked(root, source)
+    ]
+
+
+def _is_tracked(root: Path, source: str) -> bool:
+    path = Path(os.path.relpath(root / source, root))
+    if path.parts[0] == os.pardir:
+        return False
+    for each in (path, *path.parents[:-1]):
+        if git(root, "ls-files", "--", f"{each}.dvc"):
+            return True
+    return bool(git(root, "ls-files", "--", str(path))) and not git(
+        root, "ls-files", "--others", "--", str(path)
+    )
+
+
 def locked_stages(root: Path = Path()) -> dict[str, Any]:
     """Read the entries of dvc.lock by stage; empty without that file."""
     lock = root / paths.LOCK

@@ -54,35 +54,57 @@ class Section(BaseModel):
 class Columns(Section):
     """The source's columns that hold the three texts; `default_instruction` replaces a null instruction.
 
-    Three more are optional: `result`, what of the output can be right or wrong; `kind`, by which the
-    report breaks the metrics down; and `split`, which says train, validation or test.
+    More are optional: `context`, a text that the input asks about; `messages`, a conversation instead of the
+    three; `result`, what of the output can be right or wrong; `kind`, by which the report breaks the metrics
+    down; `split`, which says train, validation or test; and `group`, whose rows stay in one split.
     """
 
-    instruction: Name | None
-    input: Name
-    output: Name
+    instruction: Name | None = None
+    input: Name | None = None
+    output: Name | None = None
+    context: Name | None = None
+    messages: Name | None = None
     result: Name | None = None
     kind: Name | None = None
     split: Name | None = None
+    group: Name | None = None
+
+    @model_validator(mode="after")
+    def _question_and_answer(self) -> "Columns":
+        if self.messages is None and (self.input is None or self.output is None):
+            raise ValueError("give input and output, or messages")
+        return self
 
 
-class Fetch(Section):
-    """The source of the question-answer records, and the handling of unusable rows."""
+class Source(Section):
+    """A source of question-answer records, its shape, and the share of its questions that is taken."""
 
     source: Name
     revision: Name | None
+    config: Name | None
     split: Name
+    share: Annotated[float, Field(gt=0, le=1)]
+    shape: Literal["auto", "columns", "messages"]
+    turns: Literal["last", "all"]
     columns: Columns
     default_instruction: Name | None
-    invalid_rows: Literal["drop", "refuse"]
 
     @model_validator(mode="after")
-    def _instruction_from_somewhere(self) -> "Fetch":
-        if (self.columns.instruction is None) == (self.default_instruction is None):
+    def _instruction_from_somewhere(self) -> "Source":
+        conversation = self.shape == "messages" or self.columns.messages is not None
+        given = [self.columns.instruction, self.default_instruction]
+        if not conversation and given.count(None) != 1:
             raise ValueError(
                 "give either columns.instruction or default_instruction, and null for the other"
             )
         return self
+
+
+class Fetch(Source):
+    """The source of the records, perhaps more of them, and the handling of unusable rows."""
+
+    more: list[Source]
+    invalid_rows: Literal["drop", "refuse"]
 
 
 class Split(Section):
@@ -318,8 +340,9 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _held_out_rows_from_somewhere(self) -> "Params":
+        named = any(part.columns.split for part in (self.fetch, *self.fetch.more))
         for key in ("validation_fraction", "test_fraction"):
-            if getattr(self.split, key) is None and self.fetch.columns.split is None:
+            if getattr(self.split, key) is None and not named:
                 raise ValueError(
                     f"split.{key}: null takes the rows that a column of the source assigns; "
                     "name it in fetch.columns.split, or give a fraction"
@@ -383,6 +406,8 @@ def _keys_at(path: list[str]) -> list[str]:
     """Return the keys of the section at `path`."""
     section: type[BaseModel] = Params
     for part in path:
+        if part.isdigit():  # a place in a list
+            continue
         annotation: Any = section.model_fields[part].annotation
         section = next(kind for kind in _members(annotation) if issubclass(kind, BaseModel))
     return list(section.model_fields)

@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from fintune import paths
-from fintune.data.records import questions_of, read_passages
+from fintune.data.questions import questions_of
+from fintune.data.records import read_passages
 from fintune.data.tables import read_rows, write_rows
 from fintune.errors import UserError
 from fintune.evaluation.harness import data_sets, load_tasks

@@ -3,30 +3,19 @@
 import hashlib
 
 from fintune import paths
-from fintune.data.records import select_records
-from fintune.data.sources import read_rows_of
+from fintune.data.sources import fetch_records
 from fintune.data.tables import write_rows
 from fintune.params import read_params
-from fintune.stage import log, run, write_json
+from fintune.stage import run, write_json
 
 
 def main() -> None:
     params = read_params().fetch
-    rows, origin = read_rows_of(params)
-    records, dropped = select_records(
-        rows,
-        params.columns.model_dump(),
-        params.default_instruction,
-        params.invalid_rows,
-        params.source,
-    )
+    records, about = fetch_records(params)
     write_rows(paths.RAW_ROWS, records)
     digest = hashlib.sha256(paths.RAW_ROWS.read_bytes()).hexdigest()
-    counts = {"rows_read": len(rows), "rows": len(records), "dropped": dropped}
-    write_json(paths.MANIFEST, {**origin, "sha256": digest, **counts})
-    log.info(
-        "%s: %d rows, %d kept, dropped: %s", params.source, len(rows), len(records), dropped or 0
-    )
+    origin = {key: about[key] for key in ("source", "revision", "license")}
+    write_json(paths.MANIFEST, origin | {"sha256": digest} | about)
 
 
 if __name__ == "__main__":

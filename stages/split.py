@@ -12,13 +12,14 @@ from fintune.stage import log, run, write_json
 def main() -> None:
     params = read_params().split
     rows = read_rows(paths.RAW_ROWS)
-    splits, dropped = split_rows(rows, params)
+    splits, dropped, groups = split_rows(rows, params)
     for name, part in splits.items():
         write_rows(paths.rows(paths.SPLIT, name), part)
     counts = describe_splits({name: read_rows(paths.rows(paths.SPLIT, name)) for name in SPLITS})
     fetched = json.loads(paths.MANIFEST.read_text(encoding="utf-8"))
     report = {
         **counts,
+        **groups,
         "rows_in": fetched["rows_read"],
         "dropped": {**fetched["dropped"], **dropped},
     }

@@ -90,6 +90,12 @@ def test_settings_that_exclude_each_other(tmp_path: Path, edits: list[str], expe
         ("learning_rate: 3e-3", "learning_rate: .inf", "train.learning_rate"),
         ("learning_rate: 3e-3", "learning_rate: 'high'", "train.learning_rate"),
         ("default_instruction: null", "default_instruction: Answer.", "fetch: give either"),
+        ("more: []", "more: [{shar: 1.0}]", "fetch.more.0.shar: unknown key; did you mean share?"),
+        (
+            "input: input, output: output",
+            "input: input",
+            "fetch.columns: give input and output, or",
+        ),
         ("model: assets/demo-base", "model: some/where/else", "base: model: some/where/else"),
         ("model: assets/demo-base", "model: acme/tiny", "set revision to one of the commits"),
     ],

@@ -53,6 +53,8 @@ def trace(model: str) -> str:
     ]
     if tags.get("git_dirty") == "true":
         lines.append("            with uncommitted changes; the parameters are those of the run")
+    if missing := tags.get("inputs_in_no_commit"):
+        lines.append(f"            in no commit, so a clone has to be given it: {missing}")
     return "\n".join([*lines, *(f"  rebuild   {line}" for line in _rebuild(tags))])
 
 

@@ -1,6 +1,5 @@
 """Format rows: render prompt and completion, and fit them to the token limit."""
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -8,15 +7,27 @@ from typing import Any, Literal
 import pyarrow as pa
 from tqdm.auto import tqdm
 
-from fintune.data.prompt import SPECIAL_TOKENS, Tokenizer, encode, render_completion, render_prompt
-from fintune.data.tables import COLUMNS, Row, optional_columns
-from fintune.errors import UserError
+from fintune.data.parsing import Row
+from fintune.data.prompt import (
+    SPECIAL_TOKENS,
+    Tokenizer,
+    encode,
+    encode_text,
+    render_completion,
+    render_prompt,
+)
+from fintune.data.records import warn_of_dropped
+from fintune.data.tables import COLUMNS, optional_columns
+from fintune.data.words import sentence_ends, word_ends
+from fintune.errors import UserError, brief
 from fintune.params import Format
+
+LONGEST_WORD = 40  # characters
 
 
 def schema_of(rows: list[Row]) -> dict[str, pa.DataType]:
     """Return the columns of formatted rows and their types; `result` and `kind` only where rows have them."""
-    optional = [name for name in optional_columns(rows) if name != "split"]
+    optional = [name for name in optional_columns(rows) if name not in ("split", "group")]
     texts = (*COLUMNS, *optional, "prompt", "completion")
     return {**dict.fromkeys(texts, pa.string()), "tokens": pa.int32()}
 
@@ -36,8 +47,9 @@ def format_row(
     Returns:
         The record with `prompt`, `completion` and `tokens` (their total number) added, or None if the
         row is dropped; and the event: None, `truncated`, `too_long` (with overlong=drop),
-        `prompt_too_long`, or `special_token` (one of the three texts contains one of the prompt's special
-        tokens).
+        `prompt_too_long` (it leaves no room for a word of the answer), `no_word_end` (the answer begins with
+        a string that is no word), or `special_token` (one of the three texts contains one of the prompt's
+        special tokens).
     """
     if any(token in row[column] for column in COLUMNS for token in SPECIAL_TOKENS):
         return None, "special_token"
@@ -51,7 +63,8 @@ def format_row(
         room = max_tokens - len(prompt_ids) - 1  # one for the end token
         answer = _cut(tokenizer, row["output"], room)
         if not answer:
-            return None, "prompt_too_long"
+            ends = word_ends(row["output"], LONGEST_WORD + 1)
+            return None, "prompt_too_long" if room < 1 or ends else "no_word_end"
         happened = "truncated"
         completion = render_completion(answer)
         prompt_ids, completion_ids = encode(tokenizer, prompt, completion)
@@ -68,14 +81,14 @@ def _cut(tokenizer: Tokenizer, text: str, room: int) -> str:
     """Return the longest prefix of whole sentences, or else of whole words, that fits `room` tokens."""
     if room < 1:
         return ""
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    encoded = tokenizer(
+        text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+    )
     head = text[: encoded["offset_mapping"][:room][-1][1]]
-    sentences = [match.end() for match in re.finditer(r"[.!?][\"')\]]*(?=\s)", head)]
-    sentences = [end for end in sentences if end > len(head) / 2]
-    words = [match.start() for match in re.finditer(r"(?<=\S)\s", head)]
-    for end in [*reversed(sentences), *reversed(words)]:
+    sentences = [end for end in sentence_ends(head) if end > len(head) / 2]
+    for end in [*reversed(sentences), *reversed(word_ends(text, len(head)))]:
         # A prefix encoded alone can take one token more than within the text.
-        if len(tokenizer(head[:end], add_special_tokens=False)["input_ids"]) <= room:
+        if len(encode_text(tokenizer, head[:end])) <= room:
             return head[:end]
     return ""
 
@@ -91,16 +104,24 @@ def format_rows(
     Raises:
         UserError: no row is left.
     """
-    kept, events = [], Counter[str]()
+    kept, events, examples = [], Counter[str](), []
     for row in tqdm(rows, desc=f"format {split}", unit="row", leave=False):
         formatted, event = format_row(tokenizer, row, params.max_tokens, params.overlong)
         if formatted:
             kept.append(formatted)
         if event:
             events[event] += 1
-    if not kept:
+        if not formatted:
+            examples.append(f"{brief(row['input'], 60)!r} is {str(event).replace('_', ' ')}")
+    warn_of_dropped(f"format {split}", examples, len(rows))
+    if not kept and set(events) <= {"too_long", "prompt_too_long"}:
         raise UserError(
             f"format: no {split} row fits into format.max_tokens: {params.max_tokens}; raise it"
+        )
+    if not kept:
+        raise UserError(
+            f"format: no {split} row is left of {len(rows)}; dropped: {dict(events)}; special_token: a "
+            f"text holds {' or '.join(SPECIAL_TOKENS)}, which frame the answer; mend the source"
         )
     truncated = events.pop("truncated", 0)
     return kept, {

@@ -148,13 +148,29 @@ def encode(tokenizer: Tokenizer, prompt: str, completion: str) -> tuple[list[int
     """Encode a row: the prompt, with the tokenizer's own beginning, and the completion with its end token.
 
     They are encoded separately, so that a prompt has the same tokens in training and in use. The loss is
-    on the completion alone.
+    on the completion alone. Of special tokens only those that close prompt and completion act as such: `</s>`
+    within a text is text.
     """
-    prompt_ids: list[int] = tokenizer(prompt)["input_ids"]
-    opened = next(iter(prompt_token_ids(tokenizer)), None)
-    if prompt_ids[-1] != opened and prompt_ids[-1] in tokenizer.all_special_ids:
-        prompt_ids = prompt_ids[:-1]  # some tokenizers append an end-of-text token
-    completion_ids: list[int] = tokenizer(
-        with_end_token(tokenizer, completion), add_special_tokens=False
-    )["input_ids"]
-    return prompt_ids, completion_ids
+    opening = prompt_token_ids(tokenizer)[:1] * prompt.endswith(RESPONSE)
+    body = prompt.removesuffix(RESPONSE) if opening else prompt
+    encoded = tokenizer(body, split_special_tokens=True, return_special_tokens_mask=True)
+    prompt_ids, added = encoded["input_ids"], encoded["special_tokens_mask"]
+    while added and added.pop():
+        prompt_ids.pop()  # some tokenizers append an end-of-text token
+    answer = completion.removesuffix(RESPONSE_END)
+    ids = encode_text(tokenizer, answer)
+    return prompt_ids + opening, ids + [end_token_id(tokenizer)] * (answer != completion)
+
+
+def has_special_token(tokenizer: Tokenizer, text: str) -> bool:
+    """Return whether a text holds one of the tokenizer's special tokens, beside those of the prompt."""
+    known = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return any(token in text for token in known.difference(SPECIAL_TOKENS))
+
+
+def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Encode a text in which no special token acts as one."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True)[
+        "input_ids"
+    ]
+    return ids

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from fintune.data.words import split_words
 from fintune.evaluation.statistics import Row, Sums, quotients
 from fintune.metrics import finite
 
@@ -27,8 +28,8 @@ def break_down(
     kinds = [str(row.get("kind") or "none") for row in rows]
     labels = {
         **({"kind": _by_name(kinds)} if set(kinds) != {"none"} else {}),
-        "question_words": _by_length([len(row["input"].split()) for row in rows]),
-        "answer_words": _by_length([len(row["output"].split()) for row in rows]),
+        "question_words": _by_length([len(split_words(row["input"])) for row in rows]),
+        "answer_words": _by_length([len(split_words(row["output"])) for row in rows]),
         "instruction": _by_name([row["instruction"] for row in rows]),
     }
     parts: dict[str, list[dict[str, float | str | None]]] = {}

@@ -269,5 +269,5 @@ def encode_passage(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
 
     A long text is truncated.
     """
-    ids = tokenizer(text)["input_ids"][:PASSAGE_TOKENS]
+    ids = tokenizer(text, split_special_tokens=True)["input_ids"][:PASSAGE_TOKENS]
     return ids[:1], ids[1:]

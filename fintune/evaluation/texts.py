@@ -1,6 +1,7 @@
 """Scores of generated answers: similarity to the references, length and repetition."""
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
@@ -8,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import regex
 
+from fintune.data.words import UNSPACED, bare_words, split_words
 from fintune.errors import UserError
 from fintune.params import Embedding
 
@@ -16,7 +19,10 @@ SCORES = ("rouge_1", "rouge_2", "rouge_l", "chrf", "distinct_2", "longest_repeat
 LENGTHS = ("words", "reference_words")
 TIMES = 3  # that a loop says its passage
 LEAST_WORDS = {1: 16, 2: 16}  # of a loop, by the different words in its passage; else 9
-UNIT = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_]+(?:[.,'’%/&-][^\W_]+)*")
+UNIT = regex.compile(
+    rf"(?V1){UNSPACED.pattern}\p{{M}}*|\p{{Hangul}}"
+    rf"|(?P<run>[[\p{{L}}\p{{M}}\p{{N}}]--{UNSPACED.pattern}--\p{{Hangul}}]+)(?:[.,'’%/&-](?&run))*"
+)
 ENUMERATION = re.compile(r"(?m)^\s*[-*•#]+\s+|(?:^|(?<=\s))\(?(?:\d{1,3}|[a-z])[.)]\s+")
 ONE_WORD = 40  # characters; a longer one is looked at by character
 SERIAL_WORK = 3e7  # word pairs; a few seconds, about as long as starting processes
@@ -43,7 +49,8 @@ def text_scores(
     """
     jobs = [(answer, tuple(each)) for answer, each in zip(answers, references, strict=True)]
     different = list(dict.fromkeys(jobs))
-    work = sum(len(a.split()) * sum(len(r.split()) for r in each) for a, each in different)
+    words = {text: len(split_words(text)) for a, each in different for text in (a, *each)}
+    work = sum(words[a] * sum(words[r] for r in each) for a, each in different)
     if work < SERIAL_WORK:
         scored = [_score(job) for job in different]
     else:
@@ -59,8 +66,8 @@ def _score(job: tuple[str, tuple[str, ...]]) -> tuple[float, ...]:
     answer, references = job
     rouge_scorer, chrf = _scorers()
     rouge = rouge_scorer.score_multi(references, answer)
-    words = answer.split()
-    lengths = [len(reference.split()) for reference in references]
+    words = split_words(answer)
+    lengths = [len(split_words(reference)) for reference in references]
     return (
         *(rouge[kind].fmeasure for kind in ("rouge1", "rouge2", "rougeL")),
         chrf.sentence_score(answer, references).score,
@@ -73,7 +80,10 @@ def _score(job: tuple[str, tuple[str, ...]]) -> tuple[float, ...]:
 
 
 class _Words:
-    """ROUGE's tokenizer with cached stems: stemming takes half of the time."""
+    """ROUGE's tokenizer with cached stems, which take half of the time, and for any script.
+
+    Its own knows the letters a to z only. Those of other scripts are kept here, without stems.
+    """
 
     def __init__(self) -> None:
         from nltk.stem.porter import PorterStemmer
@@ -83,8 +93,13 @@ class _Words:
     def tokenize(self, text: str) -> list[str]:
         from rouge_score.tokenize import tokenize
 
-        words: list[str] = tokenize(text, self)
-        return words
+        if text.isascii():
+            words: list[str] = tokenize(text, self)
+            return words
+        found = bare_words(unicodedata.normalize("NFKC", text).lower())
+        return [
+            stem for word in found for stem in (tokenize(word, self) if word.isascii() else [word])
+        ]
 
 
 @lru_cache
@@ -127,7 +142,7 @@ def ends_in_loop(text: str) -> bool:
     """
     units = [
         unit
-        for word in UNIT.findall(ENUMERATION.sub("", text.casefold()))
+        for word in (m.group() for m in UNIT.finditer(ENUMERATION.sub("", text.casefold())))
         for unit in (word if len(word) > ONE_WORD else [word])
     ]
     return _loops(units) or (len(units) > 1 and _loops(units[:-1], cut_off=units[-1]))

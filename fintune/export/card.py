@@ -70,6 +70,7 @@ def write_card(
         ),
         commit=tags.get("git_commit"),
         dirty=tags.get("git_dirty") == "true",
+        in_no_commit=tags.get("inputs_in_no_commit"),
         hardware=tags["hardware"],
         run_id=run["run_id"],
         merged=measured is not None,

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from fintune.data.prompt import (
     add_chat_template,
     encode,
     end_token,
+    has_special_token,
     pad_left,
     with_end_token,
 )
@@ -81,13 +83,16 @@ def export(
             f"{measured['adapter_loss']:.4f}, further apart than merge_export.max_loss_difference: "
             f"{params.max_loss_difference}; nothing was exported"
         )
-    prompts = list(dict.fromkeys(row["prompt"] for row in rows))[:GGUF_PROMPTS]
-    check_use(folder, plain, prompts)
+    # other programs read `</s>` within a text as the token
+    shown = [not has_special_token(tokenizer, row["prompt"] + row["completion"]) for row in rows]
+    prompts = list(dict.fromkeys(row["prompt"] for row in compress(rows, shown)))[:GGUF_PROMPTS]
+    if prompts:
+        check_use(folder, plain, prompts)
     files = {}
     if params.gguf:
         texts = {
             row["prompt"] + with_end_token(tokenizer, row["completion"]): [*prompt, *completion]
-            for row, (prompt, completion) in zip(rows, tokens, strict=True)
+            for row, (prompt, completion) in compress(zip(rows, tokens, strict=True), shown)
         }
         expected = transformers_answers(plain, tokenizer, prompts, GGUF_TOKENS)
         scored = [(prompt, answer[:GGUF_TOKENS]) for prompt, answer in tokens[:GGUF_PROMPTS]]

@@ -1,17 +1,26 @@
 """Hub data sets at a pinned revision."""
 
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from fintune.errors import UserError
+from fintune.errors import RecordError, UserError, brief
 from fintune.hub.client import explain_error, is_offline, stated_license
 from fintune.params import COMMIT
 
 
 def read_dataset(
-    name: str, revision: str | None, split: str
+    name: str,
+    revision: str | None,
+    config: str | None,
+    split: str,
+    choose: Callable[[list[str]], Collection[str]],
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Download one split of a hub data set, or read it from the local cache.
+
+    Args:
+        config: which of its configurations; None if it has only one.
+        choose: returns the names of the columns to read, given those that there are.
 
     Returns:
         The rows, and their origin: `revision`, the commit hash, and the `license` in the card.
@@ -21,7 +30,6 @@ def read_dataset(
             downloads resume.
     """
     commit = _commit(name, revision)
-    import datasets
     from huggingface_hub import snapshot_download
 
     try:
@@ -37,11 +45,19 @@ def read_dataset(
     except Exception as error:
         raise UserError(explain_error(error, "datasets", name, commit)) from error
     try:
-        dataset = datasets.load_dataset(folder, split=split)
-    except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
+        dataset = _load(folder, config, split)
+    except Exception as error:  # what its parsers of cards and files raise is not listed anywhere
         cause = error.__cause__ or error  # a generation error's own message is generic
-        raise UserError(f"fetch: {name} at {commit}, split {split!r}: {cause}") from error
-    rows: list[dict[str, Any]] = dataset.to_list()
+        hint = "; name one in fetch.config" if "Config name is missing" in str(cause) else ""
+        raise UserError(
+            f"fetch: {name} at {commit}, split {split!r}: {brief(cause, 600)}{hint}"
+        ) from error
+    try:
+        wanted = choose(dataset.column_names)
+    except RecordError as error:
+        raise RecordError(f"{name}{error}") from None
+    chosen = dataset.select_columns([each for each in dataset.column_names if each in wanted])
+    rows: list[dict[str, Any]] = chosen.to_list()
     return rows, {"revision": commit, "license": stated_license(Path(folder))}
 
 
@@ -66,3 +82,17 @@ def _commit(name: str, revision: str | None) -> str:
             f"  revision: {commit}"
         )
     return str(commit)
+
+
+def _load(folder: str, config: str | None, split: str) -> Any:
+    """Load a data set's folder; in CSV files, only an empty cell is a missing value, not N/A or None."""
+    import datasets
+
+    builder = datasets.load_dataset_builder(folder, config)
+    if hasattr(builder.config, "keep_default_na"):
+        try:
+            texts = {"keep_default_na": False, "na_values": [""]}
+            return datasets.load_dataset(folder, config, split=split, **texts)
+        except datasets.exceptions.DatasetGenerationError:
+            pass  # N/A in a column of numbers, perhaps one that nobody asked for
+    return datasets.load_dataset(folder, config, split=split)

@@ -24,7 +24,7 @@ from mlflow.tracking import MlflowClient
 
 from fintune import paths
 from fintune.errors import UserError
-from fintune.lineage import finished_stages, git, locked_params, output_hashes
+from fintune.lineage import finished_stages, git, in_no_commit, locked_params, output_hashes
 from fintune.params import flatten
 from fintune.tracking.client import EXPERIMENT, store_lock
 
@@ -152,6 +152,16 @@ def describe_run(
     for entry in before:
         params.update(locked_params(entry))
     tags |= output_hashes(before)
+    fetched = params.get("fetch", {})
+    sources = [part["source"] for part in (fetched, *fetched.get("more", [])) if "source" in part]
+    untracked = in_no_commit(root, [*sources, params["base"]["model"]])
+    if tags["git_commit"] and untracked:
+        tags |= {"git_dirty": "true", "inputs_in_no_commit": ", ".join(untracked)}
+        log.warning(
+            "warning: %s in no commit, so a clone cannot rebuild this adapter; `git add` or `dvc add` it, "
+            "and commit",
+            " and ".join(untracked) + (" is" if len(untracked) == 1 else " are"),
+        )
     active = mlflow.active_run()
     return {
         "run_id": run_id,

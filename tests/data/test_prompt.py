@@ -1,12 +1,20 @@
 """The prompt, the completion, and the handling of rows that are too long."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from fintune.data.formatting import describe_tokens, format_row, schema_of
-from fintune.data.prompt import encode, end_token_id, render_completion, render_prompt
+from fintune.data.prompt import (
+    encode,
+    end_token_id,
+    has_special_token,
+    render_completion,
+    render_prompt,
+)
 from fintune.data.tables import read_rows, write_rows
 
 ROW = {
@@ -33,6 +41,29 @@ def test_what_is_learned_decodes_to_the_answer_and_the_end_token(tokenizer: Any)
     for text in (ROW["output"], "5 %", "  spaced  ", "línea\nnueva 🙂", "</s>?"):
         _, completion = encode(tokenizer, "p<response>", render_completion(text))
         assert tokenizer.decode(completion) == text + "<response|end>"
+
+
+def test_a_special_token_within_a_text_is_text(tokenizer: Any) -> None:
+    """Only those of the prompt's frame act as tokens, wherever the base's own are written."""
+    for text in ("</s>", "a <s>b</s> c", f"{tokenizer.pad_token}{tokenizer.unk_token}"):
+        prompt, completion = encode(tokenizer, render_prompt(text, text), render_completion(text))
+        special = set(tokenizer.all_special_ids) & {*prompt, *completion}
+        framed = {tokenizer.bos_token_id, prompt[-1], completion[-1]}
+        assert special == framed and [prompt[0], len(framed)] == [tokenizer.bos_token_id, 3]
+        assert tokenizer.decode(prompt[1:]) == render_prompt(text, text)
+        assert has_special_token(tokenizer, text)
+    assert not has_special_token(tokenizer, render_prompt("a", "b"))
+
+
+def test_a_tokenizer_s_own_end_of_text_is_left_out(tokenizer: Any) -> None:
+    expected = encode(tokenizer, render_prompt("a", "b"), "")
+    appending = copy.deepcopy(tokenizer)
+    appending.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>",
+        special_tokens=[("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)],
+    )
+    assert appending("a")["input_ids"][-1] == tokenizer.eos_token_id
+    assert encode(appending, render_prompt("a", "b"), "") == expected
 
 
 def test_the_pad_token_ends_nothing(tokenizer: Any) -> None:
@@ -83,6 +114,38 @@ def test_an_answer_is_cut_after_a_whole_sentence(tokenizer: Any) -> None:
     assert formatted is not None
     assert formatted["completion"] == (
         "It depends on the rate. Compare the costs first!<response|end>"
+    )
+
+
+@pytest.mark.parametrize(
+    ("sentence", "word_ends"),
+    [
+        ("我不知道应该怎么存钱，也不知道为什么。", ("道", "该", "么", "钱，", "也", "我")),
+        ("貯金の仕方がわかりません。", ("貯金", "の", "仕方", "が", "わか", "り", "ま")),
+        ("ควรออมเงินอย่างไรดี", ("ควร", "ออม", "เงิน", "ไร", "ดี")),
+        ("पैसे कैसे बचाएँ।", ("पैसे", "कैसे", "बचाएँ।")),
+    ],
+)
+def test_long_answers_of_every_script_are_cut_and_kept(
+    tokenizer: Any, sentence: str, word_ends: tuple[str, ...]
+) -> None:
+    row = {**ROW, "output": sentence * 9}
+    prompt, _ = encode(tokenizer, render_prompt(row["instruction"], row["input"]), "")
+    for limit in range(len(prompt) + 30, len(prompt) + 150, 7):
+        formatted, happened = format_row(tokenizer, row, limit, "truncate")
+        assert happened == "truncated" and formatted is not None
+        answer = formatted["completion"].removesuffix("<response|end>")
+        assert row["output"].startswith(answer) and formatted["tokens"] <= limit
+        whole = answer.endswith("。") or answer.endswith("।")
+        assert whole or answer.endswith(word_ends), answer
+
+
+def test_each_cause_has_its_own_reason(tokenizer: Any) -> None:
+    long = {**ROW, "output": "0123456789abcdef" * 50}
+    assert format_row(tokenizer, long, 200, "truncate") == (None, "no_word_end")
+    assert format_row(tokenizer, {**ROW, "input": "why " * 300}, 200, "truncate") == (
+        None,
+        "prompt_too_long",
     )
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from fintune.data.records import normalize_question
+from fintune.data import splitting
+from fintune.data.questions import normalize_question
 from fintune.data.splitting import describe_splits, group_questions, split_rows
 from fintune.errors import UserError
 from fintune.params import Split
@@ -52,7 +53,7 @@ def sides(splits: dict[str, list[Row]]) -> dict[str, str]:
 
 def test_no_row_is_lost_and_no_question_is_on_two_sides() -> None:
     source = rows()
-    splits, dropped = split_rows(source, PARAMS)
+    splits, dropped, _ = split_rows(source, PARAMS)
     key = lambda row: (row["input"], row["output"])  # noqa: E731
     assert sorted(map(key, (row for part in splits.values() for row in part))) == sorted(
         map(key, source)
@@ -92,7 +93,7 @@ def test_the_seed_moves_questions() -> None:
 def test_exact_duplicates_are_removed_and_counted() -> None:
     source = rows()
     doubled = [*source, *source[:7]]
-    splits, dropped = split_rows(doubled, PARAMS)
+    splits, dropped, _ = split_rows(doubled, PARAMS)
     assert splits == split_rows(source, PARAMS)[0]
     assert dropped == {"duplicate": 7, "held_out_question": 0}
 
@@ -106,6 +107,15 @@ def test_exact_duplicates_are_removed_and_counted() -> None:
         ("A loan of $10,000?", "a loan of $10000"),
         ("Straße or Gasse?", "STRASSE or GASSE"),
         ("I owe 5.5%.", "i owe 5.5%"),
+        ("5% of 200?", "5 % of 200"),
+        ("5% of 200?", "５％ ｏｆ ２００？"),
+        ("Is ٥٪ good?", "Is 5 % good?"),
+        ("What is 12 + 4?", "what is 12+4"),
+        ("What is 12 − 4?", "what is 12-4"),
+        ("What is 3 × 4?", "what is 3*4"),
+        ("Is x > 5?", "Is x>5"),
+        ("$ 5 a month?", "$5 a month"),
+        ("**Bonds** - *what* and/or why?", "Bonds: what and or why"),
     ],
 )
 def test_spellings_of_one_question(one: str, other: str) -> None:
@@ -119,6 +129,19 @@ def test_spellings_of_one_question(one: str, other: str) -> None:
         ("Is 5% good?", "Is $5 good?"),
         ("What is C?", "What is D?"),
         ("\u7a0e?", "\u91d1?"),
+        ("How much is €100 in dollars?", "How much is £100 in dollars?"),
+        ("What is 12 + 4?", "What is 12 * 4?"),
+        ("What is 12 + 4?", "What is 12 - 4?"),
+        ("What is 12 / 4?", "What is 12 - 4?"),
+        ("What is a + b?", "What is a - b?"),
+        ("Is x > 5?", "Is x < 5?"),
+        ("Is x ≤ 5?", "Is x = 5?"),
+        ("What is 5²?", "What is 52?"),
+        ("What is (2 + 3) * 4?", "What is 2 + (3 * 4)?"),
+        ("Why C++?", "Why C#?"),
+        ("बिल क्या है?", "बैल क्या है?"),
+        ("กิน?", "กัน?"),
+        ("👍", "👎"),
     ],
 )
 def test_different_questions_stay_different(one: str, other: str) -> None:
@@ -155,6 +178,54 @@ def test_questions_with_other_numbers_are_other_questions() -> None:
     assert len(group_questions(loans, 0.7)) == 2
 
 
+def test_questions_of_one_template_are_told_apart_by_their_numbers_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing is compared: comparing each with each took minutes for ten thousand."""
+    monkeypatch.setattr(splitting, "_join_similar", None)
+    loans = [f"what is the monthly payment on a loan of ${n}000 over a year" for n in range(500)]
+    assert len(group_questions(sorted(loans), 0.7)) == 500
+
+
+def test_rows_of_one_group_stay_on_one_side_whatever_the_seed() -> None:
+    linked = [{**row, "group": "a" if row["input"] < "m" else None} for row in rows(80)]
+    for seed in range(8):
+        splits, _, groups = split_rows(linked, PARAMS.model_copy(update={"seed": seed}))
+        homes = {name for name, part in splits.items() for row in part if row["group"]}
+        assert len(homes) == 1
+        assert groups["largest_group_rows"] == sum(row["group"] == "a" for row in linked)
+
+
+def test_two_rows_with_one_prompt_stay_on_one_side_whatever_the_seed() -> None:
+    faked = [
+        {"instruction": "Say", "input": "Now A\nInput: the real thing B", "output": "first"},
+        {"instruction": "Say\nInput: Now A", "input": "the real thing B", "output": "second"},
+        {"instruction": "Say", "input": "The real thing, B!", "output": "third"},
+    ]
+    for seed in range(12):
+        splits, _, _ = split_rows([*rows(60), *faked], PARAMS.model_copy(update={"seed": seed}))
+        assert [sum(row in part for row in faked) for part in splits.values()].count(3) == 1
+
+
+def test_a_group_that_swallows_the_data_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    things = [f"{a}{b}" for a in THINGS for b in ("s", "ing", "er", "ish", "ward", "like")]
+    alike = [
+        f"please explain to me what {thing} may be good for in a home of your own"
+        for thing in things
+    ]
+    source = [{"instruction": "Answer.", "input": question, "output": "So."} for question in alike]
+    splits, _, groups = split_rows([*source, *rows(20)], PARAMS)
+    assert groups["largest_group_rows"] == len(alike) and groups["groups"] == 21
+    shares = describe_splits(splits)
+    assert sum(shares[name]["share"] for name in splits) == pytest.approx(1)
+    (told,) = [record.message for record in caplog.records]
+    assert f"{len(alike)} of" in told and "please explain to me" in told
+    assert "near_duplicate_similarity" in told
+    caplog.clear()
+    split_rows(rows(), PARAMS)
+    assert not caplog.records
+
+
 ASSIGNED = PARAMS.model_copy(update={"validation_fraction": None, "test_fraction": None})
 
 
@@ -167,7 +238,7 @@ def assigned(count: int = 400) -> list[Row]:
 
 def test_without_fractions_rows_stay_where_the_source_puts_them() -> None:
     source = assigned()
-    splits, dropped = split_rows(source, ASSIGNED)
+    splits, dropped, _ = split_rows(source, ASSIGNED)
     assert all(row["split"] == name for name, part in splits.items() for row in part)
     assert sum(map(len, splits.values())) == len(source)
     assert dropped == {"duplicate": 0, "held_out_question": 0}
@@ -176,7 +247,7 @@ def test_without_fractions_rows_stay_where_the_source_puts_them() -> None:
 def test_a_fraction_beside_the_column_is_drawn_from_train() -> None:
     source = [row for row in assigned(1000) if row["split"] != "validation"]
     params = PARAMS.model_copy(update={"test_fraction": None})
-    splits, dropped = split_rows(source, params)
+    splits, dropped, _ = split_rows(source, params)
     assert {row["split"] for row in splits["validation"]} == {"train"}
     official = [row for row in source if row["split"] == "test"]
     assert len(splits["test"]) == len(official) and all(row in official for row in splits["test"])
@@ -197,7 +268,7 @@ def test_a_question_of_two_splits_stays_in_the_more_held_out(
     third = {**held, "input": ALIKE[1], "output": "Through it."}
     rest = {**held, "input": other, "output": "Or so.", "split": less}
     for source in ([held, third, rest], [rest, third, held]):
-        splits, dropped = split_rows([*assigned(60), *source], ASSIGNED)
+        splits, dropped, _ = split_rows([*assigned(60), *source], ASSIGNED)
         assert held in splits[more] and third in splits[more]
         assert not any(rest in part for part in splits.values())
         assert dropped == {"duplicate": 0, "held_out_question": 1}
@@ -207,15 +278,15 @@ def test_a_question_of_two_splits_stays_in_the_more_held_out(
 def test_a_row_in_train_and_test_stays_in_test() -> None:
     source = assigned()
     copied = [{**row, "split": "train"} for row in source if row["split"] == "test"]
-    splits, dropped = split_rows([*source, *copied], ASSIGNED)
+    splits, dropped, _ = split_rows([*source, *copied], ASSIGNED)
     assert splits == split_rows(source, ASSIGNED)[0]
     assert dropped == {"duplicate": 0, "held_out_question": len(copied)}
 
 
 def test_the_order_does_not_decide_which_duplicate_s_result_stays() -> None:
     source = [{**row, "result": result} for row in assigned(60) for result in ("a", None, "b")]
-    splits, dropped = split_rows(source, ASSIGNED)
-    assert split_rows(source[::-1], ASSIGNED) == (splits, dropped)
+    splits, dropped, _ = split_rows(source, ASSIGNED)
+    assert split_rows(source[::-1], ASSIGNED)[:2] == (splits, dropped)
     assert dropped["duplicate"] == len(source) * 2 // 3
 
 
@@ -240,7 +311,7 @@ def test_the_real_set_at_full_size() -> None:
         {"instruction": "Answer.", "input": question, "output": str(number)}
         for number, question in enumerate(table.question)
     ]
-    splits, _ = split_rows(source, PARAMS)
+    splits, _, _ = split_rows(source, PARAMS)
     counts: Callable[[str], int] = lambda key: sum(  # noqa: E731
         describe_splits(splits)[name][key] for name in splits
     )

@@ -1,10 +1,12 @@
-"""Reading tables in four formats and dropping unusable rows, by reason."""
+"""Reading tables in every format and dropping unusable rows, by reason."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -33,18 +35,80 @@ def written(path: Path, rows: list[dict[str, Any]]) -> Path:
     match path.suffix:
         case ".parquet":
             frame.to_parquet(path)
-        case ".csv":
-            frame.to_csv(path, index=False)
+        case ".csv" | ".tsv":
+            frame.to_csv(path, index=False, sep="\t" if path.suffix == ".tsv" else ",")
         case ".json":
             path.write_text(json.dumps(rows))
-        case ".jsonl":
+        case ".jsonl" | ".ndjson":
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "csv", "tsv", "json", "jsonl", "ndjson"])
+@pytest.mark.parametrize("packed", ["", ".gz", ".zst"])
+def test_formats_give_the_same_rows(tmp_path: Path, suffix: str, packed: str) -> None:
+    path = written(tmp_path / f"qa.{suffix}", ROWS)
+    content = path.read_bytes()
+    if packed == ".gz":
+        content = gzip.compress(content)
+    elif packed == ".zst":
+        content = pa.Codec("zstd").compress(content, asbytes=True)
+    packed_path = tmp_path / f"packed.{suffix}{packed}"
+    packed_path.write_bytes(content)
+    assert read_source(str(packed_path)) == ROWS
+
+
+@pytest.mark.parametrize("name", ["lines.json", "lines.txt", "lines", "a#b.jsonl", "a::b?c.jsonl"])
+def test_json_lines_are_read_under_any_name(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    assert read_source(str(path)) == ROWS
+
+
+def test_a_csv_file_may_have_semicolons(tmp_path: Path) -> None:
+    path = tmp_path / "qa.csv"
+    path.write_text('input;output\n"Why; how?";5,5 %\n')
+    assert read_source(str(path)) == [{"input": "Why; how?", "output": "5,5 %"}]
+
+
+VALUES = [5, 2.5, 1e-07, True, False, "None", "N/A", "NA", "0", "12345678901234567890"]
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv", "tsv", "json", "jsonl"])
+def test_what_is_kept_does_not_depend_on_the_format(tmp_path: Path, suffix: str) -> None:
+    for value in VALUES:
+        row = {**ROWS[0], "output": value, "split": "train"}
+        rows = read_source(str(written(tmp_path / f"qa.{suffix}", [row])))
+        records, dropped = select(rows)
+        assert [record["output"] for record in records] == [str(value)] and dropped == {}
+
+
+def test_numbers_in_json_stay_as_written(tmp_path: Path) -> None:
+    path = tmp_path / "qa.jsonl"
+    path.write_text('{"a": 1.50, "b": 123456789012345678901234567890, "c": [1e3], "d": NaN}\n')
+    assert read_source(str(path)) == [
+        {"a": "1.50", "b": "123456789012345678901234567890", "c": ["1e3"], "d": None}
+    ]
+
+
 @pytest.mark.parametrize("suffix", ["parquet", "csv", "json", "jsonl"])
-def test_formats_give_the_same_rows(tmp_path: Path, suffix: str) -> None:
-    assert read_source(str(written(tmp_path / f"qa.{suffix}", ROWS))) == ROWS
+def test_only_the_chosen_columns_are_read(tmp_path: Path, suffix: str) -> None:
+    rows = [{**row, "other": "x"} for row in ROWS]
+    path = written(tmp_path / f"qa.{suffix}", rows)
+    seen: list[str] = []
+    found = read_source(str(path), lambda names: seen.extend(names) or ["input"])  # type: ignore[func-returns-value]
+    assert seen == ["instruction", "input", "output", "other"]
+    assert found == [{"input": row["input"]} for row in ROWS]
+
+
+def test_a_column_that_nobody_asked_for_may_be_damaged(tmp_path: Path) -> None:
+    """A date beyond what Python can hold is no error where its column is not read."""
+    path = tmp_path / "qa.parquet"
+    far = pa.array([2**62], pa.timestamp("ms"))
+    pq.write_table(pa.table({"input": ["a"], "when": far}), path)
+    assert read_source(str(path), lambda names: ["input"]) == [{"input": "a"}]
+    with pytest.raises(RecordError, match="not a readable parquet table"):
+        read_source(str(path))
 
 
 def test_a_url_is_opened_by_fsspec() -> None:
@@ -66,6 +130,16 @@ def test_a_url_is_opened_by_fsspec() -> None:
         ("qa.csv", "a,b\n1,2,3\n", "line 2: not as many values"),
         ("qa.parquet", "not parquet", "not a readable parquet table"),
         ("qa.xlsx", "", "unknown format '.xlsx'"),
+        ("qa.csv", 'a,b\n1,2\n"say "hi" now",3\n', "line 3: .*written twice"),
+        ("qa.csv", 'a,b\n1,2\n"open,3\n4,5\n', "line 3: .*written twice"),
+        ("qa.csv", "a,b,a\n1,2,3\n", "line 1: two columns have the name 'a'"),
+        ("qa.tsv", "a\tb\n1\n", "line 2: not as many values"),
+        ("qa.jsonl", '{"a": 1}\n{"a": 1, "a": 2}\n', "line 2: an object has two keys 'a'"),
+        ("qa.jsonl", '{"a": 1}\n{"a": ' + "[" * 99999, "line 2: .*nested too deeply"),
+        ("qa.json", "[" * 99999, "nested too deeply"),
+        ("qa.json", '{"a": 1}\n{"a": \n', "line 2: not JSON"),
+        ("qa.jsonl", '{"a": 1}\n"' + "x" * 10**6 + '"', "line 2: not a JSON object"),
+        ("qa.csv", "a,b\n1,2," + "x" * 10**6, "line 2: not as many values"),
     ],
 )
 def test_broken_files_are_named_with_the_line(
@@ -75,7 +149,34 @@ def test_broken_files_are_named_with_the_line(
     path.write_text(content)
     with pytest.raises(RecordError, match=message) as caught:
         read_source(str(path))
-    assert str(path) in str(caught.value)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert len(str(caught.value)) < len(str(path)) + 400
+
+
+def test_damaged_bytes_are_refused(tmp_path: Path) -> None:
+    packed = gzip.compress(b"a,b\n1,2\n")
+    page = bytearray(written(tmp_path / "whole.parquet", ROWS * 100).read_bytes())
+    page[4:60] = b"\xff" * 56
+    for name, content, message in (
+        ("qa.csv.gz", packed[:-9], "not a readable csv table"),
+        ("qa.csv.zst", b"\x28\xb5\x2f\xfd rest", "not a readable csv table"),
+        ("qa.parquet", bytes(page), "not a readable parquet table"),
+        ("qa.csv", "a,b\n1,2\nné,4\n".encode("latin-1"), "line 3: not UTF-8"),
+    ):
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(RecordError, match=message):
+            read_source(str(path))
+    twins = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["x", "x"])
+    pq.write_table(twins, tmp_path / "twins.parquet")
+    with pytest.raises(RecordError, match="two columns have the name 'x'"):
+        read_source(str(tmp_path / "twins.parquet"))
+
+
+def test_a_link_to_itself_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "loop.csv").symlink_to(tmp_path / "loop.csv")
+    with pytest.raises(RecordError, match="cannot be read: Too many levels"):
+        read_source(str(tmp_path / "loop.csv"))
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -86,17 +187,25 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_unusable_rows_are_dropped_and_counted_by_reason() -> None:
     bad: list[tuple[str, Any]] = [
         ("output", "nan"),
-        ("output", " None "),
-        ("input", "NULL"),
+        ("output", " NULL "),
+        ("input", "None"),
         ("output", "  \t"),
+        ("output", "\u200b\u2060 \ufeff\u3164"),
         ("input", None),
         ("output", float("nan")),
-        ("output", 3),
+        ("output", ["3"]),
+        ("output", "half of an emoji \ud83d"),
     ]
     rows = [*ROWS, *({**ROWS[0], column: value} for column, value in bad), {"input": "no output?"}]
     records, dropped = select(rows)
     assert records == ROWS
-    assert dropped == {"empty": 1, "literal_nan": 3, "missing": 3, "not_text": 1}
+    assert dropped == {
+        "empty": 2,
+        "literal_nan": 3,
+        "lone_surrogate": 1,
+        "missing": 3,
+        "not_text": 1,
+    }
     assert len(rows) == len(records) + sum(dropped.values())
 
 
@@ -166,9 +275,9 @@ def test_usual_names_of_splits(names: list[str], split: str) -> None:
 @pytest.mark.parametrize(
     ("column", "value", "message"),
     [
-        ("result", 42, r"row 2: answer_key is not text: 42"),
+        ("result", {"a": 1}, r"row 2: answer_key is not text: {'a': 1}"),
         ("kind", ["a"], r"row 2: topic is not text: \['a'\]"),
-        ("split", 1, r"row 2: part is not text: 1"),
+        ("split", 1, r"row 2: part is '1', not one of train"),
         (
             "split",
             "holdout",
@@ -185,14 +294,35 @@ def test_a_wrong_value_of_an_optional_column_names_the_row(
         select([good, {**good, MORE[column]: value}], **MORE)
 
 
-def test_an_optional_column_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(RecordError, match=r"fetch\.columns\.split: no column 'part'"):
-        select(ROWS, split="part")
+@pytest.mark.parametrize("empty", ["", None])
+def test_a_row_without_input_asks_with_its_instruction(empty: str | None) -> None:
+    """Unless its instruction is one that other rows give with an input."""
+    alone = {"instruction": "What is a bond?", "input": empty, "output": "A loan."}
+    without = {**ROWS[0], "input": empty}
+    records, dropped = select([*ROWS, alone, without], invalid_rows="drop")
+    moved = {"instruction": "", "input": "What is a bond?", "output": "A loan."}
+    assert records == [*ROWS, moved]
+    assert dropped == {"missing" if empty is None else "empty": 1}
 
 
-def test_a_column_that_does_not_exist_is_refused_with_a_near_match() -> None:
-    with pytest.raises(RecordError, match=r"fetch\.columns\.output: no column 'outputs'.*output"):
-        select(ROWS, output="outputs")
+def test_many_dropped_rows_are_a_warning_that_names_three(caplog: pytest.LogCaptureFixture) -> None:
+    bad = [{**ROWS[0], "output": None}] * 2 + [{**ROWS[0], "input": "nan"}] * 2
+    select([*ROWS, *bad])
+    (told,) = [record.message for record in caplog.records]
+    assert "4 of 6 rows (67 %)" in told
+    assert "row 3: output is missing; row 4: output is missing; row 5: input is literal nan" in told
+    assert "row 6" not in told
+    caplog.clear()
+    select([*ROWS * 10, bad[0]])  # one of 21
+    assert not caplog.records
+    select([*ROWS * 9, bad[0]])
+    assert len(caplog.records) == 1
+
+
+def test_a_long_value_is_told_briefly() -> None:
+    with pytest.raises(RecordError) as caught:
+        select([{**ROWS[0], "output": ["x" * 10**7]}], invalid_rows="refuse")
+    assert len(str(caught.value)) < 400
 
 
 def test_nothing_usable_is_refused() -> None:

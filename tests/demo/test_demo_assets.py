@@ -11,7 +11,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fintune.data.prompt import SPECIAL_TOKENS, load_tokenizer
-from fintune.data.records import normalize_question, select_records
+from fintune.data.questions import normalize_question
+from fintune.data.records import select_records
 from fintune.data.splitting import split_rows
 from fintune.data.tables import read_source
 from fintune.params import Params, read_params
@@ -103,7 +104,7 @@ def test_every_demo_question_stays_in_the_split_of_its_row(params: Params) -> No
     records, dropped = select_records(rows, *selection, fetch.source)
     assert len(records) >= 1500
     assert sum(dropped.values()) == 0
-    splits, left_out = split_rows(records, params.split)
+    splits, left_out, _ = split_rows(records, params.split)
     assert left_out["duplicate"] == 0
     assert left_out["held_out_question"] <= 2  # near-duplicates of held-out questions
     assert all(row["split"] == name for name, part in splits.items() for row in part)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from fintune.data.records import normalize_question
+from fintune.data.questions import normalize_question
 from tools import demo_questions
 from tools.demo_questions import INSTRUCTIONS, KINDS, USUAL_INSTRUCTION, WORDINGS
 from tools.made_reports import MEASURES

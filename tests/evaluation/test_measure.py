@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 
 from fintune.data.formatting import format_row
 from fintune.data.prompt import encode
-from fintune.data.records import questions_of, read_passages
+from fintune.data.questions import questions_of
+from fintune.data.records import read_passages
 from fintune.evaluation.measure import measure
 from fintune.evaluation.report import conclude
 from fintune.evaluation.rows import select_rows

@@ -49,6 +49,29 @@ def test_rouge_is_the_library_s_own_with_stemming() -> None:
         assert scores[name] == [expected[kind].fmeasure]
 
 
+@pytest.mark.parametrize(
+    ("answer", "reference", "shared", "of_answer", "of_reference"),
+    [
+        ("बिल क्या है", "बैल क्या है", 2, 3, 3),  # the first words differ by a vowel sign
+        ("我不知道。", "我不懂", 1, 2, 2),
+        ("ออมเงิน ดี", "ออมเงิน", 2, 3, 2),
+        ("Курс растёт", "курс падает", 1, 2, 2),
+        ("Ｒａｔｅ falls", "rates fell", 1, 2, 2),  # English words keep their stems
+    ],
+)
+def test_rouge_of_every_script(
+    answer: str, reference: str, shared: int, of_answer: int, of_reference: int
+) -> None:
+    found = text_scores([answer], [[reference]])["rouge_1"][0]
+    assert found == pytest.approx(2 * shared / (of_answer + of_reference))
+
+
+def test_words_are_counted_where_a_script_has_no_spaces() -> None:
+    scores = text_scores(["我不知道我不知道"], [["ออมเงินดี"]])
+    assert (scores["words"][0], scores["reference_words"][0]) == (4, 3)
+    assert scores["longest_repeat"][0] == 2 and scores["distinct_2"][0] == pytest.approx(2 / 3)
+
+
 def test_chrf_by_hand() -> None:
     """'abc' and 'abd' share 2 of 3 letters, 1 of 2 pairs and 0 of 1 triple; there are no longer n-grams."""
     scores = text_scores(["abc", "abc"], [["abd"], ["abc"]])
@@ -152,6 +175,8 @@ def test_a_model_without_safetensors_is_refused(tiny_base: Path, tmp_path: Path)
         "the The the, the the the the the the the the the the the the the the",
         "abc" * 40,
         "这是一个好问题。" * 3,
+        "ออมเงินทุกเดือนดี" * 3,
+        "पैसे को हर महीने बचाएँ। " * 3,
     ],
 )
 def test_a_passage_said_three_times_at_the_end_is_a_loop(text: str) -> None:

@@ -49,6 +49,17 @@ def hub(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[H
     old, new = tmp_path_factory.mktemp("old"), tmp_path_factory.mktemp("new")
     pq.write_table(pa.Table.from_pylist(OLD_ROWS), old / "train.parquet")
     pq.write_table(pa.Table.from_pylist(NEW_ROWS), new / "train.parquet")
+    several = tmp_path_factory.mktemp("several")
+    (several / "README.md").write_text(
+        "---\nconfigs:\n- config_name: easy\n  data_files: easy.csv\n"
+        "- config_name: hard\n  data_files: hard.csv\n---\n"
+    )
+    for name in ("easy", "hard"):
+        lines = [f"Are there {name} fees?,None", "Which rate?,N/A", "How many?,7", "Left out?,"]
+        (several / f"{name}.csv").write_text("\n".join(["input,output", *lines]))
+    torn = tmp_path_factory.mktemp("torn")
+    (torn / "README.md").write_text("---\nlicense: [mit\nconfigs: {\n---\n")
+    (torn / "train.csv").write_text("input,output\nWhy?,So.\n")
     letters = shutil.copytree(tiny_base, tmp_path_factory.mktemp("base") / "letters")
     tokenizer = json.loads((letters / "tokenizer.json").read_text())
     tokenizer["model"]["merges"] = []  # a token for every letter
@@ -58,6 +69,8 @@ def hub(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[H
     with Hub() as hub:
         hub.add("datasets", "acme/qa", old, revision=OLD)
         hub.add("datasets", "acme/qa", new, revision=NEW)
+        hub.add("datasets", "acme/several", several, revision=OLD)
+        hub.add("datasets", "acme/torn", torn, revision=OLD)
         hub.add("datasets", "acme/gated", old, revision=OLD)
         hub.add("datasets", "acme/cut", old, revision=OLD)
         hub.add("models", "acme/tiny", tiny_base, revision=OLD)
@@ -159,6 +172,22 @@ class TestDataSet:
             project, "fetch", offline, UNKNOWN, "not in the local cache", "HF_HUB_OFFLINE is set"
         )
         assert files(project / "data/raw") == before
+
+    def test_a_configuration_is_named_and_its_texts_are_kept(
+        self, make_project: MakeProject, environment: Environment
+    ) -> None:
+        """An answer of None or N/A in a CSV file is text; pandas takes it for a missing value."""
+        project = make_project(**THREE_COLUMNS, fetch__default_instruction="Answer.")
+        project.set(fetch__columns={"instruction": None, "input": "input", "output": "output"})
+        project.set(fetch__source="acme/several", fetch__revision=OLD)
+        refuse(project, "fetch", environment, "['easy', 'hard']", "name one in fetch.config")
+        project.set(fetch__config="hard")
+        succeed(project, "fetch", environment)
+        rows = pq.read_table(project / "data/raw/qa.parquet").to_pylist()
+        assert [row["output"] for row in rows] == ["None", "N/A", "7"]
+        assert rows[0]["input"] == "Are there hard fees?"
+        project.set(fetch__source="acme/torn", fetch__config=None)
+        refuse(project, "fetch", environment, "acme/torn")
 
     def test_main_is_resolved_to_a_commit(
         self, make_project: MakeProject, environment: Environment

@@ -1,0 +1,60 @@
+"""Questions in a normalised spelling: the unit of the split and of the references."""
+
+import unicodedata
+from functools import lru_cache
+
+import regex
+
+from fintune.data.parsing import Row
+
+SPELLINGS = str.maketrans("−×⋅∙÷⁄∕٪", "-***///%")
+THOUSANDS = regex.compile(r"(?<=\d),(?=\d{3})")
+ALWAYS = r"[\p{Sm}^]--[|~]"  # signs that are operators wherever they stand
+NUMBER, NEXT_NUMBER = r"[\d)%]", r"[\d(\p{Sc}]"
+BETWEEN = rf"(?<={NUMBER})[*-](?={NEXT_NUMBER})|(?<=\b\p{{L}})[*-](?=\p{{L}}\b)"  # these set off words, too
+SPACES = regex.compile(
+    rf"(?V1)\s+(?=%)|(?<=\d)\s+(?=\p{{Sc}})|(?<=\p{{Sc}})\s+(?=\d)|\s+(?=[{ALWAYS}])|(?<=[{ALWAYS}])\s+"
+    rf"|(?<={NUMBER})\s+(?=[*-]\s+{NEXT_NUMBER})|(?<={NUMBER}\s*[*-])\s+(?={NEXT_NUMBER})"
+    r"|(?<=\b\p{L})\s+(?=[*-]\s+\p{L}\b)|(?<=\b\p{L}\s*[*-])\s+(?=\p{L}\b)"
+)
+KEPT = (
+    rf"[\p{{L}}\p{{M}}\p{{N}}\p{{Sc}}%\s]|[{ALWAYS}]|[.\-](?=\d)|(?<=\p{{L}})\#|{BETWEEN}"
+    r"|(?<=[+*/^=<>-])\(|\)(?=[+*/^=<>-])"
+)
+DROPPED = regex.compile(rf"(?V1)(?:(?!{KEPT}).)+", regex.DOTALL)
+
+
+def questions_of(rows: list[Row]) -> list[str]:
+    """Return the normalised question of each row."""
+    return [normalize_question(row["input"]) for row in rows]
+
+
+@lru_cache(maxsize=2**20)  # the split asks several times
+def normalize_question(text: str) -> str:
+    """Fold differences that do not change a question: case, white space, punctuation, Unicode variants.
+
+    NFKC maps compatibility characters (full-width letters, no-break spaces, ligatures), and digits become
+    ASCII; invisible format characters and soft hyphens are removed. Signs that make another question stay,
+    without spaces beside them: currencies, `%` and operators, `*` and `-` where they stand between numbers or
+    single letters; `/` is the operator that is left out. Letters keep their marks: in many scripts these are
+    the vowels.
+    """
+    text = "".join(_plain_character(c) for c in unicodedata.normalize("NFC", text))
+    text = unicodedata.normalize("NFKC", text.casefold()).translate(SPELLINGS)
+    text = SPACES.sub("", THOUSANDS.sub("", text))
+    kept = DROPPED.sub(" ", text).split() or regex.sub(r"\p{P}", " ", text).split()
+    return " ".join(kept) or "?"
+
+
+def _plain_character(character: str) -> str:
+    """Return a character's compatible spelling: an exponent begins with `^`, a fraction with a space."""
+    if character.isascii():
+        return character
+    kind = unicodedata.decomposition(character).partition(" ")[0]
+    text = unicodedata.normalize("NFKC", character)
+    before = {"<super>": "^", "<fraction>": " "}.get(kind, "") if text[:1].isdigit() else ""
+    return before + "".join(
+        str(unicodedata.decimal(c, c))
+        for c in text
+        if c.isspace() or unicodedata.category(c) not in ("Cf", "Cc")
+    )

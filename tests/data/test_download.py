@@ -1,0 +1,90 @@
+"""Downloads: the true reason of a failure, a bar, and a limit on silence alone."""
+
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from fintune.data import download as module
+from fintune.data.download import download
+from fintune.data.tables import read_source
+from fintune.errors import RecordError
+
+TABLE = b"input,output\nWhy?,So.\n"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    given_up = threading.Event()
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        name = self.path.split("?")[0].strip("/")
+        status = int(name) if name.isdigit() else 200
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(TABLE) + 9 * (name in ("silent", "torn"))))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(TABLE)
+            self.wfile.flush()
+            if name == "silent":
+                self.given_up.wait(20)
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    _Handler.given_up.set()
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_url_s_path_names_the_format(address: str) -> None:
+    assert read_source(f"{address}/qa.csv?download=true") == [{"input": "Why?", "output": "So."}]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("404", r"nothing at this address \(404\)"),
+        ("403", r"refuses it \(403\)"),
+        ("401", r"refuses it \(401\)"),
+        ("500", "answered 500"),
+        ("503", "answered 503"),
+        ("torn", "broke off"),
+    ],
+)
+def test_a_failure_is_told_with_its_reason(address: str, name: str, reason: str) -> None:
+    with pytest.raises(RecordError, match=f"{address}/{name}: .*{reason}"):
+        download(f"{address}/{name}")
+
+
+def test_a_refused_port_is_told_as_such() -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as server:
+        port = server.server_port
+    with pytest.raises(RecordError, match=r"no connection: .*check the address"):
+        download(f"http://127.0.0.1:{port}/qa.csv")
+
+
+def test_silence_ends_a_transfer_and_its_length_does_not(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fsspec
+
+    given: list[Any] = []
+    plain = fsspec.url_to_fs
+    monkeypatch.setattr(module, "SILENCE", 0.3)
+    monkeypatch.setattr(
+        fsspec, "url_to_fs", lambda url, **options: given.append(options) or plain(url, **options)
+    )
+    with pytest.raises(RecordError, match=r"nothing came for 0\.3 seconds"):
+        download(f"{address}/silent")
+    assert given[0]["client_kwargs"]["timeout"].total is None

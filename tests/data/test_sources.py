@@ -1,0 +1,69 @@
+"""Several sources: each by its own shape, weighed by share, and told apart in the manifest."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fintune.data.sources import fetch_records
+from fintune.params import Fetch
+
+FIRST = {
+    "revision": None,
+    "config": None,
+    "split": "train",
+    "share": 1.0,
+    "shape": "auto",
+    "turns": "last",
+    "columns": {"input": "q", "output": "a"},
+    "default_instruction": "Help.",
+}
+
+
+def fetch(folder: Path, shares: list[float]) -> tuple[Any, Any]:
+    """Write a table and a file of conversations with an unusable one, and fetch from both."""
+    table, chats = folder / "qa.csv", folder / "chats.jsonl"
+    table.write_text("".join(["q,a\n", *(f"What is {i}?,{i}\n" for i in range(200))]))
+    talk = [
+        [{"role": "user", "content": f"Hi {i}"}, {"role": "assistant", "content": "Ho"}]
+        for i in range(200)
+    ]
+    lines = [json.dumps({"messages": messages}) for messages in (*talk, [])]
+    chats.write_text("\n".join(lines))
+    first, second = ({**FIRST, "share": share} for share in shares)
+    more = [{**second, "source": str(chats), "default_instruction": None}]
+    more[0]["columns"] = {"messages": "messages"}
+    given = {**first, "source": str(table), "more": more, "invalid_rows": "drop"}
+    return fetch_records(Fetch.model_validate(given))
+
+
+def test_rows_of_all_sources_add_up(tmp_path: Path) -> None:
+    records, about = fetch(tmp_path, [1.0, 0.25])
+    first, second = about["sources"]
+    assert (first["rows"], first["dropped"]) == (200, {})
+    assert second["rows"] == pytest.approx(50, abs=15)
+    assert second["dropped"] == {"missing": 1, "beyond_share": 200 - second["rows"]}
+    assert about["rows"] == len(records) == 200 + second["rows"]
+    assert about["rows_read"] == 401 == about["rows"] + sum(about["dropped"].values())
+    assert [record["instruction"] for record in records[199:201]] == ["Help.", ""]
+
+
+def test_a_smaller_share_is_part_of_a_larger(tmp_path: Path) -> None:
+    few, some = (
+        {record["input"] for record in fetch(tmp_path, [share, share])[0]} for share in (0.2, 0.5)
+    )
+    assert few < some
+
+
+def test_what_dvc_does_not_watch_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    import fsspec
+
+    with fsspec.open("memory://bucket/qa.csv", "w") as file:
+        file.write("q,a\nWhy?,So.\n")
+    given = {**FIRST, "source": "memory://bucket/qa.csv", "more": [], "invalid_rows": "drop"}
+    fetch_records(Fetch.model_validate(given))
+    assert "DVC does not notice when memory://bucket/qa.csv changes" in caplog.text
+    caplog.clear()
+    fetch(tmp_path, [1.0, 1.0])
+    assert f"DVC does not watch {tmp_path / 'chats.jsonl'}" in caplog.text
