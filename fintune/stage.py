@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from fintune import paths
 from fintune.errors import UserError
 
 log = logging.getLogger("fintune")
@@ -58,12 +59,32 @@ def run(
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     log.setLevel(logging.INFO)
     warnings.filterwarnings("ignore", category=FutureWarning)  # meant for library developers
+    _sweep()
     try:
         main()
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(interrupted)
+
+
+def _sweep() -> None:
+    """Remove what writers left that were killed, in the folders of the outputs."""
+    for folder in (paths.DATA, paths.ADAPTER.parent, paths.REPORTS):
+        for left in [*folder.glob(".*.partial*"), *folder.glob("*/.*.partial*")]:
+            _, _, pid = left.name.rpartition("-")
+            if not (pid.isdecimal() and int(pid) != os.getpid() and _is_alive(int(pid))):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -79,7 +100,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 

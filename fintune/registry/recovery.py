@@ -12,9 +12,10 @@ from mlflow.tracking import MlflowClient
 
 from fintune import paths
 from fintune.data.tables import read_rows
-from fintune.lineage import locked_params, locked_stages
+from fintune.lineage import locked_params, locked_stages, project_root
 from fintune.registry.results import log_results, log_rows
-from fintune.tracking.runs import COMPLETE, existing_run, log_training
+from fintune.tracking.runs import COMPLETE, log_training
+from fintune.tracking.scratch import existing_run, forget_locked
 
 log = logging.getLogger("fintune")
 
@@ -22,7 +23,8 @@ log = logging.getLogger("fintune")
 def run_of_adapter(client: MlflowClient) -> str:
     """Return the id of the adapter's run, logging it again from the files if it is missing.
 
-    A run that was logged again has a new id; its tag `first_run_id` has the one in `models/run.json`.
+    A run that was logged again has a new id; its tag `first_run_id` has the one in `models/run.json`. The
+    checkpoints of a training that dvc.lock has are removed.
     """
     run_record = json.loads(paths.RUN.read_text())
     metrics = json.loads(paths.TRAIN_METRICS.read_text())
@@ -41,9 +43,12 @@ def run_of_adapter(client: MlflowClient) -> str:
                 experiment.experiment_id, tags=tags, run_name=run_record["name"]
             ).info.run_id
             log.info("MLflow has no run %s; logging it again as %s", run_record["run_id"], run_id)
-    if client.get_run(run_id).data.tags.get(COMPLETE) != "true":
-        log_training(client, {**run_record, "run_id": run_id}, metrics, paths.ADAPTER, curve)
+    run = client.get_run(run_id)
+    if run.data.tags.get(COMPLETE) != "true":
+        log_training(client, {**run_record, "run_id": run_id}, metrics, curve)
+    if run.info.status != "FINISHED":
         client.set_terminated(run_id, "FINISHED")
+    forget_locked(project_root())
     return str(run_id)
 
 
