@@ -5,13 +5,14 @@ import logging
 import math
 import os
 import shutil
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from fintune import paths
 from fintune.errors import UserError
@@ -28,10 +29,23 @@ def prepare() -> None:
     """
     if find_spec("ruamel") is None or find_spec("pydantic") is None:
         _enter_environment()
+    if (
+        sys.argv[0] == "-m"
+    ):  # a stage's imports follow; within them, an exception could be swallowed
+        signal.signal(signal.SIGINT, _leave)
     # it recommends an optional kernel package on every import
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
+GOES_ON = "interrupted; `dvc repro` goes on from here"
+
+
+def _leave(*_: Any) -> NoReturn:
+    """End a stage that has not begun."""
+    os.write(2, f"{GOES_ON}\n".encode())
+    os._exit(1)
 
 
 def _enter_environment() -> None:
@@ -52,10 +66,13 @@ def _enter_environment() -> None:
     )
 
 
-def run(
-    main: Callable[[], None], interrupted: str = "interrupted; `dvc repro` goes on from here"
-) -> None:
-    """Run a stage or command; a `UserError` ends it with its message and exit status 1."""
+def run(main: Callable[[], None], interrupted: str = GOES_ON) -> None:
+    """Run a stage or command; a `UserError` ends it with its message and exit status 1.
+
+    SIGTERM ends it as Ctrl-C does: clusters send it before they take a machine back.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     log.setLevel(logging.INFO)
     warnings.filterwarnings("ignore", category=FutureWarning)  # meant for library developers
