@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fintune import paths
-from fintune.errors import UserError
+from fintune.errors import UserError, explain
 
 log = logging.getLogger("fintune")
 
@@ -83,6 +83,10 @@ def run(main: Callable[[], None], interrupted: str = GOES_ON) -> None:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(interrupted)
+    except Exception as error:
+        if message := explain(error):
+            sys.exit(f"error: {message}")
+        raise
 
 
 def _sweep() -> None:
@@ -102,6 +106,24 @@ def _is_alive(pid: int) -> bool:
     except PermissionError:  # another user's
         return True
     return True
+
+
+def read_json(path: Path, *keys: str) -> dict[str, Any]:
+    """Read a record that a stage wrote.
+
+    Raises:
+        UserError: it is missing or damaged, or lacks one of the keys.
+    """
+    way_out = "`dvc checkout` brings it back, `dvc repro` makes it"
+    if not path.is_file():
+        raise UserError(f"{path}: not found; {way_out}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: empty or damaged ({error}); {way_out}") from None
+    if not isinstance(content, dict) or not set(keys) <= set(content):
+        raise UserError(f"{path}: has no {' or no '.join(keys) or 'keys'}; {way_out}")
+    return content
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from fintune import paths
 from fintune.data.tables import read_rows
 from fintune.lineage import locked_params, locked_stages, project_root
 from fintune.registry.results import log_results, log_rows
+from fintune.stage import read_json
 from fintune.tracking.runs import COMPLETE, log_training
 from fintune.tracking.scratch import existing_run, forget_locked
 
@@ -26,8 +26,8 @@ def run_of_adapter(client: MlflowClient) -> str:
     A run that was logged again has a new id; its tag `first_run_id` has the one in `models/run.json`. The
     checkpoints of a training that dvc.lock has are removed.
     """
-    run_record = json.loads(paths.RUN.read_text())
-    metrics = json.loads(paths.TRAIN_METRICS.read_text())
+    run_record = read_json(paths.RUN, "run_id", "name", "experiment", "params", "tags")
+    metrics = read_json(paths.TRAIN_METRICS)
     curve = read_curve(paths.TRAIN_CURVE)
     run_id = existing_run(client, run_record["run_id"])
     if run_id is None:
@@ -64,7 +64,7 @@ def restore_evaluation(client: Any, run_id: str) -> None:
     """Add the evaluation's results to a run that lacks them."""
     if has_metric(client, run_id, "tuned/loss"):
         return
-    report = json.loads(paths.EVALUATION.read_text())
+    report = read_json(paths.EVALUATION)
     settings = locked_params(locked_stages().get("evaluate", {}))
     files = (paths.EVALUATION, paths.PREDICTIONS, paths.EVALUATION_PAGE)
     there = [file for file in files if file.is_file()]

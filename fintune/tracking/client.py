@@ -5,15 +5,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import mlflow
 from filelock import FileLock
-from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from fintune import paths
-from fintune.errors import UserError
+from fintune.errors import ANOTHER_STORE, UserError, explain_store, shown
 from fintune.tracking.database import prepare_database, sqlite_uri
 
 EXPERIMENT = "financial-qa"
@@ -22,7 +20,6 @@ os.environ.setdefault("MLFLOW_ENABLE_ASYNC_LOGGING", "false")
 for noisy in ("alembic", "mlflow", "sqlalchemy"):
     logging.getLogger(noisy).setLevel(logging.WARNING)
 
-OR_NONE = f"or unset MLFLOW_TRACKING_URI to log to {paths.MLFLOW_DATABASE} in this folder"
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 
 
@@ -71,38 +68,8 @@ def _client(root: Path, uri: str, local: bool) -> MlflowClient:
             client.create_experiment(name, artifact_location=location, tags=kind)
         mlflow.set_experiment(name)
     except Exception as error:  # each store raises its own library's errors
-        raise UserError(explain(error, uri)) from None
+        raise UserError(explain_store(error, uri)) from None
     return client
-
-
-def explain(error: Exception, uri: str) -> str:
-    """Explain an error of MLflow or its store, with the way out; never show a password.
-
-    Args:
-        uri: the tracking URI in use.
-    """
-    status = error.get_http_status_code() if isinstance(error, MlflowException) else None
-    text = str(error).replace(uri, _shown(uri))  # the URI may hold a password
-    if password := urlsplit(uri).password:
-        text = text.replace(password, "...")
-    if status in (401, 403) or "error code 401" in text:
-        return (
-            f"MLflow at {_shown(uri)} refuses access: set MLFLOW_TRACKING_USERNAME and "
-            "MLFLOW_TRACKING_PASSWORD to a user of that server and its password"
-        )
-    first = (text.strip().splitlines() or [""])[0][:300]
-    if isinstance(error, ImportError):
-        driver = getattr(error, "name", None) or "its driver"
-        return (
-            f"MLFLOW_TRACKING_URI: {_shown(uri)}: the package {driver} is not installed; install it, "
-            f"name an installed driver (postgresql+psycopg2://...), {OR_NONE}"
-        )
-    if isinstance(error, MlflowException) and not uri.startswith("http"):
-        return f"MLflow at {_shown(uri)}: {first}"
-    return (
-        f"MLflow at {_shown(uri)} failed ({type(error).__name__}: {first}); look at the server, and run "
-        f"it again when it responds, {OR_NONE}"
-    )
 
 
 def _check_address(uri: str) -> None:
@@ -115,8 +82,8 @@ def _check_address(uri: str) -> None:
     if scheme in ("http", "https") or scheme.split("+")[0] in DATABASES:
         return
     raise UserError(
-        f"MLFLOW_TRACKING_URI: {_shown(uri) if scheme else uri}: no address of an MLflow server or database; "
-        f"set https://HOST, http://HOST:PORT, postgresql://... or sqlite:///FILE, {OR_NONE}"
+        f"MLFLOW_TRACKING_URI: {shown(uri)}: no address of an MLflow server or database; "
+        f"set https://HOST, http://HOST:PORT, postgresql://... or sqlite:///FILE, {ANOTHER_STORE}"
     )
 
 
@@ -127,11 +94,5 @@ def _ask_server(uri: str) -> None:
         requests.get(f"{uri.rstrip('/')}/health", timeout=5).raise_for_status()
     except requests.RequestException as error:
         raise UserError(
-            f"no MLflow server responds at {_shown(uri)} ({type(error).__name__}); start it, {OR_NONE}"
+            f"no MLflow server responds at {shown(uri)} ({type(error).__name__}); start it, {ANOTHER_STORE}"
         ) from None
-
-
-def _shown(uri: str) -> str:
-    """Return the URI without user name and password."""
-    scheme, _, rest = uri.partition("://")
-    return f"{scheme}://{rest.rsplit('@', 1)[-1]}"

@@ -72,5 +72,5 @@ def existing_run(client: MlflowClient, run_id: str) -> str | None:
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return None
-        raise UserError(f"MLflow: {error}") from error
+        raise
     return run_id if run.info.lifecycle_stage == "active" else None

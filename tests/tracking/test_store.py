@@ -183,7 +183,10 @@ def test_a_folder_with_signs_in_its_name_holds_its_database(tmp_path: Path, name
         ("databricks", "databricks: no address"),
         ("ftp://u:secret@host/x", "ftp://host/x: no address"),
         ("file:///srv/mlruns", "file:///srv/mlruns: no address"),
-        ("postgresql+psycopg://u:secret@127.0.0.1:1/db", "the package psycopg is not installed"),
+        (
+            "postgresql+psycopg://u:secret@127.0.0.1:1/db",
+            "driver is not installed (No module named 'psycopg')",
+        ),
         ("postgresql+nosuch://u:secret@127.0.0.1:1/db", "postgresql+nosuch://127.0.0.1:1/db"),
         ("sqlite:////nonexistent/x.db", "there is no folder /nonexistent; create it"),
         ("sqlite:///sub/x.db", "sub; create it, or unset"),
