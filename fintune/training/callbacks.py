@@ -9,26 +9,29 @@ import torch
 from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from fintune.hardware import peak_memory_gib
+
 
 class StepTimer(TrainerCallback, ExportableState):
     """Callback that times the steps, forwards logged values, and validates and saves at the very end.
 
     `seconds` is the time from the beginning of the first step, without validations and checkpoints;
-    `aside` is that of each of these two; `tokens` and `answer_tokens` are those of the `steps`. They are
-    in each checkpoint, so a training that goes on counts on. The timer syncs the device only at
-    validations and checkpoints, so that timing never stalls training.
+    `aside` is that of each of these two; `tokens` and `answer_tokens` are those of the `steps`, `peak_gib` is
+    the most memory. They are in each checkpoint, so a training that goes on counts on. The timer syncs the
+    device only at validations and checkpoints, so that timing never stalls training.
     """
 
     def __init__(self, on_log: Callable[[int, dict[str, float]], None]) -> None:
         self.on_log_values = on_log
         self.seconds = 0.0
         self.steps = self.tokens = self.answer_tokens = 0
+        self.peak_gib = 0.0
         self.aside = {"validation": 0.0, "checkpoint": 0.0}
         self._since: float | None = None
 
     def state(self) -> dict[str, dict[str, Any]]:
         """Return what a checkpoint keeps."""
-        names = ("seconds", "steps", "tokens", "answer_tokens", "aside")
+        names = ("seconds", "steps", "tokens", "answer_tokens", "peak_gib", "aside")
         return {"args": {}, "attributes": {name: getattr(self, name) for name in names}}
 
     @contextmanager
@@ -36,6 +39,7 @@ class StepTimer(TrainerCallback, ExportableState):
         """Stop the clock for a validation or a checkpoint; every training ends with one."""
         begun = _synced_time()
         self.seconds += begun - (self._since or begun)
+        self.peak_gib = max(self.peak_gib, peak_memory_gib())
         yield
         self._since = _synced_time()
         self.aside[reason] += self._since - begun

@@ -124,7 +124,7 @@ def train(
             "tokens_per_second": timer.tokens / timer.seconds,
             "rows_per_second": timer.steps * params.rows_per_step / timer.seconds,
             "mfu": flops / timer.seconds / ceiling,
-            "peak_memory_gib": peak_memory_gib(),
+            "peak_memory_gib": max(timer.peak_gib, peak_memory_gib()),
             "predicted_memory_gib": plan.peak_gib,
             "trainable_parameters": trainable,
             "trainable_percent": 100 * trainable / total,
