@@ -3,6 +3,7 @@
 import errno
 import inspect
 import os
+import shutil
 import string
 import subprocess
 import sys
@@ -176,3 +177,22 @@ run(lambda: os.kill(os.getpid(), signal.{number}))
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (1, "interrupted; `dvc repro` goes on from here\n")
+
+
+def test_room_that_is_missing_is_told_in_a_unit_that_shows_it(tmp_path: Path) -> None:
+    """A base of a few MiB used to need 0.0 GiB."""
+    from fintune.hardware import GIB, check_disk
+
+    free = shutil.disk_usage(tmp_path).free
+    with pytest.raises(UserError, match=r"GiB needed; make room"):
+        check_disk(free + GIB, tmp_path)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError) as caught:
+        patch.setattr("shutil.disk_usage", lambda _: Usage())
+        check_disk(5 * 2**20, tmp_path)
+    assert "0.0 MiB free and about 5.0 MiB needed" in str(caught.value)
+
+
+class Usage:
+    """A disk that is full."""
+
+    free = 0
