@@ -76,7 +76,8 @@ def run(main: Callable[[], None], interrupted: str = GOES_ON) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     log.setLevel(logging.INFO)
     warnings.filterwarnings("ignore", category=FutureWarning)  # meant for library developers
-    _sweep()
+    if interrupted == GOES_ON:  # a stage; a command can run beside one
+        _sweep()
     try:
         main()
     except UserError as error:
@@ -95,7 +96,7 @@ def _sweep() -> None:
         for left in [*folder.glob(".*.partial*"), *folder.glob("*/.*.partial*")]:
             _, _, pid = left.name.rpartition("-")
             if not (pid.isdecimal() and int(pid) != os.getpid() and _is_alive(int(pid))):
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+                shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
 
 def _is_alive(pid: int) -> bool:
