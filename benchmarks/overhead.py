@@ -27,15 +27,15 @@ LOG_STEPS = """
 import sys, time
 from pathlib import Path
 from fintune.tracking.client import connect
-from fintune.tracking.runs import live_logger
+from fintune.tracking.points import LiveCurve
 client = connect(Path.cwd())
 run = client.create_run(client.get_experiment_by_name("financial-qa").experiment_id).info.run_id
-log_values = live_logger(run)
+curve = LiveCurve(client, run)
 values = {"loss": 1.0, "learning_rate": 1e-3}
-log_values(0, values)
+curve.add(0, values)
 start = time.perf_counter()
 for step in range(1, 101):
-    log_values(step, values)
+    curve.add(step, values)
 print((time.perf_counter() - start) / 100)
 """
 

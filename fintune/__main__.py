@@ -45,8 +45,12 @@ def main(arguments: list[str]) -> None:
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
         sys.exit(f"error: {name}: no such command; {hint}")
     else:
-        given = build_parser(name).parse_args(arguments[1:])
-        run(lambda: given.main(given), interrupted="interrupted")
+        run(lambda: _run(name, arguments[1:]), interrupted="interrupted")
+
+
+def _run(name: str, arguments: list[str]) -> None:
+    given = build_parser(name).parse_args(arguments)
+    given.main(given)
 
 
 if __name__ == "__main__":

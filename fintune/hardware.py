@@ -90,9 +90,13 @@ def check_disk(needed_bytes: int, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise UserError(
-            f"{folder.resolve()}: {free / GIB:.1f} GiB free and about {needed_bytes / GIB:.1f} GiB needed; "
+            f"{folder.resolve()}: {_size(free)} free and about {_size(needed_bytes)} needed; "
             "make room (dvc gc -w removes outputs of other experiments from the cache)"
         )
+
+
+def _size(count: int) -> str:
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:.1f} MiB"
 
 
 def device() -> torch.device:

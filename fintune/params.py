@@ -294,7 +294,7 @@ class Evaluate(Section):
     kernels: Literal["auto", "fused", "plain"]
     embedding: Embedding | None
     general_text: Name | None
-    champion: Annotated[str, Field(pattern=r"^[^/:]+$")] | None
+    champion: Annotated[str, Field(pattern=r"^[^/:@]+$")] | None
     harness: Harness
     bootstrap_samples: Count
     seed: Seed
@@ -323,7 +323,7 @@ class MergeExport(Section):
     check_rows: Count
     max_loss_difference: Positive
     gguf: list[Literal["f16", "q8_0"]]
-    registered_model: Annotated[str, Field(pattern=r"^[^/:]+$")]
+    registered_model: Annotated[str, Field(pattern=r"^[^/:@]+$")]
 
 
 class Params(Section):

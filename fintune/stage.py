@@ -5,15 +5,17 @@ import logging
 import math
 import os
 import shutil
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from fintune.errors import UserError
+from fintune import paths
+from fintune.errors import UserError, explain
 
 log = logging.getLogger("fintune")
 
@@ -27,10 +29,23 @@ def prepare() -> None:
     """
     if find_spec("ruamel") is None or find_spec("pydantic") is None:
         _enter_environment()
+    if (
+        sys.argv[0] == "-m"
+    ):  # a stage's imports follow; within them, an exception could be swallowed
+        signal.signal(signal.SIGINT, _leave)
     # it recommends an optional kernel package on every import
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
+GOES_ON = "interrupted; `dvc repro` goes on from here"
+
+
+def _leave(*_: Any) -> NoReturn:
+    """End a stage that has not begun."""
+    os.write(2, f"{GOES_ON}\n".encode())
+    os._exit(1)
 
 
 def _enter_environment() -> None:
@@ -51,19 +66,65 @@ def _enter_environment() -> None:
     )
 
 
-def run(
-    main: Callable[[], None], interrupted: str = "interrupted; `dvc repro` goes on from here"
-) -> None:
-    """Run a stage or command; a `UserError` ends it with its message and exit status 1."""
+def run(main: Callable[[], None], interrupted: str = GOES_ON) -> None:
+    """Run a stage or command; a `UserError` ends it with its message and exit status 1.
+
+    SIGTERM ends it as Ctrl-C does: clusters send it before they take a machine back.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     log.setLevel(logging.INFO)
     warnings.filterwarnings("ignore", category=FutureWarning)  # meant for library developers
+    if interrupted == GOES_ON:  # a stage; a command can run beside one
+        _sweep()
     try:
         main()
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(interrupted)
+    except Exception as error:
+        if message := explain(error):
+            sys.exit(f"error: {message}")
+        raise
+
+
+def _sweep() -> None:
+    """Remove what writers left that were killed, in the folders of the outputs."""
+    for folder in (paths.DATA, paths.ADAPTER.parent, paths.REPORTS):
+        for left in [*folder.glob(".*.partial*"), *folder.glob("*/.*.partial*")]:
+            _, _, pid = left.name.rpartition("-")
+            if not (pid.isdecimal() and int(pid) != os.getpid() and _is_alive(int(pid))):
+                shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
+
+
+def read_json(path: Path, *keys: str) -> dict[str, Any]:
+    """Read a record that a stage wrote.
+
+    Raises:
+        UserError: it is missing or damaged, or lacks one of the keys.
+    """
+    way_out = "`dvc checkout` brings it back, `dvc repro` makes it"
+    if not path.is_file():
+        raise UserError(f"{path}: not found; {way_out}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: empty or damaged ({error}); {way_out}") from None
+    if not isinstance(content, dict) or not set(keys) <= set(content):
+        raise UserError(f"{path}: has no {' or no '.join(keys) or 'keys'}; {way_out}")
+    return content
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -79,7 +140,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 

@@ -1,6 +1,5 @@
 """Fine-tune the adapter, and log the run to MLflow live."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,8 @@ from fintune.params import Params, read_params
 from fintune.stage import log, run, whole_folder, write_json, write_text
 from fintune.tracking import runs
 from fintune.tracking.client import connect
+from fintune.tracking.points import LiveCurve
+from fintune.tracking.scratch import keep_until_locked
 from fintune.training.checkpoints import fingerprint
 from fintune.training.curve import as_csv, validations
 from fintune.training.quantization import quantization_cost
@@ -33,15 +34,14 @@ def main() -> None:
     rows = {split: read_rows(path, ["instruction", "prompt"]) for split, path in INPUTS.items()}
     sections = {"base": params.base.model_dump(), "train": params.train.model_dump()}
     scratch = root / paths.SCRATCH / fingerprint(list(INPUTS.values()), sections)
-    scratch.mkdir(parents=True, exist_ok=True)
     name = f"{Path(params.base.model).name} r{params.train.lora.r} lr{params.train.learning_rate:g}"
-    with runs.training_run(scratch / "run_id", name, runs.sweep_run(client, root)) as run_id:
+    with runs.training_run(scratch, name, runs.sweep_run(client, root)) as (run_id, live):
         run_record = runs.describe_run(run_id, sections, hardware(), Path.cwd())
         for split, path in INPUTS.items():
             runs.log_table(
                 run_id, rows[split], split, "training" if split == "train" else split, path
             )
-        result = fine_tune(params, rows, scratch, run_id)
+        result = fine_tune(params, rows, scratch, live)
         with whole_folder(paths.ADAPTER) as folder:
             usual = usual_instruction(rows["train"])
             write_adapter(result.model, folder, params.base, sections["train"], usual)
@@ -49,13 +49,13 @@ def main() -> None:
         write_text(paths.TRAIN_CURVE, as_csv(result.curve))
         write_text(paths.VALIDATION_CURVE, as_csv(validations(result.curve)))
         write_json(paths.RUN, run_record)
-        runs.log_training_or_later(client, run_record, result.metrics, paths.ADAPTER)
-    shutil.rmtree(scratch)
+        runs.log_training_or_later(live, client, run_record, result.metrics, result.curve)
+        keep_until_locked(scratch)
     log.info("  ".join(f"{key} {result.metrics[key]:.4g}" for key in SHOWN))
 
 
 def fine_tune(
-    params: Params, rows: dict[str, list[dict[str, Any]]], scratch: Path, run_id: str
+    params: Params, rows: dict[str, list[dict[str, Any]]], scratch: Path, live: LiveCurve
 ) -> TrainingResult:
     """Load the base, check the disk space and train the adapter."""
     tokenizer = load_tokenizer(params.base, params.train.end_token)
@@ -80,7 +80,7 @@ def fine_tune(
         dtype,
         validate=validator(params.train, tokenizer, rows["validation"], tokens),
         scratch=scratch,
-        on_log=runs.live_logger(run_id),
+        on_log=live.add,
     )
     result.metrics.update(cost)
     return result

@@ -22,6 +22,7 @@ PAGES = sorted(
     key=lambda path: path.as_posix(),
 )
 PARAMS = flatten(YAML(typ="safe").load((ROOT / "params.yaml").read_text()))
+FAULTS = ROOT / "docs/faults.md"
 TARGETS = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 OURS = ("python", ".venv/bin/python", "dvc", "mlflow", "make")
 
@@ -149,6 +150,14 @@ def test_links_lead_somewhere(page: Path) -> None:
             titles = re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE)
             slugs = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
             assert anchor in slugs, target
+
+
+def test_each_fault_names_its_test() -> None:
+    rows = re.findall(r"^\|.*\| `(tests/[\w/.]+)::(\w+)` \|$", FAULTS.read_text(), re.MULTILINE)
+    table = [line for line in FAULTS.read_text().splitlines() if line.startswith("| ")]
+    assert len(rows) == len([line for line in table if not line.startswith("| fault")]) > 30
+    for file, name in rows:
+        assert f"def {name}(" in (ROOT / file).read_text(), name
 
 
 def test_readme_is_read_to_its_end() -> None:

@@ -178,3 +178,10 @@ def test_a_rule_and_what_it_judges_may_both_be_null(tmp_path: Path) -> None:
         ("max_loss_above_champion: 0.05", "max_loss_above_champion: null"),
     )
     assert read_params(path).evaluate.gate.max_forgetting is None
+
+
+@pytest.mark.parametrize("name", ["a@b", "a/b", "a:b"])
+def test_a_model_whose_versions_could_not_be_named_is_refused(tmp_path: Path, name: str) -> None:
+    """NAME@ALIAS and NAME/VERSION name a version."""
+    path = changed(tmp_path, ("registered_model: financial-qa", f"registered_model: '{name}'"))
+    assert "merge_export.registered_model: " in problems(path) and name in problems(path)

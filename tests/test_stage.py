@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fintune.stage import whole_folder
+from fintune.stage import run, whole_folder
 from support.project import ROOT
 
 
@@ -83,3 +83,30 @@ def test_a_folder_that_fails_leaves_the_former_one(tmp_path: Path) -> None:
         (folder / "new").touch()
         raise ValueError("no")
     assert [path.name for path in tmp_path.rglob("*")] == ["model", "former"]
+
+
+def test_a_stage_sweeps_what_killed_processes_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not what a process that lives is writing."""
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    alive = f"models/.adapter.partial-{os.getppid()}"
+    left = {
+        f"models/.adapter.partial-{dead.pid}/weights",
+        f"models/.merged.partial-{os.getpid()}/deep/model",
+        "reports/.evaluation.html.partial",
+        f"reports/.train.json.partial-{dead.pid}",
+        "data/raw/.qa.parquet.partial",
+    }
+    kept = {f"{alive}/weights", "models/adapter/weights", "reports/.gitignore", "data/raw/partial"}
+    for name in left | kept:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    run(lambda: None)
+    there = {
+        path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()
+    }
+    assert there == kept
+    assert not list((tmp_path / "models").glob(f"*.partial-{dead.pid}"))

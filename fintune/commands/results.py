@@ -4,13 +4,11 @@ python -m fintune results
 """
 
 import argparse
-import json
 import os
-from pathlib import Path
 from typing import Any
 
 from fintune import paths
-from fintune.errors import UserError
+from fintune.stage import read_json
 
 ROWS = {
     "accuracy": "right answers",
@@ -35,7 +33,7 @@ def main(given: argparse.Namespace) -> None:
 def last_run() -> str:
     """Summarise the reports of the last `dvc repro`."""
     evaluation, export, train = map(
-        read_report, (paths.EVALUATION, paths.EXPORT, paths.TRAIN_METRICS)
+        read_json, (paths.EVALUATION, paths.EXPORT, paths.TRAIN_METRICS)
     )
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     show_ui = (
@@ -69,15 +67,3 @@ def format_comparison(evaluation: dict[str, Any]) -> str:
         base, tuned = ("none" if value is None else f"{value:.4g}" for value in values)
         lines.append(f"{title:<22} {base:>10} {tuned:>10}")
     return "\n".join(lines)
-
-
-def read_report(path: Path) -> dict[str, Any]:
-    """Read a stage's report.
-
-    Raises:
-        UserError: the stage has not run.
-    """
-    if not path.is_file():
-        raise UserError(f"{path}: not found; run `dvc repro` first")
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content

@@ -134,6 +134,7 @@ def search(
     import optuna
 
     from fintune.tracking.client import connect
+    from fintune.tracking.database import sqlite_uri
     from fintune.tracking.runs import search_run
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -141,7 +142,7 @@ def search(
     wanted = repr((sorted(given.space), objective, given.sampler, given.seed))
     name = f"search-{commit}-{hashlib.md5(wanted.encode()).hexdigest()[:6]}"
     study = optuna.create_study(
-        storage=f"sqlite:///{root / paths.SEARCH_DATABASE}",
+        storage=sqlite_uri(root / paths.SEARCH_DATABASE),
         study_name=name,
         direction="maximize" if objective.maximize else "minimize",
         load_if_exists=True,

@@ -92,7 +92,9 @@ def load_tokenizer(base: Base, end_token: Literal["new", "base"]) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base.model, revision=base.revision)
+        tokenizer = AutoTokenizer.from_pretrained(
+            base.model, revision=base.revision, trust_remote_code=False
+        )
     except Exception as error:  # the hub client also raises its transport's errors
         reason = str(error)
         if not base.is_folder:

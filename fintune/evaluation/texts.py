@@ -201,9 +201,9 @@ def _embed(texts: Sequence[str], embedding: Embedding, device: Any) -> np.ndarra
     import torch
     from transformers import AutoModel, AutoTokenizer
 
-    source: dict[str, Any] = {"revision": embedding.revision}
+    source: dict[str, Any] = {"revision": embedding.revision, "trust_remote_code": False}
     if Path(embedding.model).is_dir():
-        source = {"local_files_only": True}
+        source = {"local_files_only": True, "trust_remote_code": False}
     try:
         tokenizer = AutoTokenizer.from_pretrained(embedding.model, **source)
         model = AutoModel.from_pretrained(embedding.model, use_safetensors=True, **source)

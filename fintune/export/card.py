@@ -1,6 +1,5 @@
 """Write model cards from a model's records and measurements."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from fintune.hub.models import local_folder
 from fintune.metrics import METRICS, number
 from fintune.model.adapter import AdapterInfo
 from fintune.params import MergeExport
+from fintune.stage import read_json
 
 
 def read_records() -> dict[str, dict[str, Any]]:
@@ -25,7 +25,7 @@ def read_records() -> dict[str, dict[str, Any]]:
         "evaluation": paths.EVALUATION,
         "manifest": paths.MANIFEST,
     }
-    return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items()}
+    return {name: read_json(file) for name, file in files.items()}
 
 
 def write_card(

@@ -15,7 +15,7 @@ from fintune.model.adapter import AdapterInfo, read_training
 from fintune.params import MergeExport
 from fintune.registry.recovery import has_metric
 from fintune.registry.results import log_results
-from fintune.registry.versions import register
+from fintune.registry.versions import register, version_of_run
 
 log = logging.getLogger("fintune")
 REGISTERED = ("registered_model", "version", "run_id", "aliases")  # not measurements
@@ -67,9 +67,8 @@ def restore_export(client: Any, run_id: str, hashes: dict[str, str]) -> str:
         measured = {key: value for key, value in report.items() if key not in REGISTERED}
         log_results(client, run_id, measured, settings, [paths.EXPORT])
         log.info("MLflow had no export of this adapter; logged it again")
-    known = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
-    if known:
-        return f"{name}/{max(int(version.version) for version in known)}"
+    if known := version_of_run(client, name, run_id):
+        return f"{name}/{known}"
     params = MergeExport(**settings["merge_export"])
     adapter = read_training(paths.ADAPTER)
     version, aliases = register_adapter(client, run_id, adapter, read_records(), hashes, params)

@@ -125,7 +125,7 @@ def check_use(folder: Path, model: Any, prompts: Sequence[str]) -> None:
     Raises:
         UserError: padding changes what follows a prompt, or the folder cannot generate.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     batch = dict(tokenizer(list(prompts), padding=True, return_tensors="pt").to(model.device))
     batch.pop("token_type_ids", None)
 

@@ -29,7 +29,7 @@ def load_tuned(folder: Path) -> tuple[Any, Tokenizer]:
             f"{folder}: neither a merged model nor an adapter is there; `dvc repro` makes both, "
             "`dvc pull` fetches them"
         )
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if RESPONSE not in (tokenizer.chat_template or ""):
         raise UserError(f"{folder}: not a model of this project: its tokenizer lacks the prompt")
     return load_plain(folder), tokenizer
@@ -37,7 +37,7 @@ def load_tuned(folder: Path) -> tuple[Any, Tokenizer]:
 
 def _load_tuned_base(adapter: Path) -> tuple[Any, Tokenizer]:
     trained = read_training(adapter)
-    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    tokenizer = AutoTokenizer.from_pretrained(adapter, trust_remote_code=False)
     quantization = trained.train["quantization"]
     base: PreTrainedModel = load_base(trained.base, tokenizer, quantization, trained.dtype)
     if quantization == "nf4" and device().type == "cpu":

@@ -51,7 +51,7 @@ def merge_into_folder(
             not belong to this base.
     """
     source = local_folder(base)
-    config = AutoConfig.from_pretrained(source)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     with torch.device("meta"):
         skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     shapes = dict(skeleton.state_dict())
@@ -123,7 +123,11 @@ def _merge_in_memory(source: Path, merging: _Merging, folder: Path) -> None:
     """Merge a base whose weights have other names in its files; transformers reads and writes them."""
     model: PreTrainedModel
     model, info = AutoModelForCausalLM.from_pretrained(
-        source, dtype="auto", use_safetensors=True, output_loading_info=True
+        source,
+        dtype="auto",
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
     )
     check_complete(source, info)
     add_rows(model, merging.rows)

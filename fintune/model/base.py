@@ -60,6 +60,7 @@ def load_base(
             quantization_config=config,
             device_map={"": on or device()},
             use_safetensors=True,
+            trust_remote_code=False,
             attn_implementation=attention,
             output_loading_info=True,
         )
@@ -86,8 +87,15 @@ def read_config(base: Base) -> Any:
         UserError: it is missing or damaged, or of a type that transformers does not know.
     """
     try:
-        return AutoConfig.from_pretrained(base.model, revision=base.revision)
+        return AutoConfig.from_pretrained(
+            base.model, revision=base.revision, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"base.model: {base.model}: is computed by code of its own (auto_map in its config.json), "
+                "which is never run; docs/bases.md lists the types of bases that need none"
+            ) from None
         reason = str(error).strip().splitlines()[0]
         if not base.is_folder:
             reason = explain_model_error(error, base.model, base.revision)
@@ -135,6 +143,10 @@ def load_plain(folder: Path) -> PreTrainedModel:
     """
     dtype = "auto" if device().type == "cuda" else torch.float32
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, device_map={"": device()}, use_safetensors=True
+        folder,
+        dtype=dtype,
+        device_map={"": device()},
+        use_safetensors=True,
+        trust_remote_code=False,
     )
     return model

@@ -9,6 +9,7 @@ import mlflow
 from mlflow.tracking import MlflowClient
 
 from fintune.registry.versions import NOT_THERE
+from fintune.stage import read_json
 
 log = logging.getLogger("fintune")
 
@@ -57,7 +58,7 @@ def fetch_champion(
         return _not_fetched(found, name, error)
     if reason:
         return replace(found, reason=f"version {found.version} {reason}")
-    ours = json.loads(record_file.read_text())["tags"].get("md5.data/split")
+    ours = read_json(record_file, "tags")["tags"].get("md5.data/split")
     same_split = version.tags.get("md5.data/split") == ours
     note = "" if same_split else "its rows were split otherwise: it may have seen these test rows"
     return replace(found, folder=Path(folder), note=note)

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,11 @@ from mlflow.tracking import MlflowClient
 
 from fintune import paths
 from fintune.data.tables import read_rows
-from fintune.lineage import locked_params, locked_stages
+from fintune.lineage import locked_params, locked_stages, project_root
 from fintune.registry.results import log_results, log_rows
-from fintune.tracking.runs import COMPLETE, existing_run, log_training
+from fintune.stage import read_json
+from fintune.tracking.runs import COMPLETE, log_training
+from fintune.tracking.scratch import existing_run, forget_locked
 
 log = logging.getLogger("fintune")
 
@@ -22,10 +23,11 @@ log = logging.getLogger("fintune")
 def run_of_adapter(client: MlflowClient) -> str:
     """Return the id of the adapter's run, logging it again from the files if it is missing.
 
-    A run that was logged again has a new id; its tag `first_run_id` has the one in `models/run.json`.
+    A run that was logged again has a new id; its tag `first_run_id` has the one in `models/run.json`. The
+    checkpoints of a training that dvc.lock has are removed.
     """
-    run_record = json.loads(paths.RUN.read_text())
-    metrics = json.loads(paths.TRAIN_METRICS.read_text())
+    run_record = read_json(paths.RUN, "run_id", "name", "experiment", "params", "tags")
+    metrics = read_json(paths.TRAIN_METRICS)
     curve = read_curve(paths.TRAIN_CURVE)
     run_id = existing_run(client, run_record["run_id"])
     if run_id is None:
@@ -41,9 +43,12 @@ def run_of_adapter(client: MlflowClient) -> str:
                 experiment.experiment_id, tags=tags, run_name=run_record["name"]
             ).info.run_id
             log.info("MLflow has no run %s; logging it again as %s", run_record["run_id"], run_id)
-    if client.get_run(run_id).data.tags.get(COMPLETE) != "true":
-        log_training(client, {**run_record, "run_id": run_id}, metrics, paths.ADAPTER, curve)
+    run = client.get_run(run_id)
+    if run.data.tags.get(COMPLETE) != "true":
+        log_training(client, {**run_record, "run_id": run_id}, metrics, curve)
+    if run.info.status != "FINISHED":
         client.set_terminated(run_id, "FINISHED")
+    forget_locked(project_root())
     return str(run_id)
 
 
@@ -59,7 +64,7 @@ def restore_evaluation(client: Any, run_id: str) -> None:
     """Add the evaluation's results to a run that lacks them."""
     if has_metric(client, run_id, "tuned/loss"):
         return
-    report = json.loads(paths.EVALUATION.read_text())
+    report = read_json(paths.EVALUATION)
     settings = locked_params(locked_stages().get("evaluate", {}))
     files = (paths.EVALUATION, paths.PREDICTIONS, paths.EVALUATION_PAGE)
     there = [file for file in files if file.is_file()]

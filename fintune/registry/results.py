@@ -5,11 +5,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from mlflow.entities import Metric, RunTag
+from mlflow.entities import RunTag
 from mlflow.tracking import MlflowClient
 
 from fintune.params import flatten
-from fintune.tracking.runs import as_texts, now_ms, upload
+from fintune.tracking.points import changed
+from fintune.tracking.runs import as_texts, upload
 
 TABLES = "mlflow.loggedArtifacts"  # the tag that MLflow's UI finds tables by
 
@@ -33,7 +34,7 @@ def log_results(
     }
     client.log_batch(
         run_id,
-        metrics=[Metric(key, value, now_ms(), 0) for key, value in numbers.items()],
+        metrics=changed(client, run_id, numbers),
         tags=[RunTag(key, value) for key, value in as_texts(settings).items()],
     )
     for file in files:

@@ -46,6 +46,16 @@ def download_version(client: MlflowClient, name: str, into: Path) -> Path:
         raise UserError(f"{name}: its files could not be fetched: {error}") from error
 
 
+def version_of_run(client: MlflowClient, name: str, run_id: str) -> str | None:
+    """Return the newest version of a model that a run's adapter is registered as, or None.
+
+    The name is no part of the search: in MLflow's filters, a quotation mark would end it.
+    """
+    found = client.search_model_versions(f"run_id = '{run_id}'")
+    versions = [int(each.version) for each in found if each.name == name]
+    return str(max(versions)) if versions else None
+
+
 def register(
     client: MlflowClient, run_id: str, name: str, tags: dict[str, str], passed: bool
 ) -> tuple[str, list[str]]:
@@ -61,10 +71,8 @@ def register(
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    versions = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
-    if versions:
-        version = str(max(int(v.version) for v in versions))
-    else:
+    version = version_of_run(client, name, run_id)
+    if version is None:
         version = str(client.create_model_version(name, f"runs:/{run_id}/adapter", run_id).version)
     for key, value in tags.items():
         client.set_model_version_tag(name, version, key, value)

@@ -8,17 +8,19 @@ from pathlib import Path
 
 import mlflow
 from filelock import FileLock
-from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from fintune import paths
-from fintune.errors import UserError
+from fintune.errors import ANOTHER_STORE, UserError, explain_store, shown
+from fintune.tracking.database import prepare_database, sqlite_uri
 
 EXPERIMENT = "financial-qa"
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # the default retries for minutes
 os.environ.setdefault("MLFLOW_ENABLE_ASYNC_LOGGING", "false")
 for noisy in ("alembic", "mlflow", "sqlalchemy"):
     logging.getLogger(noisy).setLevel(logging.WARNING)
+
+DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 
 
 def connect(root: Path) -> MlflowClient:
@@ -29,16 +31,20 @@ def connect(root: Path) -> MlflowClient:
     `MLFLOW_EXPERIMENT_NAME` names the experiment.
 
     Raises:
-        UserError: the server does not respond, or refuses access.
+        UserError: the address is none that MLflow has; the server does not respond, or refuses access; the
+            file is broken.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{paths.MLFLOW_DATABASE}"
+    _check_address(uri)
     local = uri.startswith("sqlite:///") and not uri.startswith("sqlite:////")
-    if local:
-        uri = f"sqlite:///{root / uri.removeprefix('sqlite:///')}"
     if uri.startswith("http"):
         _ask_server(uri)
-    mlflow.set_tracking_uri(uri)
     with store_lock(root):
+        if uri.startswith("sqlite:///"):
+            path, mark, options = uri.removeprefix("sqlite:///").partition("?")
+            prepare_database(root / path, root / paths.MLFLOW_ARTIFACTS)
+            uri = sqlite_uri(root / path) + mark + options
+        mlflow.set_tracking_uri(uri)
         return _client(root, uri, local)
 
 
@@ -52,24 +58,33 @@ def store_lock(root: Path) -> Iterator[None]:
 
 
 def _client(root: Path, uri: str, local: bool) -> MlflowClient:
-    client = MlflowClient()
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
     try:
+        client = MlflowClient()
         if client.get_experiment_by_name(name) is None:
             location = (root / paths.MLFLOW_ARTIFACTS).as_uri() if local else None
             # else the UI shows its pages for agents
             kind = {"mlflow.experimentKind": "custom_model_development"}
             client.create_experiment(name, artifact_location=location, tags=kind)
         mlflow.set_experiment(name)
-    except MlflowException as error:
-        if error.get_http_status_code() in (401, 403) or "error code 401" in str(error):
-            raise UserError(
-                f"MLflow at {_shown(uri)} refuses access: set MLFLOW_TRACKING_USERNAME and "
-                "MLFLOW_TRACKING_PASSWORD to a user of that server and its password"
-            ) from None
-        message = str(error).replace(uri, _shown(uri))  # the URI may hold a password
-        raise UserError(f"MLflow at {_shown(uri)}: {message}") from None
+    except Exception as error:  # each store raises its own library's errors
+        raise UserError(explain_store(error, uri)) from None
     return client
+
+
+def _check_address(uri: str) -> None:
+    """Refuse what is neither a server nor a database: MLflow would fail in many ways.
+
+    Raises:
+        UserError: it is.
+    """
+    scheme = uri.partition("://")[0] if "://" in uri else ""
+    if scheme in ("http", "https") or scheme.split("+")[0] in DATABASES:
+        return
+    raise UserError(
+        f"MLFLOW_TRACKING_URI: {shown(uri)}: no address of an MLflow server or database; "
+        f"set https://HOST, http://HOST:PORT, postgresql://... or sqlite:///FILE, {ANOTHER_STORE}"
+    )
 
 
 def _ask_server(uri: str) -> None:
@@ -79,12 +94,5 @@ def _ask_server(uri: str) -> None:
         requests.get(f"{uri.rstrip('/')}/health", timeout=5).raise_for_status()
     except requests.RequestException as error:
         raise UserError(
-            f"no MLflow server responds at {_shown(uri)} ({type(error).__name__}); start it, or unset "
-            "MLFLOW_TRACKING_URI to log to mlflow.db in this folder"
+            f"no MLflow server responds at {shown(uri)} ({type(error).__name__}); start it, {ANOTHER_STORE}"
         ) from None
-
-
-def _shown(uri: str) -> str:
-    """Return the URI without user name and password."""
-    scheme, _, rest = uri.partition("://")
-    return f"{scheme}://{rest.rsplit('@', 1)[-1]}"

@@ -9,24 +9,24 @@ import logging
 import os
 import shutil
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import mlflow
-from mlflow.entities import Metric, RunTag
 from mlflow.entities import Param as MlflowParam
-from mlflow.exceptions import MlflowException
+from mlflow.entities import RunTag
 from mlflow.tracking import MlflowClient
 
 from fintune import paths
-from fintune.errors import UserError
 from fintune.lineage import finished_stages, git, in_no_commit, locked_params, output_hashes
 from fintune.params import flatten
+from fintune.stage import write_text
 from fintune.tracking.client import EXPERIMENT, store_lock
+from fintune.tracking.points import LiveCurve, changed, log_missing, points_of
+from fintune.tracking.scratch import RUN_ID, existing_run, own_scratch
 
 log = logging.getLogger("fintune")
 
@@ -35,37 +35,39 @@ SWEEP = "experiments_on_commit"
 
 
 @contextmanager
-def training_run(id_file: Path, name: str, parent: str | None) -> Iterator[str]:
+def training_run(scratch: Path, name: str, parent: str | None) -> Iterator[tuple[str, LiveCurve]]:
     """Start a training job's run, or resume its earlier one, with system metrics.
 
     Args:
-        id_file: file that keeps the run's id between a kill and the resumption.
+        scratch: the training's own folder, where the run's id outlives a kill.
         name: of a new run; under `dvc exp run`, the experiment's name replaces it.
         parent: the run under which the UI nests a new one, if any.
 
     Yields:
-        The run's id. The run ends as FINISHED, KILLED (by the user) or FAILED.
+        The run's id and its curve. The run ends as FINISHED, KILLED (by the user) or FAILED.
+
+    Raises:
+        UserError: another process trains the same.
     """
-    run_id = None
-    if id_file.is_file():
-        run_id = existing_run(MlflowClient(), id_file.read_text().strip())
-    run = mlflow.start_run(
-        run_id=run_id,
-        parent_run_id=None if run_id else parent,
-        run_name=None if run_id else os.environ.get("DVC_EXP_NAME") or name,
-        log_system_metrics=True,
-    )
-    id_file.parent.mkdir(parents=True, exist_ok=True)
-    id_file.write_text(run.info.run_id)
-    try:
-        yield run.info.run_id
-    except KeyboardInterrupt:
-        mlflow.end_run("KILLED")
-        raise
-    except BaseException:
-        mlflow.end_run("FAILED")
-        raise
-    _or_later(mlflow.end_run)
+    client, id_file = MlflowClient(), scratch / RUN_ID
+    with own_scratch(client, scratch):
+        known = existing_run(client, id_file.read_text().strip()) if id_file.is_file() else None
+        run = mlflow.start_run(
+            run_id=known,
+            parent_run_id=None if known else parent,
+            run_name=None if known else os.environ.get("DVC_EXP_NAME") or name,
+            log_system_metrics=True,
+        )
+        write_text(id_file, run.info.run_id)
+        curve = LiveCurve(client, run.info.run_id)
+        try:
+            yield run.info.run_id, curve
+        except BaseException as error:
+            curve.close(seconds=5)
+            with suppress(Exception):  # what ended the training is what the user needs to see
+                mlflow.end_run("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            raise
+        _or_later(mlflow.end_run)
 
 
 def sweep_run(client: MlflowClient, root: Path) -> str | None:
@@ -109,25 +111,6 @@ def search_run(client: MlflowClient, name: str, space: dict[str, str]) -> str:
     run_id = str(client.create_run(experiment, run_name=name, tags={"search": name}).info.run_id)
     client.log_batch(run_id, params=[MlflowParam(key, value) for key, value in space.items()])
     return run_id
-
-
-def live_logger(run_id: str) -> Callable[[int, dict[str, float]], None]:
-    """Return a function that logs a step's values; after an MLflow error it stops, and training continues."""
-    client = MlflowClient()
-    lost = False
-
-    def log_values(step: int, values: dict[str, float]) -> None:
-        nonlocal lost
-        if lost:
-            return
-        metrics = [Metric(f"curve/{k}", v, now_ms(), step) for k, v in values.items()]
-        try:
-            client.log_batch(run_id, metrics=metrics)
-        except Exception as error:  # no logging error may stop training
-            lost = True
-            log.warning("MLflow stopped responding (%s); evaluate logs the run again", error)
-
-    return log_values
 
 
 def describe_run(
@@ -192,23 +175,17 @@ def log_training(
     client: MlflowClient,
     run_record: dict[str, Any],
     metrics: dict[str, float],
-    adapter: Path,
-    curve: list[dict[str, float | None]] | None = None,
+    curve: list[dict[str, float | None]],
 ) -> None:
-    """Log parameters, lineage, final metrics and the adapter, and the curve if it was not logged live."""
+    """Log parameters, lineage, final metrics, the adapter, and what was not logged live of the curve."""
     run_id = run_record["run_id"]
     params = [MlflowParam(key, value) for key, value in run_record["params"].items()]
     tags = [RunTag(key, value) for key, value in run_record["tags"].items()]
     tags.append(RunTag("mlflow.note.content", _description(metrics)))
-    finals = [Metric(key, value, now_ms(), 0) for key, value in metrics.items()]
+    finals = changed(client, run_id, metrics)
     client.log_batch(run_id, metrics=finals, params=params, tags=tags)
-    for point in curve or []:
-        step = int(point["step"] or 0)
-        values = {k: v for k, v in point.items() if k != "step" and v is not None and v == v}
-        client.log_batch(
-            run_id, metrics=[Metric(f"curve/{k}", v, now_ms(), step) for k, v in values.items()]
-        )
-    upload(client, run_id, adapter, "adapter")
+    log_missing(client, run_id, points_of(curve), {})
+    upload(client, run_id, paths.ADAPTER, "adapter")
     client.set_tag(run_id, COMPLETE, "true")
 
 
@@ -237,9 +214,10 @@ def _description(metrics: dict[str, float]) -> str:
     )
 
 
-def log_training_or_later(*arguments: Any) -> None:
-    """Call `log_training`, but only warn on failure: evaluation logs the run again."""
-    _or_later(log_training, *arguments)
+def log_training_or_later(live: LiveCurve, *arguments: Any) -> None:
+    """Call `log_training` after the live curve, but only warn on failure: evaluation logs the run again."""
+    if live.close():
+        _or_later(log_training, *arguments)
 
 
 def _or_later(action: Callable[..., Any], *arguments: Any) -> None:
@@ -270,19 +248,3 @@ def _active(run_id: str) -> Iterator[None]:
         return
     with mlflow.start_run(run_id=run_id, log_system_metrics=False):
         yield
-
-
-def existing_run(client: MlflowClient, run_id: str) -> str | None:
-    """Return the id if the store has this run and it is not deleted, else None."""
-    try:
-        run = client.get_run(run_id)
-    except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            return None
-        raise UserError(f"MLflow: {error}") from error
-    return run_id if run.info.lifecycle_stage == "active" else None
-
-
-def now_ms() -> int:
-    """Return the current time in milliseconds since 1970, as MLflow expects."""
-    return int(time.time() * 1000)

@@ -7,38 +7,57 @@ from typing import Any
 
 import torch
 from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from fintune.hardware import peak_memory_gib
 
 
-class StepTimer(TrainerCallback):
+class StepTimer(TrainerCallback, ExportableState):
     """Callback that times the steps, forwards logged values, and validates and saves at the very end.
 
     `seconds` is the time from the beginning of the first step, without validations and checkpoints;
-    `aside` is that of each of these two. The timer syncs the device only there, so that timing
-    never stalls training.
+    `aside` is that of each of these two; `tokens` and `answer_tokens` are those of the `steps`, `peak_gib` is
+    the most memory. They are in each checkpoint, so a training that goes on counts on. The timer syncs the
+    device only at validations and checkpoints, so that timing never stalls training.
     """
 
     def __init__(self, on_log: Callable[[int, dict[str, float]], None]) -> None:
         self.on_log_values = on_log
         self.seconds = 0.0
-        self.steps = 0
-        self._begun: float | None = None
+        self.steps = self.tokens = self.answer_tokens = 0
+        self.peak_gib = 0.0
         self.aside = {"validation": 0.0, "checkpoint": 0.0}
+        self._since: float | None = None
+
+    def state(self) -> dict[str, dict[str, Any]]:
+        """Return what a checkpoint keeps."""
+        names = ("seconds", "steps", "tokens", "answer_tokens", "peak_gib", "aside")
+        return {"args": {}, "attributes": {name: getattr(self, name) for name in names}}
 
     @contextmanager
     def pause(self, reason: str) -> Iterator[None]:
         """Stop the clock for a validation or a checkpoint; every training ends with one."""
         begun = _synced_time()
-        self.seconds = begun - (self._begun or begun) - sum(self.aside.values())
+        self.seconds += begun - (self._since or begun)
+        self.peak_gib = max(self.peak_gib, peak_memory_gib())
         yield
-        self.aside[reason] += _synced_time() - begun
+        self._since = _synced_time()
+        self.aside[reason] += self._since - begun
+
+    def count(self, tokens: int, answer_tokens: int) -> None:
+        """Count the tokens of a step."""
+        self.tokens += tokens
+        self.answer_tokens += answer_tokens
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self._begun = self._begun or _synced_time()
+        self._since = self._since or _synced_time()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.steps += 1
         if state.global_step >= state.max_steps:
             control.should_evaluate = control.should_save = True
+        # a training that goes on from a checkpoint takes the mean loss from there
+        control.should_log = control.should_log or control.should_save
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         values = {name: float(logs[key]) for key, name in CURVE.items() if key in logs}

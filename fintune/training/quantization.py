@@ -2,10 +2,12 @@
 
 import json
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fintune.errors import UserError
 from fintune.hardware import GIB, compute_dtype, free_memory, room_gib
 from fintune.hub.models import check_base
 from fintune.model.base import load_base
@@ -34,6 +36,9 @@ def quantization_cost(
     Returns:
         `unquantized_base_loss` and `quantized_base_loss` in nats per answer token; nothing without
         `quantization: nf4`, or where the unquantized base does not fit into memory.
+
+    Raises:
+        UserError: a loss is not finite.
     """
     if train.quantization != "nf4":
         return {}
@@ -50,6 +55,12 @@ def quantization_cost(
             found[f"{name}_base_loss"] = likelihood(model, rows[:ROWS], f"{name} base").loss
             del model
             free_memory()
+        if not all(map(math.isfinite, found.values())):
+            raise UserError(
+                f"base.model: {base.model}: its loss is {found['unquantized_base_loss']}, in 4 bits "
+                f"{found['quantized_base_loss']}: it has weights that are not finite, or overflows in "
+                f"train.precision: {train.precision}"
+            )
         file.write_text(json.dumps(found))
     losses: dict[str, float] = json.loads(file.read_text())
     before, after = losses["unquantized_base_loss"], losses["quantized_base_loss"]

@@ -19,8 +19,9 @@ from fintune.model.conformance import agreement_of, fused_differs
 from fintune.model.sizes import ModelSize
 from fintune.params import Train
 from fintune.training.callbacks import CURVE, Bar, Patience, StepTimer
-from fintune.training.checkpoints import last_checkpoint
+from fintune.training.checkpoints import last_checkpoint, resume
 from fintune.training.curve import curve_of
+from fintune.training.divergence import check_weights, warn_of_guessing
 from fintune.training.plan import Plan, plan_execution
 from fintune.training.trainer import AnswerTrainer, to_float32
 
@@ -35,8 +36,9 @@ class TrainingResult:
     """The tuned model, its loss curve and the cost of the run.
 
     `curve` has one row per logged step: step, loss, validation_loss, validation_answers, learning_rate
-    (None where not measured). `step_tokens` are the tokens of each step, `largest_micro_batch` is the
-    largest number of tokens in a micro-batch. `metrics` are the keys of reports/train.json.
+    (None where not measured). `step_tokens` are the tokens of each step of this process,
+    `largest_micro_batch` is the largest number of tokens in a micro-batch. `metrics` are the keys of
+    reports/train.json.
     """
 
     model: PeftModel
@@ -69,8 +71,11 @@ def train(
         validate: returns the model's `loss` after a step on the validation rows, in nats per answer token,
             and with `keep: best_answers`, at the last step at least, the score of its `answers`, higher for
             better ones.
-        scratch: folder for checkpoints; the caller removes it once the adapter is saved.
+        scratch: folder for checkpoints; the caller removes it once the adapter is safe.
         on_log: called with the step and the values measured there.
+
+    Raises:
+        UserError: a loss, a gradient or a weight is not finite.
     """
     plan = make_plan(model, params, rows, dtype)
     log.info("plan: %s", plan)
@@ -94,12 +99,17 @@ def train(
     ceiling = matmul_flops(dtype)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    trainer.train(resume_from_checkpoint=last_checkpoint(scratch))
+    checkpoint = last_checkpoint(scratch)
+    if not (checkpoint and resume(trainer, checkpoint)):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    check_weights(trainer.model)
+    kept = _kept(trainer.state, params.keep)
+    vocabulary = model.get_base_model().get_input_embeddings().weight.shape[0]
+    warn_of_guessing(kept["validation_loss"], vocabulary, params.learning_rate)
     history = trainer.state.log_history
     losses = [(e["step"], e["loss"]) for e in history if "loss" in e]
     trainable, total = model.get_nb_trainable_parameters()
-    tokens = sum(trainer.step_tokens)
-    flops = _size(model, params).flops(tokens, trainer.answer_tokens)
+    flops = _size(model, params).flops(timer.tokens, timer.answer_tokens)
     return TrainingResult(
         model=trainer.model,
         plan=plan,
@@ -108,14 +118,14 @@ def train(
         largest_micro_batch=trainer.largest_micro_batch,
         metrics={
             "train_loss": _step_weighted_mean(losses),
-            **_kept(trainer.state, params.keep),
+            **kept,
             "steps": trainer.state.global_step,
             "seconds": timer.seconds,
             "validation_seconds": timer.aside["validation"],
-            "tokens_per_second": tokens / timer.seconds,
+            "tokens_per_second": timer.tokens / timer.seconds,
             "rows_per_second": timer.steps * params.rows_per_step / timer.seconds,
             "mfu": flops / timer.seconds / ceiling,
-            "peak_memory_gib": peak_memory_gib(),
+            "peak_memory_gib": max(timer.peak_gib, peak_memory_gib()),
             "predicted_memory_gib": plan.peak_gib,
             "trainable_parameters": trainable,
             "trainable_percent": 100 * trainable / total,

@@ -18,6 +18,7 @@ from fintune.model.batch import MicroBatch, TokenRow, batches_by_length, pack, p
 from fintune.model.fused.model import FusedModel
 from fintune.model.plain import PlainModel
 from fintune.training.callbacks import StepTimer
+from fintune.training.divergence import FiniteSteps, check_validation
 from fintune.training.plan import Plan
 
 log = logging.getLogger("fintune")
@@ -73,7 +74,8 @@ class AnswerTrainer(SFTTrainer):
         self.limit = plan.tokens_per_pass
         self.step_tokens: list[int] = []
         self.largest_micro_batch = 0
-        self.answer_tokens = 0
+        self._finite = FiniteSteps(scaled=self.args.fp16)
+        self._loss = torch.zeros(())
         self.model.train()  # not in every step, because it takes milliseconds
         self.fused = None
         if plan.kernels == "fused":
@@ -111,8 +113,22 @@ class AnswerTrainer(SFTTrainer):
             model.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
         self.step_tokens.append(sum(lengths))
-        self.answer_tokens += answers
+        self.timer.count(sum(lengths), answers)
+        self._loss = loss
         return loss
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the gradients' norm, before the update; the loss and it must be finite."""
+        norm = super()._get_grad_norm(*args, **kwargs)
+        self._finite.note(self.state.global_step + 1, self._loss, norm)
+        if self.args.use_cpu:
+            self._finite.check(self.state, self.args.learning_rate)
+        return norm
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log values, if the steps until now were finite."""
+        self._finite.check(self.state, self.args.learning_rate)
+        super().log(logs, *args, **kwargs)
 
     @property
     def _padded(self) -> bool:
@@ -144,8 +160,10 @@ class AnswerTrainer(SFTTrainer):
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Validate; the Trainer's own loss averages batches of unequal size."""
+        self._finite.check(self.state, self.args.learning_rate)
         with self.timer.pause("validation"):
             measured = self._validate(self.model, self.state.global_step)
+        check_validation(measured["loss"], self.state, self.args.learning_rate)
         metrics = {f"eval_{key}": value for key, value in measured.items()}
         self.model.train()
         self.log(metrics)

@@ -22,6 +22,7 @@ from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
 from support.project import SAMPLED, Project
+from support.servers import failing_proxy
 
 pytestmark = pytest.mark.end_to_end
 
@@ -148,7 +149,7 @@ def test_a_killed_training_goes_on_to_the_same_result(
     assert read_json(project / "models/run.json")["run_id"] == run_id
     (run,) = all_runs(client_of(project))
     assert (run.info.run_id, run.info.status) == (run_id, "FINISHED")
-    assert [path for path in (project / ".checkpoints").iterdir() if path.is_dir()] == []
+    assert len(list(project.folder.glob(".checkpoints/*/finished"))) == 1  # until dvc.lock has it
 
 
 def test_a_run_that_mlflow_lost_is_logged_again_once(trained: Project, tmp_path: Path) -> None:
@@ -321,6 +322,11 @@ def test_every_wrong_parameter_is_named_at_once(formatted: Project, tmp_path: Pa
         ({"max_position_embeddings": 40}, [], "more than the 40 tokens that the base can read"),
         ({"model_type": "t5"}, [], "a base of type t5 is not supported: it is no causal language"),
         ({"model_type": "bert"}, [], "type bert is not supported: its tokens see those after them"),
+        (
+            {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}},
+            [],
+            "is computed by code of its own (auto_map in its config.json), which is never run",
+        ),
         ({"model_type": "nosuch"}, [], "nosuch"),
         (
             {"model_type": "olmo_hybrid", "architectures": ["OlmoHybridForCausalLM"]},
@@ -348,6 +354,39 @@ def test_a_base_that_cannot_be_used_is_refused_by_format_and_check(
     ):
         assert done.returncode == 1 and "Traceback" not in done.stderr
         assert message in done.stderr.rpartition("error: ")[2]
+        assert "trust_remote_code" not in done.stdout + done.stderr and "[y/N]" not in done.stdout
+
+
+def test_a_server_that_fails_at_registration_is_named(
+    trained: Project, server: tuple[str, Path], tmp_path: Path
+) -> None:
+    """A proxy passes all requests on, and answers those that register with 503."""
+    project = copy(trained, tmp_path)
+    with failing_proxy(server[0], "registered-models") as address:
+        project.stage("evaluate", MLFLOW_TRACKING_URI=address)
+        done = project.stage("merge_export", check=False, MLFLOW_TRACKING_URI=address)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"error: MLflow at {address} failed" in done.stderr
+
+
+def test_a_record_that_was_cut_is_named(trained: Project, tmp_path: Path) -> None:
+    project = copy(trained, tmp_path)
+    (project / "models/run.json").write_text("")
+    done = project.stage("evaluate", check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "error: models/run.json: empty or damaged" in done.stderr
+
+
+def test_a_loss_that_is_not_a_number_leaves_the_adapter(trained: Project, tmp_path: Path) -> None:
+    project = copy(trained, tmp_path)
+    weights = project / "models/adapter/adapter_model.safetensors"
+    before = weights.read_bytes()
+    project.set(train__learning_rate=1e30)
+    done = project.stage("train", check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "error: train: the loss is nan at step 3; lower train.learning_rate" in done.stderr
+    assert weights.read_bytes() == before
+    assert {run.info.status for run in all_runs(client_of(project))} == {"FINISHED", "FAILED"}
 
 
 def test_a_merge_that_is_another_model_changes_nothing(trained: Project, tmp_path: Path) -> None:

@@ -9,8 +9,12 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from urllib.request import urlopen
+
+import requests
 
 ROOT = Path(__file__).parents[2]
 PASSWORD = "correct-horse-battery-staple"
@@ -160,3 +164,38 @@ def running_server(
     finally:
         server.terminate()
         server.wait()
+
+
+@contextmanager
+def failing_proxy(address: str, fails: str) -> Iterator[str]:
+    """Pass requests on to a server, but answer those whose path contains `fails` with 503."""
+
+    class Proxy(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            if fails in self.path:
+                self.send_error(503)
+                return
+            headers = {k: v for k, v in self.headers.items() if k.lower() != "host"}
+            found = requests.request(
+                self.command, f"{address}{self.path}", data=body, headers=headers, timeout=60
+            )
+            self.send_response(found.status_code)
+            self.send_header("Content-Type", found.headers.get("Content-Type", "text/plain"))
+            self.send_header("Content-Length", str(len(found.content)))
+            self.end_headers()
+            self.wfile.write(found.content)
+
+        do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = answer
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
+    thread = Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
