@@ -9,6 +9,7 @@ import re
 import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import (
     BaseModel,
@@ -28,6 +29,9 @@ from fintune.errors import UserError
 
 PARAMS_FILE = Path("params.yaml")
 COMMIT = re.compile(r"[0-9a-f]{40}")
+SECRET = re.compile(
+    r"token|key|secret|sig|pass|pwd|auth|credential", re.IGNORECASE
+)  # in a URL's query
 ALL_LINEAR = "all-linear"
 AUTO, VALUES = "(auto)", "(values)"  # tags of generation.decoding's two forms, left out of messages
 
@@ -88,6 +92,18 @@ class Source(Section):
     turns: Literal["last", "all"]
     columns: Columns
     default_instruction: Name | None
+
+    @field_validator("source")
+    @classmethod
+    def _without_secrets(cls, source: str) -> str:
+        parts = urlsplit(source)
+        keys = [key for key, _ in parse_qsl(parts.query, keep_blank_values=True)]
+        if parts.scheme and ("@" in parts.netloc or any(SECRET.search(key) for key in keys)):
+            raise ValueError(
+                "holds a user name, a password or a token, which would be written to dvc.lock and model "
+                "cards; use the storage's own environment variables, or download the file to data/source"
+            )
+        return source
 
     @model_validator(mode="after")
     def _instruction_from_somewhere(self) -> "Source":

@@ -21,7 +21,10 @@ log = logging.getLogger("fintune")
 
 
 def prepare() -> None:
-    """Enter the project's environment if need be, and configure OpenMP; call before third-party imports.
+    """Enter the project's environment if need be, and configure libraries; call before they are imported.
+
+    Where the package kernels is installed, bitsandbytes and transformers fetch compiled code from the hub
+    and run it; here they do not find that package.
 
     bitsandbytes and torch each bring an OpenMP pool. Threads that spin for long while waiting take the
     cores from the other pool: with two jobs on two cores, 4-bit training is then ten times slower. A short
@@ -35,6 +38,8 @@ def prepare() -> None:
         signal.signal(signal.SIGINT, _leave)
     # it recommends an optional kernel package on every import
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    sys.modules["kernels"] = None  # type: ignore[assignment]
+    os.environ["USE_HUB_KERNELS"] = "NO"
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 

@@ -180,6 +180,22 @@ def test_a_rule_and_what_it_judges_may_both_be_null(tmp_path: Path) -> None:
     assert read_params(path).evaluate.gate.max_forgetting is None
 
 
+@pytest.mark.parametrize(
+    "part",
+    ["ann:s3cret@data.org/qa.csv", "s3cret@data.org/qa.csv", "data.org/qa.csv?token=s3cret"]
+    + [
+        f"data.org/qa.csv?n=1&{key}=s3cret" for key in ("api_key", "X-Amz-Signature", "sig", "Auth")
+    ],
+)
+def test_a_source_with_a_secret_is_refused_without_showing_it(tmp_path: Path, part: str) -> None:
+    before = "source: assets/demo-questions.jsonl"
+    message = problems(changed(tmp_path, (before, f"source: 'https://{part}'")))
+    assert "fetch.source: holds a user name, a password or a token" in message
+    assert "s3cret" not in message
+    harmless = "source: 'https://data.org/a@b/qa.csv?page=2&format=csv'"
+    read_params(changed(tmp_path, (before, harmless)))
+
+
 @pytest.mark.parametrize("name", ["a@b", "a/b", "a:b"])
 def test_a_model_whose_versions_could_not_be_named_is_refused(tmp_path: Path, name: str) -> None:
     """NAME@ALIAS and NAME/VERSION name a version."""

@@ -110,3 +110,34 @@ def test_a_stage_sweeps_what_killed_processes_left(
     }
     assert there == kept
     assert not list((tmp_path / "models").glob(f"*.partial-{dead.pid}"))
+
+
+KERNELS = """
+import os, pathlib
+pathlib.Path(os.environ["CALLED"]).touch()
+def __getattr__(name):
+    raise RuntimeError(f"kernels.{name} was asked for")
+"""
+
+
+def test_no_compiled_code_is_fetched_from_the_hub(tmp_path: Path) -> None:
+    """A stand-in for the package kernels is not imported; bitsandbytes and transformers look for it."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels/__init__.py").write_text(KERNELS)
+    (tmp_path / "kernels-0.14.0.dist-info").mkdir()
+    (tmp_path / "kernels-0.14.0.dist-info/METADATA").write_text("Name: kernels\nVersion: 0.14.0\n")
+    load = "import bitsandbytes.backends.cpu.ops, transformers.integrations.hub_kernels"
+    for first, called in (
+        ("import kernels", True),
+        ("import fintune.stage as s; s.prepare()", False),
+    ):
+        file = tmp_path / f"called-{called}"
+        done = subprocess.run(
+            [sys.executable, "-c", f"{first}\n{load}"],
+            env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "CALLED": str(file)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert file.exists() == called, done.stderr
+        assert called or done.returncode == 0, done.stderr

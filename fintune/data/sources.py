@@ -102,11 +102,6 @@ def _read(params: Source, choose: Any) -> tuple[list[Row], dict[str, Any]]:
     source = params.source
     unpinned = {"revision": None, "license": None}
     if "://" in source:
-        if "@" in source.split("://", 1)[1].split("/", 1)[0]:
-            raise UserError(
-                "fetch.source: holds a user name or password, and params.yaml is kept in git; "
-                "use the storage's own environment variables"
-            )
         log.warning(
             "note: DVC does not notice when %s changes; run `dvc repro --force fetch` to fetch it again",
             source,

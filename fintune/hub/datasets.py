@@ -1,7 +1,9 @@
 """Hub data sets at a pinned revision."""
 
-from collections.abc import Callable, Collection
-from pathlib import Path
+import itertools
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fintune.errors import RecordError, UserError, brief
@@ -45,7 +47,10 @@ def read_dataset(
     except Exception as error:
         raise UserError(explain_error(error, "datasets", name, commit)) from error
     try:
+        _check_own_files(_texts(_card(folder).get("configs")), name)
         dataset = _load(folder, config, split)
+    except UserError:
+        raise
     except Exception as error:  # what its parsers of cards and files raise is not listed anywhere
         cause = error.__cause__ or error  # a generation error's own message is generic
         hint = "; name one in fetch.config" if "Config name is missing" in str(cause) else ""
@@ -84,11 +89,48 @@ def _commit(name: str, revision: str | None) -> str:
     return str(commit)
 
 
+def _card(folder: str) -> dict[str, Any]:
+    from huggingface_hub import metadata_load
+
+    card = Path(folder) / "README.md"
+    return (metadata_load(card) if card.is_file() else None) or {}
+
+
+def _texts(said: Any) -> Iterator[str]:
+    """Yield all texts in a part of a card."""
+    if isinstance(said, dict):
+        said = [*said.values()]
+    if isinstance(said, list):
+        for each in said:
+            yield from _texts(each)
+    elif isinstance(said, str):
+        yield said
+
+
+def _check_own_files(texts: Iterable[str], name: str) -> None:
+    """Check that a data set's card names its own files alone; others would be read from anywhere.
+
+    Raises:
+        UserError: it names an address, or a path that leads out of its folder.
+    """
+    for text in texts:
+        path = PurePosixPath(text)
+        if "::" in text or "://" in text or path.is_absolute() or {"..", "~"} & {*path.parts}:
+            raise UserError(
+                f"fetch: the card of {name} names {brief(text)} as its data, which is no file of its own; "
+                "nothing is read"
+            )
+
+
 def _load(folder: str, config: str | None, split: str) -> Any:
     """Load a data set's folder; in CSV files, only an empty cell is a missing value, not N/A or None."""
     import datasets
 
     builder = datasets.load_dataset_builder(folder, config)
+    repository = os.path.realpath(Path(folder).parents[1])  # a snapshot's files are links into it
+    for file in itertools.chain(*(builder.config.data_files or {}).values()):
+        if not Path(os.path.realpath(file)).is_relative_to(repository):
+            raise UserError(f"fetch: {file} leads out of the data set's folder; it is not read")
     if hasattr(builder.config, "keep_default_na"):
         try:
             texts = {"keep_default_na": False, "na_values": [""]}

@@ -189,6 +189,54 @@ class TestDataSet:
         project.set(fetch__source="acme/torn", fetch__config=None)
         refuse(project, "fetch", environment, "acme/torn")
 
+    @pytest.mark.parametrize(
+        "named",
+        [
+            *("SECRET", "file://SECRET", "../../../secret.csv", "http://127.0.0.1:9/secret.csv"),
+            *("zip://secret.csv::SECRET", "{split: train, path: SECRET}"),
+        ],
+    )
+    def test_a_card_cannot_name_the_user_s_files(
+        self,
+        hub: Hub,
+        make_project: MakeProject,
+        environment: Environment,
+        named: str,
+        tmp_path: Path,
+    ) -> None:
+        project = make_project(**THREE_COLUMNS, fetch__default_instruction="Answer.")
+        project.set(fetch__columns={"instruction": None, "input": "input", "output": "output"})
+        secret = project / "data/source/secret.csv"
+        near = Path(environment["HF_HOME"]) / "hub/secret.csv"  # as seen from the snapshot
+        near.parent.mkdir(parents=True, exist_ok=True)
+        for file in (secret, near):
+            file.write_text("input,output\nWhich key?,0x5ec4e7\n")
+        data = tmp_path / "data"
+        data.mkdir()
+        entry = named.replace("SECRET", str(secret))
+        quoted = entry if entry.startswith("{") else json.dumps(entry)
+        (data / "own.csv").write_text("input,output\nWhy?,So.\n")
+        (data / "README.md").write_text(
+            f"---\nconfigs:\n- config_name: default\n  data_files: {quoted}\n---\n"
+        )
+        repository = f"acme/{tmp_path.name}"
+        hub.add("datasets", repository, data, revision=OLD)
+        project.set(fetch__source=repository, fetch__revision=OLD)
+        refuse(project, "fetch", environment, "which is no file of its own")
+        assert not (project / "data/raw/qa.parquet").exists()
+
+    def test_a_link_out_of_the_cache_is_not_followed(
+        self, make_project: MakeProject, environment: Environment
+    ) -> None:
+        project = make_project(**THREE_COLUMNS, fetch__source="acme/qa", fetch__revision=OLD)
+        succeed(project, "fetch", environment)
+        (file,) = Path(environment["HF_HOME"]).rglob("snapshots/*/train.parquet")
+        secret = project / "data/source/secret.parquet"
+        shutil.copy(file, secret)
+        file.unlink()
+        file.symlink_to(secret)
+        refuse(project, "fetch", environment | OFFLINE, "leads out of the data set's folder")
+
     def test_main_is_resolved_to_a_commit(
         self, make_project: MakeProject, environment: Environment
     ) -> None:

@@ -20,6 +20,7 @@ from fintune.data.prompt import (
 )
 from fintune.errors import UserError
 from fintune.generation.tuned import generation_config, load_tuned, prompt_tokens
+from fintune.hardware import device
 from fintune.merging.merge import merge_into_folder
 from fintune.model.adapter import add_adapter, read_training, write_adapter
 from fintune.model.base import load_base
@@ -125,7 +126,7 @@ def test_the_folder_is_used_as_it_was_trained(
 
 def test_fused_and_plain_loss_and_gradients_agree(base: Base, own: Any, rows: Any) -> None:
     model = tuned_model(base, own)
-    part = pack(rows, torch.device("cpu"))
+    part = pack(rows, device())
     found = []
     for computed in (PlainModel(model), FusedModel(model, torch.float32)):
         model.zero_grad()
