@@ -3,8 +3,16 @@
 The hub's libraries read `HF_TOKEN`, `HF_ENDPOINT`, `HF_HOME` and `HF_HUB_OFFLINE` themselves.
 """
 
+import functools
+import hashlib
 import os
+import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from fintune.errors import UserError
+
+HASH = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 def is_offline() -> bool:
@@ -19,6 +27,38 @@ def stated_license(folder: Path) -> str | None:
     card = folder / "README.md"
     said = (metadata_load(card) or {}).get("license") if card.is_file() else None
     return str(said) if said else None
+
+
+@functools.cache
+def check_snapshot(folder: Path) -> None:
+    """Check the files of a snapshot in the hub's cache against the hashes that the hub states.
+
+    The cache names a file's blob by that hash: SHA-256 for large files, git's SHA-1 for others. Files that
+    are no links into it, as where links are not supported, cannot be checked.
+
+    Raises:
+        UserError: a file's bytes are others, as after a flipped bit or a change by hand.
+    """
+    blobs = [(file, file.resolve()) for file in folder.rglob("*") if file.is_symlink()]
+    named = [(file, blob) for file, blob in blobs if HASH.fullmatch(blob.name) and blob.is_file()]
+    with ThreadPoolExecutor() as pool:  # hashing leaves Python's lock
+        for (file, blob), found in zip(named, pool.map(_hash, [b for _, b in named]), strict=True):
+            if found != blob.name:
+                raise UserError(
+                    f"{file.name}: {blob} does not hold what the hub states: its hash is {found[:16]}…, not "
+                    f"{blob.name[:16]}…; delete that file, and run this again to download it anew"
+                )
+
+
+def _hash(blob: Path) -> str:
+    large = len(blob.name) == 64
+    digest = hashlib.sha256() if large else hashlib.sha1(usedforsecurity=False)
+    if not large:
+        digest.update(f"blob {blob.stat().st_size}\0".encode())
+    with blob.open("rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def explain_model_error(error: Exception, model: str, revision: str | None) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fintune.errors import RecordError, UserError, brief
-from fintune.hub.client import explain_error, is_offline, stated_license
+from fintune.hub.client import check_snapshot, explain_error, is_offline, stated_license
 from fintune.params import COMMIT
 
 
@@ -46,6 +46,7 @@ def read_dataset(
         )
     except Exception as error:
         raise UserError(explain_error(error, "datasets", name, commit)) from error
+    check_snapshot(Path(folder))
     try:
         _check_own_files(_texts(_card(folder).get("configs")), name)
         dataset = _load(folder, config, split)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fintune.errors import UserError
-from fintune.hub.client import explain_error, is_offline
+from fintune.hub.client import check_snapshot, explain_error, is_offline
 from fintune.params import Base
 
 KNOWN = ("mistral", "llama")  # types that need no check before torch is imported
@@ -76,6 +76,18 @@ def local_folder(base: Base) -> Path:
     except Exception as error:
         raise UserError(explain_error(error, "models", base.model, base.revision)) from error
     return Path(folder)
+
+
+def checked_folder(base: Base) -> Path:
+    """Return a base's local folder, of a hub model after its files were held against the hub's hashes.
+
+    Raises:
+        UserError: as `local_folder` and `check_snapshot`.
+    """
+    folder = local_folder(base)
+    if not base.is_folder:
+        check_snapshot(folder)
+    return folder
 
 
 def weights_fingerprint(base: Base) -> str:

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from fintune.data.prompt import Tokenizer, end_token_id
 from fintune.errors import UserError
 from fintune.hardware import check_disk, device
-from fintune.hub.models import local_folder
+from fintune.hub.models import checked_folder
 from fintune.merging.lora_update import Update, apply_update, nf4_round_trip, read_updates
 from fintune.model.base import add_rows, check_complete
 from fintune.params import Base
@@ -50,7 +50,7 @@ def merge_into_folder(
         UserError: a shard is missing, cut off or damaged, the disk is too small, or the adapter does
             not belong to this base.
     """
-    source = local_folder(base)
+    source = checked_folder(base)
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     with torch.device("meta"):
         skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(config)

@@ -19,6 +19,7 @@ from transformers import (
 from fintune.errors import UserError
 from fintune.hardware import device
 from fintune.hub.client import explain_model_error
+from fintune.hub.models import checked_folder
 from fintune.model.conformance import agreement_of
 from fintune.params import Base
 
@@ -51,6 +52,7 @@ def load_base(
             bnb_4bit_compute_dtype=dtype,
         )
     model: PreTrainedModel
+    checked_folder(base)
     try:
         attention = agreement_of(read_config(base)).padded
         model, info = AutoModelForCausalLM.from_pretrained(

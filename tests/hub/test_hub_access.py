@@ -237,6 +237,23 @@ class TestDataSet:
         file.symlink_to(secret)
         refuse(project, "fetch", environment | OFFLINE, "leads out of the data set's folder")
 
+    def test_bytes_that_are_not_the_hub_s_are_refused(
+        self, make_project: MakeProject, environment: Environment
+    ) -> None:
+        project = make_project(**THREE_COLUMNS, fetch__source="acme/qa", fetch__revision=OLD)
+        succeed(project, "fetch", environment)
+        rows = files(project / "data/raw")
+        (file,) = Path(environment["HF_HOME"]).rglob("snapshots/*/train.parquet")
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.resolve().chmod(0o644)
+        file.resolve().write_bytes(data)
+        refuse(project, "fetch", environment, "train.parquet", "what the hub states", "delete that")
+        assert files(project / "data/raw") == rows
+        file.resolve().unlink()
+        succeed(project, "fetch", environment)
+        assert files(project / "data/raw") == rows
+
     def test_main_is_resolved_to_a_commit(
         self, make_project: MakeProject, environment: Environment
     ) -> None:

@@ -319,7 +319,7 @@ def test_every_wrong_parameter_is_named_at_once(formatted: Project, tmp_path: Pa
 @pytest.mark.parametrize(
     ("config", "gguf", "message"),
     [
-        ({"max_position_embeddings": 40}, [], "more than the 40 tokens that the base can read"),
+        ({"max_position_embeddings": 40}, [], "longer than the 40 that the base can read"),
         ({"model_type": "t5"}, [], "a base of type t5 is not supported: it is no causal language"),
         ({"model_type": "bert"}, [], "type bert is not supported: its tokens see those after them"),
         (

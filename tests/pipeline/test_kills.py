@@ -38,6 +38,7 @@ def test_a_pipeline_that_is_killed_ten_times_ends_as_one_that_was_not(
     shutil.copytree(project.folder, killed, symlinks=True)
     assert go_on(project.folder)[1] == ""
     for moment in MOMENTS:
-        assert kill_at(killed, moment, dict.fromkeys([moment.stage], 0.0)), moment
+        came = kill_at(killed, moment, dict.fromkeys([moment.stage], 0.0))
+        assert came, (moment, killed.with_name("killed.log").read_text()[-2000:])
     assert go_on(killed)[1] == ""
     assert faults(killed, results(project.folder)) == []
