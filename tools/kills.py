@@ -74,7 +74,13 @@ def start(project: Path, log: Path, *target: str) -> subprocess.Popen[bytes]:
         stdout=log.open("ab"),
         stderr=subprocess.STDOUT,
         start_new_session=True,
+        preexec_fn=_heed_ctrl_c,
     )
+
+
+def _heed_ctrl_c() -> None:
+    """Undo that a shell's background jobs ignore SIGINT, which the processes that they start inherit."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def kill_at(project: Path, moment: Moment, usual: dict[str, float], *target: str) -> bool:
