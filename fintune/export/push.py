@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fintune import paths
-from fintune.errors import UserError
-from fintune.hub.client import causes, is_offline
+from fintune.errors import UserError, chain
+from fintune.hub.client import is_offline
 from fintune.params import MergeExport
 
 log = logging.getLogger("fintune")
@@ -181,7 +181,7 @@ def explain_push_error(error: BaseException, name: str) -> str:
 
     owner = name.split("/")[0]
     tokens = f"{ENDPOINT}/settings/tokens"
-    for each in causes(error):
+    for each in chain(error):
         response = getattr(each, "response", None)
         status = getattr(response, "status_code", None)
         if status == 401:

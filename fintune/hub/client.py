@@ -9,8 +9,9 @@ import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-from fintune.errors import UserError
+from fintune.errors import UserError, chain
 
 HASH = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
 
@@ -22,11 +23,16 @@ def is_offline() -> bool:
 
 def stated_license(folder: Path) -> str | None:
     """Return the licence in the card of a model or data set, or None."""
+    said = card_metadata(folder).get("license")
+    return str(said) if said else None
+
+
+def card_metadata(folder: Path) -> dict[str, Any]:
+    """Return what the head of a model's or data set's card says; nothing where there is no card."""
     from huggingface_hub import metadata_load
 
     card = folder / "README.md"
-    said = (metadata_load(card) or {}).get("license") if card.is_file() else None
-    return str(said) if said else None
+    return (metadata_load(card) if card.is_file() else None) or {}
 
 
 @functools.cache
@@ -72,7 +78,7 @@ def explain_error(error: BaseException, kind: str, name: str, revision: str | No
     from huggingface_hub.constants import ENDPOINT
 
     page = f"{ENDPOINT}/{'datasets/' if kind == 'datasets' else ''}{name}"
-    for each in causes(error):
+    for each in chain(error):
         status = getattr(getattr(each, "response", None), "status_code", None)
         if isinstance(each, errors.GatedRepoError):
             return f"{name} is gated: {_access(page, bool(get_token()), status)}"
@@ -94,16 +100,6 @@ def explain_error(error: BaseException, kind: str, name: str, revision: str | No
         "  run it again to go on where it broke off; HF_ENDPOINT names another server, "
         "HF_HUB_OFFLINE=1 uses the local cache alone"
     )
-
-
-def causes(error: BaseException) -> list[BaseException]:
-    """Return the error and its chain of causes, down to the first."""
-    chain = [error]
-    while (
-        cause := chain[-1].__cause__ or chain[-1].__context__
-    ) is not None and cause not in chain:
-        chain.append(cause)
-    return chain
 
 
 def _access(page: str, has_token: bool, status: int | None) -> str:

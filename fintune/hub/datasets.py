@@ -7,7 +7,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fintune.errors import RecordError, UserError, brief
-from fintune.hub.client import check_snapshot, explain_error, is_offline, stated_license
+from fintune.hub.client import (
+    card_metadata,
+    check_snapshot,
+    explain_error,
+    is_offline,
+    stated_license,
+)
 from fintune.params import COMMIT
 
 
@@ -48,7 +54,7 @@ def read_dataset(
         raise UserError(explain_error(error, "datasets", name, commit)) from error
     check_snapshot(Path(folder))
     try:
-        _check_own_files(_texts(_card(folder).get("configs")), name)
+        _check_own_files(_texts(card_metadata(Path(folder)).get("configs")), name)
         dataset = _load(folder, config, split)
     except UserError:
         raise
@@ -88,13 +94,6 @@ def _commit(name: str, revision: str | None) -> str:
             f"  revision: {commit}"
         )
     return str(commit)
-
-
-def _card(folder: str) -> dict[str, Any]:
-    from huggingface_hub import metadata_load
-
-    card = Path(folder) / "README.md"
-    return (metadata_load(card) if card.is_file() else None) or {}
 
 
 def _texts(said: Any) -> Iterator[str]:
