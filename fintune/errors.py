@@ -19,6 +19,11 @@ FULL_TEXT = re.compile(  # of libraries written in Rust and C, which raise no OS
     "|database or disk is full|PytorchStreamWriter failed writing file",
 )
 STORES = {"mlflow", "sqlalchemy", "psycopg", "psycopg2", "pymysql", "boto3", "botocore", "sqlite3"}
+SECRET = re.compile("TOKEN|SECRET|PASSWORD|PASSPHRASE|API_?KEY", re.IGNORECASE)
+SIGNED = re.compile(
+    r"([?&][\w.-]*(?:token|signature|credential|secret|password|sig|key)[\w-]*=)[^&\s'\"]+",
+    re.IGNORECASE,
+)
 NETWORK = {"requests", "urllib3", "httpx", "httpcore", "socket", "ssl"}
 
 
@@ -34,6 +39,18 @@ def brief(value: object, characters: int = 200) -> str:
     """Return a value as one line of a message, at most so long."""
     text = " ".join(str(value)[: 4 * characters].split()) or type(value).__name__
     return text if len(text) <= characters else text[: characters - 1] + "…"
+
+
+def redacted(text: str) -> str:
+    """Return a text to print without secrets: a server's answer can hold what it was sent.
+
+    Those are the values of the environment's variables that are named like secrets, and what URLs have of a
+    user, a password, a token or a signature.
+    """
+    for name, value in os.environ.items():
+        if SECRET.search(name) and len(value) >= 8:  # a shorter one would be found in plain words
+            text = text.replace(value, "***")
+    return SIGNED.sub(r"\1***", re.sub(r"(\w+://)[^\s/@]+@", r"\1", text))
 
 
 def explain(error: BaseException) -> str | None:
@@ -66,7 +83,6 @@ def explain_store(error: BaseException, uri: str) -> str:
         uri: the tracking URI in use.
     """
     text = first_line(error).replace(uri, shown(uri))
-    text = re.sub(r"(\w+://)[^\s/@]+@", r"\1", text)
     # some of MLflow's errors lack the code that they are asked for
     status = error.get_http_status_code() if hasattr(error, "error_code") else 0  # type: ignore[attr-defined]
     if status in (401, 403) or "error code 401" in text:

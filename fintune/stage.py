@@ -1,5 +1,6 @@
 """Run a stage or command, and write its files atomically."""
 
+import atexit
 import json
 import logging
 import math
@@ -7,6 +8,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fintune import paths
-from fintune.errors import UserError, explain
+from fintune.errors import UserError, explain, redacted
 
 log = logging.getLogger("fintune")
 
@@ -78,7 +80,9 @@ def run(main: Callable[[], None], interrupted: str = GOES_ON) -> None:
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    printed = logging.StreamHandler(sys.stderr)
+    printed.setFormatter(_Redacted("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[printed])
     log.setLevel(logging.INFO)
     warnings.filterwarnings("ignore", category=FutureWarning)  # meant for library developers
     if interrupted == GOES_ON:  # a stage; a command can run beside one
@@ -86,13 +90,34 @@ def run(main: Callable[[], None], interrupted: str = GOES_ON) -> None:
     try:
         main()
     except UserError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {redacted(str(error))}")
     except KeyboardInterrupt:
         sys.exit(interrupted)
     except Exception as error:
         if message := explain(error):
-            sys.exit(f"error: {message}")
+            sys.exit(f"error: {redacted(message)}")
         raise
+    if interrupted == GOES_ON:
+        leave(0)
+
+
+class _Redacted(logging.Formatter):
+    """Messages without secrets; some quote a server's answer."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record))
+
+
+def leave(status: int) -> NoReturn:
+    """End the process after its exit handlers, without taking the interpreter apart.
+
+    A library's threads that still run at that point abort now and then what is done and written.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _sweep() -> None:

@@ -104,12 +104,36 @@ def test_a_stage_sweeps_what_killed_processes_left(
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fintune.stage.leave", lambda status: None)
     run(lambda: None)
     there = {
         path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()
     }
     assert there == kept
     assert not list((tmp_path / "models").glob(f"*.partial-{dead.pid}"))
+
+
+ABORTS = """
+import atexit, os, sys, types
+from fintune.stage import run
+
+class Threads:
+    def __del__(self):
+        os.abort()
+
+def main():
+    sys.modules["library"] = Threads()
+    atexit.register(print, "closed")
+    print("written")
+
+run(main)
+"""
+
+
+def test_a_library_that_aborts_at_exit_does_not_fail_a_stage(tmp_path: Path) -> None:
+    """The exit handlers are called, and what was printed is seen."""
+    done = start(Path(sys.executable), tmp_path, "-c", ABORTS)
+    assert (done.returncode, done.stdout) == (0, "written\nclosed\n"), done.stderr
 
 
 KERNELS = """

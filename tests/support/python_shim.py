@@ -23,7 +23,10 @@ def run_in_fork():
         caller.connect(ADDRESS)
     except OSError:  # it is still importing, or gone
         run_real()
+    umask = os.umask(0o077)
+    os.umask(umask)
     request = {
+        "umask": umask,
         "folder": os.getcwd(),  # noqa: PTH109  # pathlib is slow to import
         "environment": dict(os.environ),
         "arguments": ARGUMENTS[1:],
@@ -42,7 +45,9 @@ def run_in_fork():
     sys.exit(status)
 
 
-read_at_import = [name for name in os.environ if name.startswith(("HF_", "TRANSFORMERS_"))]
+read_at_import = [
+    name for name in os.environ if name.startswith(("HF_", "TRANSFORMERS_")) and name != "HF_TOKEN"
+]
 module = ARGUMENTS[1] if ARGUMENTS[:1] == ["-m"] else ""
 if (
     ADDRESS

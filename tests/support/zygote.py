@@ -136,6 +136,7 @@ def become(request: dict[str, Any]) -> None:
     """Run the requested module as `python -m` would."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(request["folder"])
+    os.umask(request["umask"])
     os.environ.clear()
     os.environ.update(request["environment"])
     module, *arguments = request["arguments"]
