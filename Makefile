@@ -1,4 +1,5 @@
 # make demo: the whole pipeline on the embedded demo.  make test: the tests.  make check: lint, format, types.
+# make audit: known vulnerabilities of the pinned packages, asked of a public database.
 # make experiments: those on this commit, with the columns that matter.
 # Each sets up .venv when it is missing or requirements.lock has changed.
 
@@ -6,7 +7,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo repository test check experiments lock
+.PHONY: demo repository test check audit experiments lock
 
 demo: repository $(BIN)/ready
 	python -m fintune check
@@ -24,6 +25,10 @@ check: $(BIN)/ready
 	ruff check .
 	ruff format --check .
 	mypy
+
+# AUDIT: other options of pip-audit, such as --ignore-vuln ID or another database.
+audit: $(BIN)/ready
+	pip-audit --requirement requirements.lock --no-deps --disable-pip --progress-spinner off $(AUDIT)
 
 # Without the pattern the table has more than 40 columns, most of them hashes and counts.
 experiments: $(BIN)/ready

@@ -10,12 +10,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: several workers s
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
 
 from fintune.data.prompt import load_tokenizer
 from fintune.params import Base
 from support.project import COPIED, ROOT, SMALL, Project
+
+# The same examples at each run; the profile fuzz tries other ones, and many more.
+CHECKS = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+settings.register_profile("tests", derandomize=True, database=None, **CHECKS)
+settings.register_profile("fuzz", max_examples=20_000, print_blob=True, **CHECKS)
+settings.load_profile("tests")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
