@@ -80,7 +80,12 @@ class AnswerTrainer(SFTTrainer):
         self.fused = None
         if plan.kernels == "fused":
             cache = plan.dequantize == "once"
-            self.fused = FusedModel(self.model, dtype, plan.checkpointing, cache)
+            import os
+
+            e = bool(os.environ.get("X8"))
+            self.fused = FusedModel(
+                self.model, dtype, plan.checkpointing, cache and not e, eight_bits=e
+            )
 
     def training_step(self, model: Any, inputs: dict[str, Any], *_: Any) -> torch.Tensor:
         """Compute the gradients of one optimizer step: the mean over the answer tokens of all its rows.

@@ -38,12 +38,15 @@ def dequantize_and_add(
     lora: tuple[Tensor, Tensor] | None,
     scaling: float,
     out: Tensor,
+    eight: tuple[Tensor, int, Tensor, Tensor] | None = None,
 ) -> None:
     """Write W + scaling B A to `out`, (outputs, inputs), rounded once.
 
     Args:
         packed: uint8, two weights a byte, row by row, the first in the high half.
         lora: A, (rank, inputs), and B, (outputs, rank), in float32 or in 16 bits.
+        eight: for FP8 codes in `out`, what they are also written to, transposed, the step between its rows,
+            and the scales of the rows of both.
     """
     rows, columns = out.shape
     a, b = lora or (state.values, state.values)
@@ -52,7 +55,8 @@ def dequantize_and_add(
     grid = (triton.cdiv(rows, TILE["ROWS"]), triton.cdiv(columns, 64 * TILE["BLOCKS"]))
     _dequantize_and_add[grid](
         packed, state.absmax, state.code, state.scales, state.offset, state.values, a, b, out,
-        rows, columns, scaling, RANK=rank, WIDTH=width, **TILE,
+        rows, columns, scaling, *(eight or (out, 0, out, out)), RANK=rank, WIDTH=width,
+        EIGHT=eight is not None, **TILE,
     )  # fmt: skip
 
 
@@ -451,9 +455,9 @@ def _gated_backward(
 @triton.jit
 def _dequantize_and_add(
     packed, absmax, code, scales, offset, values, a, b, out,
-    rows, columns, scaling,
-    RANK: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
-    KIND: tl.constexpr,
+    rows, columns, scaling, other, step, row_scale, column_scale,
+    RANK: tl.constexpr, WIDTH: tl.constexpr, EIGHT: tl.constexpr, ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """Compute one tile of ROWS rows and BLOCKS blocks of 64 columns."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -476,6 +480,27 @@ def _dequantize_and_add(
         kept = (row[:, None] < rows) & (r[None, :] < RANK)
         b_tile = tl.load(b + row[:, None] * RANK + r[None, :], mask=kept, other=0.0)
         weight += scaling * tl.dot(b_tile.to(KIND), a_tile.to(KIND))
+    if EIGHT:
+        store_codes(
+            weight, row, column, rows, columns, out, other, step, row_scale, column_scale, 448.0
+        )
+        return
     target = row[:, None].to(tl.int64) * columns + column[None, :]
     kept = (row[:, None] < rows) & (column[None, :] < columns)
     tl.store(out + target, weight.to(out.dtype.element_ty), mask=kept)
+
+
+@triton.jit
+def store_codes(
+    weight, row, column, rows, columns, codes, other, step, row_scale, column_scale, largest
+):  # fmt: skip
+    """Store a tile of weights in FP8: divided by the scale of its row, and transposed by that of its column."""
+    kept = (row[:, None] < rows) & (column[None, :] < columns)
+    kind = codes.dtype.element_ty
+    by_row = weight / tl.load(row_scale + row, mask=row < rows, other=1.0)[:, None]
+    by_row = tl.minimum(tl.maximum(by_row, -largest), largest).to(kind)
+    tl.store(codes + row[:, None].to(tl.int64) * columns + column[None, :], by_row, mask=kept)
+    by_column = weight / tl.load(column_scale + column, mask=column < columns, other=1.0)[None, :]
+    by_column = tl.minimum(tl.maximum(by_column, -largest), largest).to(kind)
+    target = other + column[:, None].to(tl.int64) * step + row[None, :]
+    tl.store(target, tl.trans(by_column), mask=tl.trans(kept))

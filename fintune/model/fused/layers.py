@@ -46,6 +46,31 @@ class Layer:
     keeps_gate_up: bool  # save the outputs of gate and up for the backward pass
     run: Any  # the module of pointwise functions: kernels.py on a GPU, else ops.py
 
+    @property
+    def eight(self) -> Any:
+        """Return the module of FP8 functions, or None where the products are in 16 bits."""
+        if not self.down.eight:
+            return None
+        from fintune.model.fused import fp8
+
+        return fp8
+
+    def into(self, projections: Projections, block: int, x: Tensor, seed: int) -> Tensor:
+        """Normalize a block's input and multiply it."""
+        if self.eight:
+            how = (projections.reads_plain, projections.dropout, seed)
+            normal, codes = self.eight.rms_norm(x, self.norms[block], self.eps, *how)
+            return projections.forward(normal, seed, codes)
+        return projections.forward(self.run.rms_norm(x, self.norms[block], self.eps), seed)
+
+    def out_of(self, gate_up: Tensor, seed: int) -> Tensor:
+        """Compute the gated product and multiply it."""
+        if self.eight:
+            how = (self.down.reads_plain, self.down.dropout, seed)
+            middle, codes = self.eight.gated(gate_up, self.gelu, *how)
+            return self.down.forward(middle, seed, codes)
+        return self.down.forward(self.run.gated(gate_up, self.gelu), seed)
+
     def __call__(self, x: Tensor, packed: PackedSequences, rotary: Rotary, seed: int) -> Tensor:
         """Run the layer; (tokens, hidden) to (tokens, hidden)."""
         out: Tensor = _FeedForward.apply(
@@ -109,28 +134,31 @@ class Layer:
         if gate_up is None:
             gate_up = self.gate_up.forward(normal, seed)
         if self.after and y is None:
-            y = self.down.forward(self.run.gated(gate_up, self.gelu), seed + 1)
+            y = self.out_of(gate_up, seed + 1)
         d_out = self.output_gradient(1, y, dy)
         d_middle = self.down.input_gradient(d_out, seed + 1)
-        middle, d_gate_up = self.run.gated_backward(gate_up, d_middle, self.gelu)
+        codes = None
+        if self.eight:
+            how = (self.gelu, self.down.dropout, seed + 1)
+            middle, d_gate_up, codes = self.eight.gated_backward(gate_up, d_middle, *how)
+        else:
+            middle, d_gate_up = self.run.gated_backward(gate_up, d_middle, self.gelu)
         del gate_up, d_middle
-        of_down = self.down.parameter_gradients(middle, d_out, seed + 1)
+        of_down = self.down.parameter_gradients(middle, d_out, seed + 1, dropped=bool(self.eight))
         del middle
         of_gate_up = self.gate_up.parameter_gradients(normal, d_gate_up, seed)
         del normal
-        d_normal = self.gate_up.input_gradient(d_gate_up, seed)
-        del d_gate_up
+        d_normal = self.gate_up.input_gradient(d_gate_up, seed, codes)
+        del d_gate_up, codes
         dx = self.run.rms_norm_backward(x, self.norms[1], self.eps, d_normal, dy)
         return dx, [*of_gate_up, *of_down]
 
     def infer(self, x: Tensor, rotary: Rotary, attend: Callable[..., Tensor]) -> Tensor:
         """Run the layer without gradients; `attend` maps q, k and v to each token's attention output."""
-        normal = self.run.rms_norm(x, self.norms[0], self.eps)
-        attended = attend(*self.split(self.turn(self.qkv.forward(normal, 0), rotary[self.kind])))
+        qkv = self.into(self.qkv, 0, x, 0)
+        attended = attend(*self.split(self.turn(qkv, rotary[self.kind])))
         x = self.add(0, self.output.forward(attended.flatten(1), 0), x)
-        normal = self.run.rms_norm(x, self.norms[1], self.eps)
-        middle = self.run.gated(self.gate_up.forward(normal, 0), self.gelu)
-        return self.add(1, self.down.forward(middle, 0), x)
+        return self.add(1, self.out_of(self.into(self.gate_up, 1, x, 0), 0), x)
 
 
 class _QueryKeyValue(Function):
@@ -140,8 +168,7 @@ class _QueryKeyValue(Function):
     def forward(
         ctx: Any, x: Tensor, layer: Layer, rotary: tuple[Tensor, Tensor], seed: int, *_: Tensor
     ) -> Any:
-        normal = layer.run.rms_norm(x, layer.norms[0], layer.eps)
-        qkv = layer.qkv.forward(normal, seed)
+        qkv = layer.into(layer.qkv, 0, x, seed)
         ctx.save_for_backward(x, qkv if layer.head_norms else None)
         ctx.layer, ctx.rotary, ctx.seed = layer, rotary, seed
         q, k, v = layer.split(layer.turn(qkv, rotary))
@@ -182,13 +209,10 @@ class _FeedForward(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Layer, seed: int, *_: Tensor) -> Any:
-        normal = layer.run.rms_norm(x, layer.norms[1], layer.eps)
-        gate_up = layer.gate_up.forward(normal, seed)
-        del normal
-        middle = layer.run.gated(gate_up, layer.gelu)
+        gate_up = layer.into(layer.gate_up, 1, x, seed)
         kept = gate_up if layer.keeps_gate_up else None
+        y = layer.out_of(gate_up, seed + 1)
         del gate_up
-        y = layer.down.forward(middle, seed + 1)
         ctx.save_for_backward(x, kept, y if layer.after else None)
         ctx.layer, ctx.seed = layer, seed
         return layer.add(1, y, x)

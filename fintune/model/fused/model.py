@@ -113,6 +113,7 @@ class FusedModel:
         checkpointing: str = "none",
         cache_weights: bool = False,
         training: bool = True,
+        eight_bits: bool = False,
     ) -> None:
         plain: Any = base_of(model)
         config, self.body = plain.config, plain.get_decoder()
@@ -125,6 +126,7 @@ class FusedModel:
             cache_weights,
             training,
             keeps_gate_up=checkpointing != "selective",
+            eight_bits=eight_bits,
         )
         self.kinds = sorted({layer.kind for layer in self.layers}, key=str)
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)

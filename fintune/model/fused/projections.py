@@ -45,6 +45,7 @@ class Projections:
         workspace: Workspace,
         cache_weights: bool,
         training: bool,
+        eight_bits: bool = False,
     ) -> None:
         self.bases = [getattr(module, "base_layer", module) for module in modules]
         self.outputs = [base.out_features for base in self.bases]
@@ -79,16 +80,37 @@ class Projections:
 
             self.states = [kernels.NestedState.of(base.weight.quant_state) for base in self.bases]
         self.cached_weights: Tensor | None = None
-        if cache_weights and self.quantized:
+        self.eight: Any = None
+        if eight_bits:
+            self.eight = self._in_eight_bits(dtype)
+        elif cache_weights and self.quantized:
             self.cached_weights = torch.empty(
                 sum(self.outputs), self.inputs, dtype=dtype, device=device
             )
             self._fill(self.cached_weights)
 
+    @property
+    def reads_plain(self) -> bool:
+        """Return whether the product reads its input in the activations' type, although it is in FP8."""
+        return bool(self.parameters) and not self.merges_lora
+
     def refresh(self) -> None:
         """Refill the cached weights after the parameters have changed."""
         if self.cached_weights is not None and self.merges_lora:
             self._fill(self.cached_weights)
+        if self.eight and self.merges_lora:
+            for i, (rows, base) in enumerate(zip(self.rows, self.bases, strict=True)):
+                lora = self.loras[i]
+                self.eight.fill_from(rows, base.weight, self.states[i], lora, self.scaling)
+
+    @torch.no_grad()
+    def _in_eight_bits(self, dtype: torch.dtype) -> Any:
+        from fintune.model.fused.fp8 import Weights
+
+        whole = torch.empty(sum(self.outputs), self.inputs, dtype=dtype, device=self.down.device)
+        for rows, weight in self._blocks(whole):
+            whole[rows] = weight
+        return Weights(whole)
 
     def _of_parameters(self, down: Tensor, up: Tensor) -> list[Tensor]:
         """Return views into tensors of `down`'s and `up`'s shapes that match `parameters`, in their order."""
@@ -123,8 +145,22 @@ class Projections:
                     weight.addmm_(pair[1].float(), pair[0].float(), alpha=self.scaling)
                 whole[r] = weight
 
-    def forward(self, x: Tensor, seed: int) -> Tensor:
-        """Multiply; (tokens, inputs) to (tokens, outputs)."""
+    def forward(self, x: Any, seed: int, codes: Any = None) -> Tensor:
+        """Multiply; (tokens, inputs) to (tokens, outputs).
+
+        Args:
+            codes: x in FP8, if it is at hand; x is as dropped then.
+        """
+        if self.eight:
+            from fintune.model.fused import fp8
+
+            y = fp8.product(codes or fp8.quantize(x), self.eight.forward)
+            if self.bias is not None:
+                y += self.bias
+            if self.reads_plain:
+                dropped = self._dropped(x, seed) if codes is None else x
+                y.addmm_(dropped @ self.down.t(), self.up.t(), alpha=self._alpha)
+            return y
         blocks = self._blocks(x)
         y = x.new_empty(x.shape[0], sum(self.outputs))
         for rows, weight in blocks:
@@ -132,17 +168,22 @@ class Projections:
                 torch.mm(x, weight.t(), out=y[:, rows])
             else:
                 torch.addmm(self.bias[rows], x, weight.t(), out=y[:, rows])
-        if self.parameters and not self.merges_lora:
+        if self.reads_plain:
             y.addmm_(self._dropped(x, seed) @ self.down.t(), self.up.t(), alpha=self._alpha)
         return y
 
-    def input_gradient(self, dy: Tensor, seed: int) -> Tensor:
+    def input_gradient(self, dy: Tensor, seed: int, codes: Any = None) -> Tensor:
         """Compute the input's gradient; (tokens, outputs) to (tokens, inputs)."""
-        (rows, weight), *others = self._blocks(dy)
-        dx = dy[:, rows] @ weight
-        for rows, weight in others:
-            dx.addmm_(dy[:, rows], weight)
-        if self.parameters and not self.merges_lora:
+        if self.eight:
+            from fintune.model.fused import fp8
+
+            dx = fp8.product(codes or fp8.quantize(dy), self.eight.backward)
+        else:
+            (rows, weight), *others = self._blocks(dy)
+            dx = dy[:, rows] @ weight
+            for rows, weight in others:
+                dx.addmm_(dy[:, rows], weight)
+        if self.reads_plain:
             inner = dy @ self.up
             if self.dropout:
                 arguments = (dx, inner, self.down, self._alpha, self.dropout, seed)
@@ -151,11 +192,13 @@ class Projections:
                 dx.addmm_(inner, self.down, alpha=self._alpha)
         return dx
 
-    def parameter_gradients(self, x: Tensor, dy: Tensor, seed: int) -> list[Tensor]:
-        """Compute the gradients of `parameters` from the input and the gradient of the output."""
+    def parameter_gradients(
+        self, x: Tensor, dy: Tensor, seed: int, dropped: bool = False
+    ) -> list[Tensor]:
+        """Compute the gradients of `parameters` from the input, as dropped or not, and the output's gradient."""
         if not self.parameters:
             return []
-        x = self._dropped(x, seed)
+        x = x if dropped else self._dropped(x, seed)
         d_down = (dy @ self.up).t() @ x
         d_up = dy.t() @ (x @ self.down.t())
         return [part * self.factor for part in self._of_parameters(d_down, d_up)]
