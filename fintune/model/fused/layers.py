@@ -63,6 +63,14 @@ class Layer:
             return projections.forward(normal, seed, codes)
         return projections.forward(self.run.rms_norm(x, self.norms[block], self.eps), seed)
 
+    def read(self, projections: Projections, block: int, x: Tensor, seed: int) -> Tensor:
+        """Normalize a block's input again, as dropped for the adapter."""
+        if self.eight and projections.dropout:
+            how = (True, projections.dropout, seed)
+            normal: Tensor = self.eight.rms_norm(x, self.norms[block], self.eps, *how)[0]
+            return normal
+        return projections.dropped(self.run.rms_norm(x, self.norms[block], self.eps), seed)
+
     def out_of(self, gate_up: Tensor, seed: int) -> Tensor:
         """Compute the gated product and multiply it."""
         if self.eight:
@@ -130,26 +138,27 @@ class Layer:
             gate_up: recomputed if it is None.
             y: the output before its norm; recomputed if it is None and the layer has such a norm.
         """
-        normal = self.run.rms_norm(x, self.norms[1], self.eps)
         if gate_up is None:
-            gate_up = self.gate_up.forward(normal, seed)
+            gate_up = self.into(self.gate_up, 1, x, seed)
         if self.after and y is None:
             y = self.out_of(gate_up, seed + 1)
         d_out = self.output_gradient(1, y, dy)
-        d_middle = self.down.input_gradient(d_out, seed + 1)
+        d_middle, inner = self.down.input_gradient(d_out, seed + 1)
         codes = None
         if self.eight:
             how = (self.gelu, self.down.dropout, seed + 1)
             middle, d_gate_up, codes = self.eight.gated_backward(gate_up, d_middle, *how)
         else:
             middle, d_gate_up = self.run.gated_backward(gate_up, d_middle, self.gelu)
+            middle = self.down.dropped(middle, seed + 1)
         del gate_up, d_middle
-        of_down = self.down.parameter_gradients(middle, d_out, seed + 1, dropped=bool(self.eight))
+        of_down = self.down.parameter_gradients(middle, d_out, inner)
         del middle
-        of_gate_up = self.gate_up.parameter_gradients(normal, d_gate_up, seed)
-        del normal
-        d_normal = self.gate_up.input_gradient(d_gate_up, seed, codes)
-        del d_gate_up, codes
+        d_normal, inner = self.gate_up.input_gradient(d_gate_up, seed, codes)
+        del codes
+        normal = self.read(self.gate_up, 1, x, seed)
+        of_gate_up = self.gate_up.parameter_gradients(normal, d_gate_up, inner)
+        del normal, d_gate_up
         dx = self.run.rms_norm_backward(x, self.norms[1], self.eps, d_normal, dy)
         return dx, [*of_gate_up, *of_down]
 
@@ -179,9 +188,9 @@ class _QueryKeyValue(Function):
         dq, dk, dv, skip = gradients
         (x, qkv), layer = ctx.saved_tensors, ctx.layer
         d_qkv = layer.run.rotate_backward(dq, dk, dv, *ctx.rotary, qkv, layer.head_norms, layer.eps)
-        normal = layer.run.rms_norm(x, layer.norms[0], layer.eps)
-        of_parameters = layer.qkv.parameter_gradients(normal, d_qkv, ctx.seed)
-        d_normal = layer.qkv.input_gradient(d_qkv, ctx.seed)
+        d_normal, inner = layer.qkv.input_gradient(d_qkv, ctx.seed)
+        normal = layer.read(layer.qkv, 0, x, ctx.seed)
+        of_parameters = layer.qkv.parameter_gradients(normal, d_qkv, inner)
         dx = layer.run.rms_norm_backward(x, layer.norms[0], layer.eps, d_normal, skip)
         return dx, None, None, None, *of_parameters
 
@@ -200,8 +209,10 @@ class _Output(Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (dy,), (attended, y), layer = gradients, ctx.saved_tensors, ctx.layer
         d_out = layer.output_gradient(0, y, dy)
-        of_parameters = layer.output.parameter_gradients(attended, d_out, ctx.seed)
-        return layer.output.input_gradient(d_out, ctx.seed), dy, None, None, *of_parameters
+        dx, inner = layer.output.input_gradient(d_out, ctx.seed)
+        attended = layer.output.dropped(attended, ctx.seed)
+        of_parameters = layer.output.parameter_gradients(attended, d_out, inner)
+        return dx, dy, None, None, *of_parameters
 
 
 class _FeedForward(Function):

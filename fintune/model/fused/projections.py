@@ -158,8 +158,8 @@ class Projections:
             if self.bias is not None:
                 y += self.bias
             if self.reads_plain:
-                dropped = self._dropped(x, seed) if codes is None else x
-                y.addmm_(dropped @ self.down.t(), self.up.t(), alpha=self._alpha)
+                x = self.dropped(x, seed) if codes is None else x
+                y.addmm_(x @ self.down.t(), self.up.t(), alpha=self._alpha)
             return y
         blocks = self._blocks(x)
         y = x.new_empty(x.shape[0], sum(self.outputs))
@@ -169,11 +169,18 @@ class Projections:
             else:
                 torch.addmm(self.bias[rows], x, weight.t(), out=y[:, rows])
         if self.reads_plain:
-            y.addmm_(self._dropped(x, seed) @ self.down.t(), self.up.t(), alpha=self._alpha)
+            y.addmm_(self.dropped(x, seed) @ self.down.t(), self.up.t(), alpha=self._alpha)
         return y
 
-    def input_gradient(self, dy: Tensor, seed: int, codes: Any = None) -> Tensor:
-        """Compute the input's gradient; (tokens, outputs) to (tokens, inputs)."""
+    def input_gradient(
+        self, dy: Tensor, seed: int, codes: Any = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute the input's gradient; (tokens, outputs) to (tokens, inputs).
+
+        Returns:
+            It, and the gradient between A and B, (tokens, ranks), for `parameter_gradients`.
+        """
+        inner = dy @ self.up if self.parameters else None
         if self.eight:
             from fintune.model.fused import fp8
 
@@ -183,31 +190,32 @@ class Projections:
             dx = dy[:, rows] @ weight
             for rows, weight in others:
                 dx.addmm_(dy[:, rows], weight)
-        if self.reads_plain:
-            inner = dy @ self.up
+        if self.reads_plain and inner is not None:
             if self.dropout:
                 arguments = (dx, inner, self.down, self._alpha, self.dropout, seed)
                 functions_for(dx).add_dropped_product(*arguments)
             else:
                 dx.addmm_(inner, self.down, alpha=self._alpha)
-        return dx
+        return dx, inner
 
-    def parameter_gradients(
-        self, x: Tensor, dy: Tensor, seed: int, dropped: bool = False
-    ) -> list[Tensor]:
-        """Compute the gradients of `parameters` from the input, as dropped or not, and the output's gradient."""
-        if not self.parameters:
+    def parameter_gradients(self, x: Tensor, dy: Tensor, inner: Tensor | None) -> list[Tensor]:
+        """Compute the gradients of `parameters`.
+
+        Args:
+            x: the input, as dropped.
+            inner: the second result of `input_gradient`.
+        """
+        if inner is None:
             return []
-        x = x if dropped else self._dropped(x, seed)
-        d_down = (dy @ self.up).t() @ x
         d_up = dy.t() @ (x @ self.down.t())
-        return [part * self.factor for part in self._of_parameters(d_down, d_up)]
+        return [part * self.factor for part in self._of_parameters(inner.t() @ x, d_up)]
 
     @property
     def _alpha(self) -> float:
         return self.scaling / (1 - self.dropout)
 
-    def _dropped(self, x: Tensor, seed: int) -> Tensor:
+    def dropped(self, x: Tensor, seed: int) -> Tensor:
+        """Return the adapter's input: x after dropout."""
         return functions_for(x).drop(x, self.dropout, seed) if self.dropout else x
 
 
