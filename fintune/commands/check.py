@@ -3,7 +3,8 @@
     python -m fintune check
 
 Nothing is changed. Of a base on the hub only its configuration is downloaded, and its tokenizer if GGUF
-files are wanted. How the base will be computed is held against its family's own forward on a tiny model.
+files or its chat template are wanted. How the base will be computed is held against its family's own
+forward on a tiny model.
 """
 
 import argparse
@@ -27,9 +28,12 @@ def main(given: argparse.Namespace) -> None:
     size = check_base(params.base)
     config = read_config_file(params.base)
     check_positions(config, params.format.max_tokens)
+    template = params.format.template
+    if params.merge_export.gguf or template == "base":
+        tokenizer = load_tokenizer(params.base, params.train.end_token, template)
     if params.merge_export.gguf:
         require_packages()
-        check_convertible(config, load_tokenizer(params.base, params.train.end_token))
+        check_convertible(config, tokenizer)
     from fintune.hardware import (  # imports torch, which takes seconds
         GIB,
         check_disk,
