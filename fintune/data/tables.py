@@ -12,7 +12,7 @@ from fintune.data.parsing import Choice, Row, parse, suffix_of
 from fintune.errors import RecordError, brief
 
 COLUMNS = ("instruction", "input", "output")
-OPTIONAL = ("result", "kind", "split", "group")
+OPTIONAL = ("result", "kind", "split", "group", "turns")
 SPLITS = ("train", "validation", "test")
 
 
