@@ -98,6 +98,27 @@ def _list(names: list[str]) -> str:
     return f"{shown}, and {len(names) - 20} more" if len(names) > 20 else shown or "none"
 
 
+def hint(names: Iterable[str], columns: Columns) -> str:
+    """Say which columns of a source are not used that usually hold what its rows lack."""
+    usual = {
+        "instruction": ("instruction", "system"),
+        "input": QUESTIONS,
+        "output": ANSWERS,
+        "messages": CONVERSATIONS,
+    }
+    unused = [name for name in names if name not in columns.values()]
+    told = []
+    for role, known in usual.items():
+        there = [name for name in unused if name.strip().lower() in known]
+        unused = [name for name in unused if name not in there[:1]]
+        if there and role == "instruction":
+            told.append(f"columns.instruction: {there[0]} with default_instruction: null")
+        elif there:
+            told.append(f"columns.{role}: {there[0]}")
+    other = ", or ".join(f"fetch.{each}" for each in told)
+    return f"; these are unset, and the source has such columns: set {other}" if told else ""
+
+
 def describe(columns: Columns) -> str:
     """Say which columns of a source hold what."""
     return ", ".join(f"{role} {name}" for role, name in columns.items() if name is not None)

@@ -35,6 +35,8 @@ def test_a_chat_base_is_trained_judged_and_exported_in_its_own_layout(
     assert (
         "the base's own chat template; an answer ends with </s>" in project.stage("format").stderr
     )
+    checked = project.run("python", "-m", "fintune", "check")
+    assert "is not a git repository" in checked.stderr and "git init" in checked.stderr
     (row, *_) = read_rows(project / "data/formatted/test.parquet", ["prompt", "completion"])
     messages = [
         {"role": "system", "content": row["instruction"]},
