@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +35,13 @@ def git(root: Path, *arguments: str) -> str:
         ["git", *arguments], cwd=root, capture_output=True, text=True, check=False
     )
     return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def lacks_repository(root: Path) -> bool:
+    """Return whether DVC refuses to run: there is no git repository, as in a downloaded archive."""
+    texts = [(root / file).read_text() for file in paths.DVC_CONFIG if (root / file).is_file()]
+    waived = any(re.search(r"^\s*no_scm\s*=\s*true", text, re.M | re.I) for text in texts)
+    return not (root / ".git").exists() and not waived
 
 
 def in_no_commit(root: Path, sources: Sequence[str]) -> list[str]:

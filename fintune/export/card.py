@@ -74,6 +74,7 @@ def write_card(
         hardware=tags["hardware"],
         run_id=run["run_id"],
         merged=measured is not None,
+        own_template=trained.template == "base",
         new_tokens=bool(prompt_token_ids(tokenizer)),
         end_token=end_token(tokenizer),
         measured=measured,

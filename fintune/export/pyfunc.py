@@ -27,6 +27,7 @@ PACKAGES = (
     "accelerate",
     "bitsandbytes",
     "huggingface_hub",
+    "jinja2",
     "numpy",
     "pandas",
     "peft",
