@@ -107,8 +107,13 @@ def folder_md5(folder: Path) -> str:
     listed = []
     for path in folder.rglob("*"):
         if path.is_file():
-            with path.open("rb") as file:
-                md5 = hashlib.file_digest(file, "md5").hexdigest()
-            listed.append({"md5": md5, "relpath": path.relative_to(folder).as_posix()})
+            name = path.relative_to(folder).as_posix()
+            listed.append({"md5": file_md5(path), "relpath": name})
     listed.sort(key=lambda entry: entry["relpath"])
     return hashlib.md5(json.dumps(listed, sort_keys=True).encode()).hexdigest() + ".dir"
+
+
+def file_md5(path: Path) -> str:
+    """Compute the md5 of a file, as DVC does."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()
