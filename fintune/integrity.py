@@ -53,10 +53,11 @@ def hash_files(folder: Path) -> dict[str, str]:
         and (name := path.relative_to(folder).as_posix()) not in (SUMS, SIGNATURE)
     }
     with ThreadPoolExecutor() as pool:  # hashing leaves Python's lock
-        return dict(zip(files, pool.map(_sha256, files.values()), strict=True))
+        return dict(zip(files, pool.map(sha256, files.values()), strict=True))
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Compute the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
