@@ -1,8 +1,8 @@
 """The bill of materials of a model: CycloneDX 1.6, with base, data, libraries, hardware and results.
 
 The library cyclonedx-python-lib has no model card: that part is added to its JSON, and a test validates the
-whole against CycloneDX's schema. The same model gives the same bytes: no time, and a serial number made of the
-contents.
+whole against CycloneDX's schema. The same model gives the same bytes: no time, and a serial number made of
+the contents.
 """
 
 import importlib.metadata
@@ -146,7 +146,11 @@ def _data(manifest: dict[str, Any]) -> Iterator[Component]:
         for number, each in enumerate(manifest.get("sources", [manifest]))
     ]
     yield _component(
-        ComponentType.DATA, str(paths.RAW_ROWS), "data", sha256=manifest["sha256"], parts=sources
+        ComponentType.DATA,
+        str(paths.MANIFEST.parent),
+        "data",
+        sha256=manifest["sha256"],
+        parts=sources,
     )
 
 
