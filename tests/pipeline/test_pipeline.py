@@ -741,6 +741,11 @@ def test_what_was_changed_is_found_by_verify(copy: Callable[[], Project]) -> Non
     found = failures("financial-qa@candidate")
     assert "registry: loss: 0.01" in found and "train.lora.r is 64" in found
     assert "parameters in MLflow's run" in failures("models/merged")
+    deps = load_yaml(project / "dvc.lock")["stages"]["train"]["deps"]
+    (code,) = (dep["md5"] for dep in deps if dep["path"] == "fintune/training")
+    change_text(project / "dvc.lock", code, "0" * 32 + ".dir")
+    assert "code: fintune/training of commit" in failures("models/adapter")
+    change_text(project / "dvc.lock", "0" * 32 + ".dir", code)
     shutil.copytree(merged, project / "taken")
     weights = bytearray((merged / "model.safetensors").read_bytes())
     weights[-1] ^= 1
