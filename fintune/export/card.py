@@ -82,7 +82,7 @@ def write_card(
         training=records["training"],
         decoding=title(evaluation["decoding"]),
         evaluation=evaluation,
-        metrics=list(_lines(evaluation)),
+        metrics=list(metric_lines(evaluation)),
         forgetting=(evaluation.get("forgetting") or {}).get("rise"),
         weights="the adapter added to the 4-bit weights, dequantised"
         if kept
@@ -95,7 +95,7 @@ def write_card(
     (folder / "README.md").write_text(page, encoding="utf-8")
 
 
-def _lines(evaluation: dict[str, Any]) -> Any:
+def metric_lines(evaluation: dict[str, Any]) -> Any:
     """Yield title, base, tuned model, and the difference with its interval for each metric."""
     for key, metric in METRICS.items():
         if key not in evaluation["tuned"]:
