@@ -24,10 +24,10 @@ from fintune.stage import prepare
 
 PACKAGES = (
     "mlflow",
+    "Jinja2",
     "accelerate",
     "bitsandbytes",
     "huggingface_hub",
-    "jinja2",
     "numpy",
     "pandas",
     "peft",

@@ -655,6 +655,8 @@ def test_an_unknown_parameter_is_refused(copy: Callable[[], Project]) -> None:
 
 WATCH_IMPORTS = """
 import runpy, sys
+import fintune.stage
+fintune.stage.leave = lambda status: None
 runpy.run_module(f"stages.{sys.argv[1]}", run_name="__main__")
 heavy = ("torch", "mlflow", "datasets", "peft", "trl", "accelerate", "sklearn")
 print("imported:", *(name for name in heavy if sys.modules.get(name)))
