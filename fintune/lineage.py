@@ -1,18 +1,30 @@
 """Lineage of a result: the project's root and commit, and the parameters and hashes in dvc.lock."""
 
 import hashlib
+import io
 import json
 import os
+import re
 import subprocess
-from collections.abc import Sequence
+import tarfile
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ruamel.yaml import YAML
 
 from fintune import paths
 
 UPSTREAM = ("fetch", "split", "format", "train")  # the stages that an adapter depends on
+
+
+class Lock(NamedTuple):
+    """A dvc.lock that has the model, and the files beside it."""
+
+    where: str
+    stages: dict[str, Any]
+    read: Callable[[Path], bytes | None]
 
 
 def project_root() -> Path:
@@ -34,6 +46,13 @@ def git(root: Path, *arguments: str) -> str:
         ["git", *arguments], cwd=root, capture_output=True, text=True, check=False
     )
     return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def lacks_repository(root: Path) -> bool:
+    """Return whether DVC refuses to run: there is no git repository, as in a downloaded archive."""
+    texts = [(root / file).read_text() for file in paths.DVC_CONFIG if (root / file).is_file()]
+    waived = any(re.search(r"^\s*no_scm\s*=\s*true", text, re.M | re.I) for text in texts)
+    return not (root / ".git").exists() and not waived
 
 
 def in_no_commit(root: Path, sources: Sequence[str]) -> list[str]:
@@ -102,13 +121,70 @@ def adapter_read(entry: dict[str, Any]) -> str | None:
     return deps.get(paths.ADAPTER)
 
 
-def folder_md5(folder: Path) -> str:
-    """Compute DVC's hash of a folder: the md5 of the sorted list of its files' hashes and paths."""
+def folder_md5(folder: Path, counts: Callable[[str], bool] = lambda name: True) -> str:
+    """Compute DVC's hash of a folder: the md5 of the sorted list of its files' hashes and paths.
+
+    Args:
+        counts: says of a name within the folder whether the file is one of them.
+    """
     listed = []
     for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                md5 = hashlib.file_digest(file, "md5").hexdigest()
-            listed.append({"md5": md5, "relpath": path.relative_to(folder).as_posix()})
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and counts(name):
+            listed.append({"md5": file_md5(path), "relpath": name})
     listed.sort(key=lambda entry: entry["relpath"])
     return hashlib.md5(json.dumps(listed, sort_keys=True).encode()).hexdigest() + ".dir"
+
+
+def file_md5(path: Path) -> str:
+    """Compute the md5 of a file, as DVC does."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()
+
+
+def find_lock(md5: str) -> Lock | None:
+    """Find a dvc.lock with this output: here, else in git's history."""
+
+    def has(stages: dict[str, Any]) -> bool:
+        outs = (out for stage in stages.values() for out in stage.get("outs", []))
+        return any(out["md5"] == md5 for out in outs)
+
+    if has(stages := locked_stages()):
+        return Lock(
+            str(paths.LOCK), stages, lambda path: path.read_bytes() if path.is_file() else None
+        )
+    root = Path.cwd()
+    for commit in git(
+        root, "log", "--all", "--format=%H", f"-S{md5}", "--", str(paths.LOCK)
+    ).split():
+
+        def read(path: Path, commit: str = commit) -> bytes | None:
+            shown = subprocess.run(
+                ["git", "show", f"{commit}:./{path}"], capture_output=True, check=False
+            )
+            return shown.stdout if shown.returncode == 0 else None
+
+        stages = YAML(typ="safe").load(read(paths.LOCK) or b"stages: {}")["stages"]
+        if has(stages):
+            return Lock(f"{paths.LOCK} of commit {commit[:12]}", stages, read)
+    return None
+
+
+def changed_code(commit: str, stages: dict[str, Any]) -> list[str] | None:
+    """Return which code of a commit is not what a dvc.lock's stages ran; None if there is no such commit."""
+    packed = subprocess.run(
+        ["git", "archive", commit, "fintune", "stages"], capture_output=True, check=False
+    )
+    if packed.returncode:
+        return None
+    deps = [dep for name in UPSTREAM for dep in stages.get(name, {}).get("deps", [])]
+    wrong = set()
+    with tempfile.TemporaryDirectory() as scratch:
+        with tarfile.open(fileobj=io.BytesIO(packed.stdout)) as tar:
+            tar.extractall(scratch, filter="data")
+        for dep in deps:
+            if dep["path"].startswith(("fintune/", "stages/")):
+                path = Path(scratch) / dep["path"]
+                md5 = folder_md5(path) if path.is_dir() else path.is_file() and file_md5(path)
+                wrong |= {dep["path"]} if md5 != dep["md5"] else set()
+    return sorted(wrong)

@@ -174,8 +174,9 @@ class Base(Section):
 
 
 class Format(Section):
-    """The maximum length of a row in tokens, and the handling of longer rows."""
+    """The layout of prompts and answers, the maximum length of a row in tokens, and longer rows' handling."""
 
+    template: Literal["seed", "base"]
     max_tokens: Annotated[int, Field(ge=16)]
     overlong: Literal["truncate", "drop"]
 

@@ -1,6 +1,7 @@
 """Run a stage or command, and write its files atomically."""
 
 import atexit
+import inspect
 import json
 import logging
 import math
@@ -85,9 +86,14 @@ def run(main: Callable[[], None], interrupted: str = GOES_ON) -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[printed])
     log.setLevel(logging.INFO)
     warnings.filterwarnings("ignore", category=FutureWarning)  # meant for library developers
-    if interrupted == GOES_ON:  # a stage; a command can run beside one
+    is_stage = interrupted == GOES_ON
+    if is_stage:  # a command can run beside one
         _sweep()
     try:
+        if is_stage:
+            from fintune.integrity import check_inputs  # it needs packages, unlike `prepare`
+
+            check_inputs(Path(inspect.getfile(main)).stem)
         main()
     except UserError as error:
         sys.exit(f"error: {redacted(str(error))}")

@@ -7,7 +7,7 @@ from typing import Any
 
 from fintune import paths
 from fintune.data.formatting import format_rows, schema_of
-from fintune.data.prompt import load_tokenizer
+from fintune.data.prompt import describe_layout, load_tokenizer
 from fintune.data.tables import SPLITS, read_rows, write_rows
 from fintune.errors import UserError
 from fintune.hub.models import KNOWN, check_base, check_positions, read_config_file
@@ -22,7 +22,8 @@ def main() -> None:
     config = read_config_file(params.base)
     check_positions(config, params.format.max_tokens)
     check_type(config)
-    tokenizer = load_tokenizer(params.base, "new")
+    tokenizer = load_tokenizer(params.base, "new", params.format.template)
+    log.info("%s", describe_layout(tokenizer))
     report = {}
     for split in SPLITS:
         given = read_rows(paths.rows(paths.SPLIT, split))

@@ -3,13 +3,15 @@
 from pathlib import Path
 
 from fintune import paths
+from fintune.export.bom import BOM, write_bom
 from fintune.export.card import read_records, write_card
 from fintune.export.gguf.llama_cpp import require_packages
 from fintune.export.register import register_adapter
+from fintune.export.signature import seal, signing_key
 from fintune.export.verify import export
 from fintune.generation.decoding import check_decoding
+from fintune.integrity import hash_files, sha256
 from fintune.lineage import UPSTREAM, finished_stages, output_hashes, project_root
-from fintune.merging.merge import write_checksums
 from fintune.model.adapter import read_training
 from fintune.params import read_params
 from fintune.registry.recovery import restore_evaluation, run_of_adapter
@@ -23,6 +25,7 @@ def main() -> None:
     params = everything.merge_export
     if params.gguf:
         require_packages()  # fail fast if one is missing
+    key = signing_key()  # fail fast if it is none
     client = connect(project_root())
     run_id = run_of_adapter(client)
     records = read_records()
@@ -32,10 +35,12 @@ def main() -> None:
     with whole_folder(paths.MERGED) as folder:
         measured = export(folder, adapter, params, decoding)
         write_card(folder, adapter, records, measured, params)
-        write_checksums(folder)
+        hashes = hash_files(folder)
+        write_bom(folder, params.registered_model, adapter, records, measured, hashes)
+        seal(folder, hashes | {BOM: sha256(folder / BOM)}, key)
     restore_evaluation(client, run_id)
-    hashes = output_hashes(finished_stages(Path.cwd(), UPSTREAM))
-    version, aliases = register_adapter(client, run_id, adapter, records, hashes, params)
+    outputs = output_hashes(finished_stages(Path.cwd(), UPSTREAM))
+    version, aliases = register_adapter(client, run_id, adapter, records, outputs, params)
     report = {
         **measured,
         "registered_model": params.registered_model,

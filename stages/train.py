@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from fintune import paths
-from fintune.data.prompt import encode, load_tokenizer
+from fintune.data.prompt import encode, load_tokenizer, template_of
 from fintune.data.records import usual_instruction
 from fintune.data.tables import read_rows
 from fintune.evaluation.validation import validator
@@ -43,8 +43,8 @@ def main() -> None:
             )
         result = fine_tune(params, rows, scratch, live)
         with whole_folder(paths.ADAPTER) as folder:
-            usual = usual_instruction(rows["train"])
-            write_adapter(result.model, folder, params.base, sections["train"], usual)
+            said = usual_instruction(rows["train"]), template_of(rows["train"])
+            write_adapter(result.model, folder, params.base, sections["train"], *said)
         write_json(paths.TRAIN_METRICS, result.metrics)
         write_text(paths.TRAIN_CURVE, as_csv(result.curve))
         write_text(paths.VALIDATION_CURVE, as_csv(validations(result.curve)))
@@ -58,7 +58,7 @@ def fine_tune(
     params: Params, rows: dict[str, list[dict[str, Any]]], scratch: Path, live: LiveCurve
 ) -> TrainingResult:
     """Load the base, check the disk space and train the adapter."""
-    tokenizer = load_tokenizer(params.base, params.train.end_token)
+    tokenizer = load_tokenizer(params.base, params.train.end_token, template_of(rows["train"]))
     tokens = {
         split: [encode(tokenizer, row["prompt"], row["completion"]) for row in part]
         for split, part in rows.items()

@@ -26,7 +26,7 @@ LOCK = ROOT / "requirements.lock"
 
 
 ORDER = (
-    *("errors", "params", "paths", "metrics", "lineage", "hardware", "stage"),
+    *("errors", "params", "paths", "metrics", "lineage", "integrity", "hardware", "stage"),
     *("hub", "data", "model", "tracking", "registry", "merging", "training"),
     *("generation", "evaluation", "export", "commands", "__main__"),
 )
@@ -278,6 +278,7 @@ def test_a_checkpoint_knows_the_code_that_trains() -> None:
         "hub",
         "tracking",
         "hardware.py",
+        "integrity.py",
         "lineage.py",
         "stage.py",
     }  # they fetch, log and check

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fintune.lineage import in_no_commit
+from fintune.lineage import in_no_commit, lacks_repository
 from fintune.tracking.runs import describe_run
 
 
@@ -72,3 +72,18 @@ def test_a_run_names_its_source_that_is_in_no_commit(
     assert (tags["inputs_in_no_commit"], tags["git_dirty"]) == ("data/my.csv", "true")
     tags = commit("data/my.csv")
     assert "inputs_in_no_commit" not in tags and tags["git_dirty"] == "false"
+
+
+def test_a_folder_that_dvc_refuses_is_known(tmp_path: Path) -> None:
+    """One without git, unless DVC was told to do without; a link to a repository counts as one."""
+    assert lacks_repository(tmp_path)
+    (tmp_path / ".dvc").mkdir()
+    for text, lacking in (
+        ("[core]\n    analytics = false\n", True),
+        ("[core]\nno_scm = True\n", False),
+    ):
+        (tmp_path / ".dvc/config").write_text(text)
+        assert lacks_repository(tmp_path) is lacking
+    (tmp_path / ".dvc/config").unlink()
+    (tmp_path / ".git").write_text("gitdir: elsewhere\n")
+    assert not lacks_repository(tmp_path)

@@ -15,6 +15,7 @@ from typing import Any
 
 from fintune import paths
 from fintune.errors import UserError
+from fintune.integrity import check_outputs
 from fintune.params import Generation, read_params
 
 FOLDERS = (str(paths.MERGED), str(paths.ADAPTER))
@@ -93,8 +94,13 @@ def load(folder: Path) -> tuple[Any, Any, Any]:
     """Load a model from a folder; returns the same as `open_model`."""
     from transformers import GenerationConfig
 
+    from fintune.export.signature import check_folder
     from fintune.generation.tuned import load_tuned
 
+    if folder.is_dir():
+        check_folder(folder)
+    if folder == paths.ADAPTER:  # the merged model has a SHA256SUMS
+        check_outputs([folder], strict=False)
     model, tokenizer = load_tuned(folder)
     if not (folder / "generation_config.json").is_file():
         return model, tokenizer, None

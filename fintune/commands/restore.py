@@ -14,6 +14,7 @@ from typing import Any
 
 from fintune import paths
 from fintune.errors import UserError
+from fintune.integrity import check_outputs
 from fintune.lineage import (
     UPSTREAM,
     adapter_read,
@@ -44,6 +45,8 @@ def main(given: argparse.Namespace) -> None:
             f"{paths.ADAPTER} is not the adapter of dvc.lock; `dvc checkout` brings that one, `dvc commit` "
             "makes this one it"
         )
+    restored = [*NEEDED, paths.EVALUATION, paths.PREDICTIONS, paths.EVALUATION_PAGE, paths.EXPORT]
+    check_outputs(restored, strict=True)
     from fintune.export.register import restore_export
     from fintune.registry.recovery import restore_evaluation, run_of_adapter
     from fintune.tracking.client import connect

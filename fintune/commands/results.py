@@ -8,6 +8,7 @@ import os
 from typing import Any
 
 from fintune import paths
+from fintune.integrity import check_outputs
 from fintune.stage import read_json
 
 ROWS = {
@@ -32,9 +33,9 @@ def main(given: argparse.Namespace) -> None:
 
 def last_run() -> str:
     """Summarise the reports of the last `dvc repro`."""
-    evaluation, export, train = map(
-        read_json, (paths.EVALUATION, paths.EXPORT, paths.TRAIN_METRICS)
-    )
+    reports = (paths.EVALUATION, paths.EXPORT, paths.TRAIN_METRICS)
+    check_outputs(reports, strict=False)
+    evaluation, export, train = map(read_json, reports)
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     show_ui = (
         f"open {uri}"

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from fintune.data.parsing import source_limit, too_large
 from fintune.errors import RecordError, brief
 
 SILENCE = 60.0  # seconds without a byte until a transfer is given up
@@ -25,15 +26,25 @@ def download(url: str) -> bytes:
 
         limit = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)
         options = {"client_kwargs": {"timeout": limit, "trust_env": True}}
-    bar = TqdmCallback(
-        tqdm_kwargs={"desc": "download", "unit": "B", "unit_scale": True, "leave": False}
-    )
+    limit_bytes = source_limit()
+
+    class Bounded(TqdmCallback):  # type: ignore[misc]
+        """A progress bar that ends a download at the limit."""
+
+        def relative_update(self, inc: int = 1) -> None:
+            super().relative_update(inc)
+            if self.value > limit_bytes:
+                raise RecordError(f"{url}{too_large('it sends')}")
+
+    bar = Bounded(tqdm_kwargs={"desc": "download", "unit": "B", "unit_scale": True, "leave": False})
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "source"
         try:
             system, path = fsspec.url_to_fs(url, **options)
             system.get_file(path, str(file), callback=bar)
             return file.read_bytes()
+        except RecordError:
+            raise
         except Exception as error:  # each protocol raises its own library's errors
             raise RecordError(f"{url}: {_reason(error)}") from error
 

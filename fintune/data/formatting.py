@@ -7,14 +7,14 @@ from typing import Any, Literal
 import pyarrow as pa
 from tqdm.auto import tqdm
 
+from fintune.data.chat import WAY_OUT, Refused
 from fintune.data.parsing import Row
 from fintune.data.prompt import (
     SPECIAL_TOKENS,
     Tokenizer,
     encode,
     encode_text,
-    render_completion,
-    render_prompt,
+    render_row,
 )
 from fintune.data.records import warn_of_dropped
 from fintune.data.tables import COLUMNS, optional_columns
@@ -27,7 +27,7 @@ LONGEST_WORD = 40  # characters
 
 def schema_of(rows: list[Row]) -> dict[str, pa.DataType]:
     """Return the columns of formatted rows and their types; `result` and `kind` only where rows have them."""
-    optional = [name for name in optional_columns(rows) if name not in ("split", "group")]
+    optional = [name for name in optional_columns(rows) if name not in ("split", "group", "turns")]
     texts = (*COLUMNS, *optional, "prompt", "completion")
     return {**dict.fromkeys(texts, pa.string()), "tokens": pa.int32()}
 
@@ -50,26 +50,29 @@ def format_row(
         `prompt_too_long` (it leaves no room for a word of the answer), `no_word_end` (the answer begins with
         a string that is no word), or `special_token` (one of the three texts contains one of the prompt's
         special tokens).
+
+    Raises:
+        Refused: the base's chat template refuses the row, or changes its answer.
     """
     if any(token in row[column] for column in COLUMNS for token in SPECIAL_TOKENS):
         return None, "special_token"
-    prompt = render_prompt(row["instruction"], row["input"])
-    completion = render_completion(row["output"])
+    prompt, completion = render_row(tokenizer, row, row["output"])
     prompt_ids, completion_ids = encode(tokenizer, prompt, completion)
     happened = None
-    if len(prompt_ids) + len(completion_ids) > max_tokens:
+    room = max_tokens - len(prompt_ids) - 1  # one for the end token
+    while (over := len(prompt_ids) + len(completion_ids) - max_tokens) > 0:
         if overlong == "drop":
             return None, "too_long"
-        room = max_tokens - len(prompt_ids) - 1  # one for the end token
+        room -= over if happened else 0  # a template's white space takes some of it
         answer = _cut(tokenizer, row["output"], room)
         if not answer:
             ends = word_ends(row["output"], LONGEST_WORD + 1)
             return None, "prompt_too_long" if room < 1 or ends else "no_word_end"
         happened = "truncated"
-        completion = render_completion(answer)
+        prompt, completion = render_row(tokenizer, row, answer)
         prompt_ids, completion_ids = encode(tokenizer, prompt, completion)
     formatted = {
-        **row,
+        **{name: text for name, text in row.items() if name != "turns"},
         "prompt": prompt,
         "completion": completion,
         "tokens": len(prompt_ids) + len(completion_ids),
@@ -104,19 +107,28 @@ def format_rows(
     Raises:
         UserError: no row is left.
     """
-    kept, events, examples = [], Counter[str](), []
+    kept, events, examples, reason = [], Counter[str](), [], ""
     for row in tqdm(rows, desc=f"format {split}", unit="row", leave=False):
-        formatted, event = format_row(tokenizer, row, params.max_tokens, params.overlong)
+        try:
+            formatted, event = format_row(tokenizer, row, params.max_tokens, params.overlong)
+        except Refused as refused:
+            formatted, event, reason = None, "template", str(refused)
         if formatted:
             kept.append(formatted)
         if event:
             events[event] += 1
         if not formatted:
-            examples.append(f"{brief(row['input'], 60)!r} is {str(event).replace('_', ' ')}")
+            said = f"is {str(event).replace('_', ' ')}"
+            said = f"fails: the base's chat template {reason}" if event == "template" else said
+            examples.append(f"{brief(row['input'], 60)!r} {said}")
     warn_of_dropped(f"format {split}", examples, len(rows))
     if not kept and set(events) <= {"too_long", "prompt_too_long"}:
         raise UserError(
             f"format: no {split} row fits into format.max_tokens: {params.max_tokens}; raise it"
+        )
+    if not kept and set(events) == {"template"}:
+        raise UserError(
+            f"format: no {split} row is left of {len(rows)}: the base's chat template {reason}; {WAY_OUT}"
         )
     if not kept:
         raise UserError(

@@ -8,6 +8,8 @@ import csv
 import gzip
 import io
 import json
+import math
+import os
 import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -22,6 +24,7 @@ LINES = (".jsonl", ".ndjson", ".jsonlines")
 SEPARATED = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
 FORMATS = (".parquet", ".json", *LINES, *SEPARATED)
 PACKED = (".gz", ".zst")
+LIMIT, LIMIT_GIB = "FINTUNE_SOURCE_GIB", 8  # the variable, and the limit without it
 
 Row = dict[str, Any]
 Choice = Callable[[list[str]], Collection[str]]  # of the names of columns
@@ -66,14 +69,44 @@ def parse(content: bytes, name: str, choose: Choice) -> list[Row]:
         ) from None
 
 
+def source_limit() -> int:
+    """Return the bytes that a source may have, unpacked, from `FINTUNE_SOURCE_GIB`.
+
+    Raises:
+        RecordError: that is no number above 0.
+    """
+    given = os.environ.get(LIMIT, str(LIMIT_GIB))
+    try:
+        gib = float(given)
+    except ValueError:
+        gib = 0.0
+    if not 0 < gib < math.inf:
+        raise RecordError(f"{LIMIT}: {given!r} is no number of GiB above 0")
+    return int(gib * 2**30)
+
+
+def too_large(what: str) -> RecordError:
+    """Return the error of a source beyond the limit."""
+    gib = source_limit() / 2**30
+    return RecordError(
+        f": {what} more than {gib:.3g} GiB; if that is right, set {LIMIT} to a larger number"
+    )
+
+
 def _unpacked(content: bytes) -> bytes:
+    """Unpack gzip or zstd, up to the limit."""
+    limit = source_limit()
     if content.startswith(b"\x1f\x8b"):
-        return gzip.decompress(content)
-    if content.startswith(b"\x28\xb5\x2f\xfd"):
+        with gzip.open(io.BytesIO(content)) as unpacking:
+            plain = unpacking.read(limit + 1)
+    elif content.startswith(b"\x28\xb5\x2f\xfd"):
         with pa.CompressedInputStream(pa.BufferReader(content), "zstd") as stream:
-            plain: bytes = stream.read()
-            return plain
-    return content
+            plain = stream.read(limit + 1)
+    else:
+        return content
+    if len(plain) > limit:
+        raise too_large("unpacked, it has")
+    return plain
 
 
 def _format_of(content: bytes, name: str) -> str:
@@ -98,6 +131,9 @@ def _parquet(content: bytes, choose: Choice) -> list[Row]:
     names = file.schema_arrow.names
     _refuse_twins(names, "")
     wanted = choose(names)
+    groups = (file.metadata.row_group(i) for i in range(file.metadata.num_row_groups))
+    if sum(group.total_byte_size for group in groups) > source_limit():
+        raise too_large("unpacked, it has")
     table = file.read(columns=[name for name in names if name in wanted])
     rows: list[Row] = table.to_pylist()
     return rows

@@ -1,9 +1,16 @@
-"""The only definition of the prompt: its text, its two special tokens and its encoding."""
+"""The only definition of the prompt: its text, its special tokens and its encoding.
+
+Rows are laid out in the seed's format, with two tokens of its own, or by the base's own chat template
+(`fintune.data.chat`). In either a completion ends with `<response|end>`, which stands for the token that ends
+an answer.
+"""
 
 import json
 import os
 from typing import Any, Literal
 
+from fintune.data import chat
+from fintune.data.parsing import Row
 from fintune.errors import UserError
 from fintune.params import Base
 
@@ -27,8 +34,47 @@ def render_completion(output: str) -> str:
     return f"{output}{RESPONSE_END}"
 
 
+def render_row(tokenizer: Tokenizer, row: Row, answer: str) -> tuple[str, str]:
+    """Render a record's prompt, and the completion with this answer, as the tokenizer's layout has them.
+
+    Raises:
+        Refused: the base's chat template refuses the conversation, or changes the answer.
+    """
+    if not has_own_template(tokenizer):
+        return render_prompt(row["instruction"], row["input"]), render_completion(answer)
+    prompt, said = chat.lay_out(tokenizer, row, answer)
+    return prompt, render_completion(said)
+
+
+def has_own_template(tokenizer: Tokenizer) -> bool:
+    """Return whether the base's own chat template lays out the rows."""
+    return RESPONSE not in (tokenizer.chat_template or RESPONSE)
+
+
+def describe_layout(tokenizer: Tokenizer) -> str:
+    """Say by which template rows are laid out, and what ends an answer."""
+    if not has_own_template(tokenizer):
+        return "format.template: seed: Instruction, Input, <response>"
+    known = chat.traits(tokenizer)
+    said = f"format.template: base: the base's own chat template; an answer ends with {known.end}"
+    if not known.system:
+        said += "; it has no system messages: instructions are put before the first user message"
+    if tokenizer.chat_template.startswith(chat.NO_THINKING):
+        said += "; its thinking aloud is off"
+    if known.dated:
+        said += f"; it writes the date, which is {chat.DAY} in training, evaluation and ask"
+    return said
+
+
+def template_of(rows: list[Row]) -> Literal["seed", "base"]:
+    """Return the `format.template` by which formatted rows were laid out."""
+    return "seed" if all(row["prompt"].endswith(RESPONSE) for row in rows[:1]) else "base"
+
+
 def add_chat_template(tokenizer: Tokenizer, instruction: str) -> None:
     """Set the prompt as the tokenizer's chat template, for programs that send messages.
+
+    The base's own template stays as it is, and the tokenizer's settings say which `instruction` is usual.
 
     A system or developer message replaces `instruction`; a user message is the input. Earlier turns come
     first, each formatted as in training. Content is a text or a list of parts of text; other parts and other
@@ -37,6 +83,9 @@ def add_chat_template(tokenizer: Tokenizer, instruction: str) -> None:
     Raises:
         UserError: no template reproduces the tokens that this tokenizer puts at the beginning of texts.
     """
+    if has_own_template(tokenizer):
+        tokenizer.init_kwargs["usual_instruction"] = instruction
+        return
     begin = tokenizer.bos_token or ""
     expected = encode(tokenizer, render_prompt(instruction, "a"), "")[0]
     for beginning in ("", begin, begin + " "):  # some put a space only before the first word
@@ -76,18 +125,22 @@ def _template(begin: str, instruction: str, end: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def load_tokenizer(base: Base, end_token: Literal["new", "base"]) -> Tokenizer:
+def load_tokenizer(
+    base: Base, end_token: Literal["new", "base"], template: Literal["seed", "base"] = "seed"
+) -> Tokenizer:
     """Load the base's fast tokenizer, with a pad token.
 
     A loss that masks padding would also mask an end token used as padding. The pad token is the
-    tokenizer's own, else the unknown token, else the end-of-text token, else the token that opens an answer.
+    tokenizer's own, else the unknown token, else the end-of-text token, else one of the prompt's.
 
     Args:
         end_token: `new` adds the two special tokens of the prompt; `base` adds none: `<response>` is plain
             text, and the tokenizer's own end-of-text token ends an answer.
+        template: `base` adds no tokens in any case: what the base's chat template writes ends an answer.
 
     Raises:
-        UserError: the tokenizer cannot be loaded, has no fast version, or no end token where it is needed.
+        UserError: the tokenizer cannot be loaded, has no fast version, no end token or no chat template where
+            it is needed, or a chat template that cannot lay out rows.
     """
     from transformers import AutoTokenizer
 
@@ -108,23 +161,37 @@ def load_tokenizer(base: Base, end_token: Literal["new", "base"]) -> Tokenizer:
         raise UserError(
             f"base.model: {base.model} has no fast tokenizer, which cutting answers needs"
         )
-    if end_token == "new":
+    if template == "seed":
+        tokenizer.chat_template = None  # else it would lay out the rows
+    elif RESPONSE in str(tokenizer.chat_template):
+        raise UserError(
+            f"format.template: base: {base.model} was trained in the seed's format, which its chat "
+            f"template writes; {chat.WAY_OUT}"
+        )
+    else:
+        chat.use_own_template(tokenizer, base.model)
+    if template == "seed" and end_token == "new":
         tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS)})
-    elif tokenizer.eos_token is None:
+    elif template == "seed" and tokenizer.eos_token is None:
         raise UserError(f"train.end_token: base: {base.model} has no end token of its own; set new")
-    known = (tokenizer.pad_token, tokenizer.unk_token, tokenizer.eos_token)
-    tokenizer.pad_token = next((token for token in known if token), RESPONSE)
+    last = RESPONSE if template == "seed" else chat.traits(tokenizer).end
+    known = (tokenizer.pad_token, tokenizer.unk_token, tokenizer.eos_token, last)
+    tokenizer.pad_token = next(token for token in known if token)
     return tokenizer
 
 
 def prompt_token_ids(tokenizer: Tokenizer) -> list[int]:
-    """Return the ids of the prompt's special tokens; empty where the base's own end token ends an answer."""
+    """Return the ids of the prompt's special tokens; empty where a token of the base's ends an answer."""
+    if has_own_template(tokenizer):
+        return []
     ids = [tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS]
     return [] if {None, tokenizer.unk_token_id} & set(ids) else ids
 
 
 def end_token(tokenizer: Tokenizer) -> str:
     """Return the token that ends an answer: the prompt's own, or else the base's."""
+    if has_own_template(tokenizer):
+        return chat.traits(tokenizer).end
     return RESPONSE_END if prompt_token_ids(tokenizer) else str(tokenizer.eos_token)
 
 
@@ -152,7 +219,15 @@ def encode(tokenizer: Tokenizer, prompt: str, completion: str) -> tuple[list[int
     They are encoded separately, so that a prompt has the same tokens in training and in use. The loss is
     on the completion alone. Of special tokens only those that close prompt and completion act as such: `</s>`
     within a text is text.
+
+    In the layout of the base's own template, its tokens are tokens as well, and prompt and completion are
+    encoded together if the prompt's tokens stay the same.
+
+    Raises:
+        Refused: the base's tokenizer makes a special token of a text.
     """
+    if has_own_template(tokenizer):
+        return _encode_own(tokenizer, prompt, completion)
     opening = prompt_token_ids(tokenizer)[:1] * prompt.endswith(RESPONSE)
     body = prompt.removesuffix(RESPONSE) if opening else prompt
     encoded = tokenizer(body, split_special_tokens=True, return_special_tokens_mask=True)
@@ -164,8 +239,32 @@ def encode(tokenizer: Tokenizer, prompt: str, completion: str) -> tuple[list[int
     return prompt_ids + opening, ids + [end_token_id(tokenizer)] * (answer != completion)
 
 
-def has_special_token(tokenizer: Tokenizer, text: str) -> bool:
-    """Return whether a text holds one of the tokenizer's special tokens, beside those of the prompt."""
+def _encode_own(tokenizer: Tokenizer, prompt: str, completion: str) -> tuple[list[int], list[int]]:
+    answer = completion.removesuffix(RESPONSE_END)
+    begun = chat.encode_marked(tokenizer, prompt)
+    whole = chat.encode_marked(tokenizer, prompt + chat.mark(tokenizer, answer))
+    ids = whole[len(begun) :]
+    if whole[: len(begun)] != begun:  # as where a line's end and an answer's first are one token
+        ids = encode_text(tokenizer, answer)
+    return begun, ids + [end_token_id(tokenizer)] * (answer != completion)
+
+
+def as_typed(tokenizer: Tokenizer, prompt: str, completion: str = "") -> str:
+    """Return a row's text for programs that put the tokenizer's own beginning before it."""
+    text = prompt + with_end_token(tokenizer, completion)
+    begin = tokenizer.bos_token or ""
+    if has_own_template(tokenizer) and tokenizer.bos_token_id in tokenizer("")["input_ids"]:
+        return text.removeprefix(begin)
+    return text
+
+
+def has_special_token(tokenizer: Tokenizer, prompt: str, completion: str = "") -> bool:
+    """Return whether other programs read a row's text as other tokens, since one of its words is a token."""
+    if has_own_template(tokenizer):
+        prompt_ids, ids = encode(tokenizer, prompt, completion)
+        text = prompt + with_end_token(tokenizer, completion)
+        return bool(tokenizer(text, add_special_tokens=False)["input_ids"] != prompt_ids + ids)
+    text = prompt + completion
     known = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     return any(token in text for token in known.difference(SPECIAL_TOKENS))
 

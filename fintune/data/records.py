@@ -35,6 +35,7 @@ def select_records(
     invalid_rows: Literal["drop", "refuse"],
     source: str,
     turns: Literal["last", "all"] = "last",
+    hint: str = "",
 ) -> tuple[list[Row], dict[str, int]]:
     """Map a source's rows to records, and drop or refuse the unusable ones.
 
@@ -48,6 +49,7 @@ def select_records(
         invalid_rows: `drop` unusable rows and count them by reason, or `refuse` the source at the first.
         source: its name, for messages.
         turns: of a conversation, learn the `last` answer or `all`.
+        hint: what to set, where no row can be used.
 
     Returns:
         The records, with those optional columns that are named; and the number of rows dropped for each
@@ -100,7 +102,9 @@ def select_records(
         dropped[reason] += 1
         examples.append(f"row {number}: {said}")
     if not records:
-        raise RecordError(f"{source}: none of its {len(rows)} rows can be used: {dict(dropped)}")
+        faults_of = Counter(example.partition(": ")[2] for example in examples)
+        reasons = "; ".join(f"{reason} in {count}" for reason, count in faults_of.most_common())
+        raise RecordError(f"{source}: none of its {len(rows)} rows can be used: {reasons}{hint}")
     if moved:
         log.info("%s: %d rows have no input and ask with their instruction", source, moved)
     warn_of_dropped(source, examples, len(given))

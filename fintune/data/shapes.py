@@ -2,7 +2,7 @@
 
 A conversation is a list of messages, as OpenAI (`role`, `content`) or ShareGPT (`from`, `value`) write them,
 or that list as JSON text. Its system message is the instruction, and what was said before an answer is the
-input: the user's message alone, or a transcript.
+input: the user's message alone, or a transcript, and then `turns` are its messages as JSON.
 """
 
 import difflib
@@ -72,7 +72,9 @@ def _usual(present: list[str], columns: Columns, shape: str) -> Columns | None:
     def first(usual: Iterable[str]) -> str | None:
         return next((spelled[name] for name in usual if name in spelled), None)
 
-    found: Columns = dict.fromkeys(columns) | {name: columns[name] for name in OPTIONAL}
+    found: Columns = dict.fromkeys(columns) | {
+        name: columns[name] for name in OPTIONAL if name in columns
+    }
     found["messages"] = columns["messages"] or first(CONVERSATIONS)
     if found["messages"] or shape == "messages":
         return found
@@ -94,6 +96,27 @@ def _usual(present: list[str], columns: Columns, shape: str) -> Columns | None:
 def _list(names: list[str]) -> str:
     shown = ", ".join(sorted(names)[:20])
     return f"{shown}, and {len(names) - 20} more" if len(names) > 20 else shown or "none"
+
+
+def hint(names: Iterable[str], columns: Columns) -> str:
+    """Say which columns of a source are not used that usually hold what its rows lack."""
+    usual = {
+        "instruction": ("instruction", "system"),
+        "input": QUESTIONS,
+        "output": ANSWERS,
+        "messages": CONVERSATIONS,
+    }
+    unused = [name for name in names if name not in columns.values()]
+    told = []
+    for role, known in usual.items():
+        there = [name for name in unused if name.strip().lower() in known]
+        unused = [name for name in unused if name not in there[:1]]
+        if there and role == "instruction":
+            told.append(f"columns.instruction: {there[0]} with default_instruction: null")
+        elif there:
+            told.append(f"columns.{role}: {there[0]}")
+    other = ", or ".join(f"fetch.{each}" for each in told)
+    return f"; these are unset, and the source has such columns: set {other}" if told else ""
 
 
 def describe(columns: Columns) -> str:
@@ -172,5 +195,9 @@ def _answers(messages: list[tuple[str, str]]) -> Iterable[Row]:
         if role == "Assistant" and any(speaker == "User" for speaker, _ in said):
             lines = [f"{speaker}: {line}" for speaker, line in said]
             question = said[0][1] if len(said) == 1 else "\n".join(lines)
-            yield {"instruction": system or None, "input": question, "output": text}
+            answer: Row = {"instruction": system or None, "input": question, "output": text}
+            if len(said) > 1:
+                turns = [(speaker.lower(), line) for speaker, line in said]
+                answer["turns"] = json.dumps(turns)
+            yield answer
         said.append(("Assistant" if role == "Silent" else role, text))

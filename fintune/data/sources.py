@@ -11,7 +11,7 @@ from fintune import paths
 from fintune.data.parsing import Row
 from fintune.data.questions import normalize_question
 from fintune.data.records import select_records
-from fintune.data.shapes import Columns, describe, recognise
+from fintune.data.shapes import Columns, describe, hint, recognise
 from fintune.data.tables import is_table_file, read_source
 from fintune.errors import UserError
 from fintune.hub.datasets import read_dataset
@@ -35,7 +35,7 @@ def fetch_records(params: Fetch) -> tuple[list[Row], dict[str, Any]]:
     records: list[Row] = []
     entries = []
     for part in (params, *params.more):
-        rows, columns, origin = read_rows_of(part)
+        rows, columns, way_out, origin = read_rows_of(part)
         found, dropped = select_records(
             rows,
             columns,
@@ -43,6 +43,7 @@ def fetch_records(params: Fetch) -> tuple[list[Row], dict[str, Any]]:
             params.invalid_rows,
             part.source,
             part.turns,
+            way_out,
         )
         taken = [row for row in found if _is_taken(row, part.share)]
         if len(taken) < len(found):
@@ -76,26 +77,27 @@ def _joined(entries: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def read_rows_of(params: Source) -> tuple[list[Row], Columns, dict[str, Any]]:
+def read_rows_of(params: Source) -> tuple[list[Row], Columns, str, dict[str, Any]]:
     """Read the rows of `fetch.source`, with the columns that hold what records are made of.
 
     Returns:
-        The rows; which of their columns hold what; and the source's manifest entry: `source`, and `revision`
-        and `license` for a hub data set (else None).
+        The rows; which of their columns hold what; what to set if none can be used; and the source's manifest
+        entry: `source`, and `revision` and `license` for a hub data set (else None).
 
     Raises:
         UserError: the source is not a file, a URL or a hub id, or is a URL with credentials.
     """
-    source, columns = params.source, {}
+    source, columns, present = params.source, {}, []
 
     def choose(names: list[str]) -> set[str]:
+        present.extend(names)
         columns.update(recognise(names, params))
         return {name for name in columns.values() if name is not None}
 
     rows, origin = _read(params, choose)
     if columns and columns != params.columns.model_dump():
         log.info("%s: recognised as %s", source, describe(columns))
-    return rows, columns, {"source": source, **origin}
+    return rows, columns, hint(present, columns), {"source": source, **origin}
 
 
 def _read(params: Source, choose: Any) -> tuple[list[Row], dict[str, Any]]:

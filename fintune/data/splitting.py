@@ -9,10 +9,12 @@ assigns to several splits goes to the one held out most, without its rows of the
 """
 
 import hashlib
+import json
 import logging
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from fintune.data.prompt import render_prompt
@@ -52,7 +54,9 @@ def split_rows(
     for row in rows:
         question = normalize_question(row["input"])
         given[question] = max(given.get(question, "train"), _given(row), key=SPLITS.index)
-    groups = group_questions(sorted(given), params.near_duplicate_similarity, _linked(rows))
+    asked = _asked(rows)
+    similarity = params.near_duplicate_similarity
+    groups = group_questions(sorted(given), similarity, _linked(rows, asked), asked)
     side, leaders = {}, {}
     for group in groups:
         held_out = max((given[question] for question in group), key=SPLITS.index)
@@ -117,13 +121,29 @@ def _warn_of_shares(
         log.warning("warning: split: %s", "; ".join(told))
 
 
-def _linked(rows: list[Row]) -> Iterator[tuple[str, str]]:
-    """Yield pairs of questions that are asked in one group of the source, or by the same prompt."""
+def _asked(rows: list[Row]) -> dict[str, str]:
+    """Return what the user said in each conversation.
+
+    Conversations are compared by it: the answers of one assistant, and a transcript's labels, are alike.
+    """
+    found: dict[str, str] = {}
+    for row in rows:
+        if row.get("turns"):
+            said = [text for role, text in json.loads(row["turns"]) if role == "user"]
+            asked = normalize_question("\n".join(said))
+            question = normalize_question(row["input"])
+            found[question] = min(found.get(question, asked), asked)
+    return found
+
+
+def _linked(rows: list[Row], asked: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Yield pairs of questions that are asked in one group of the source, by one prompt or in equal words."""
     first: dict[tuple[str, str], str] = {}
     for row in rows:
         question = normalize_question(row["input"])
         keys = [("prompt", render_prompt(row["instruction"], row["input"]))]
         keys += [("group", row["group"])] if row.get("group") else []
+        keys += [("asked", asked[question])] if question in asked else []
         for key in keys:
             if first.setdefault(key, question) != question:
                 yield first[key], question
@@ -153,7 +173,10 @@ def _digest(salt: str, *texts: str) -> bytes:
 
 
 def group_questions(
-    questions: list[str], similarity: float | None, linked: Iterable[tuple[str, str]] = ()
+    questions: list[str],
+    similarity: float | None,
+    linked: Iterable[tuple[str, str]] = (),
+    asked: Mapping[str, str] = MappingProxyType({}),
 ) -> list[list[str]]:
     """Group normalized questions that are similar or linked, directly or transitively.
 
@@ -166,6 +189,7 @@ def group_questions(
         questions: distinct, normalized, sorted.
         similarity: 0.5 to 1, or None to keep every question on its own.
         linked: pairs of questions that belong together for another reason.
+        asked: by what a question is compared, if not by itself.
     """
     place = {question: i for i, question in enumerate(questions)}
     parent = list(range(len(questions)))
@@ -179,12 +203,13 @@ def group_questions(
     for one, other in linked:
         parent[root(place[one])] = root(place[other])
     alike = defaultdict(list)
-    for i, question in enumerate(questions):
+    compared = [asked.get(question, question) for question in questions]
+    for i, question in enumerate(compared):
         numbers = Counter(re.findall(r"\d[\d.]*", question))
         alike[tuple(sorted(numbers.items()))].append(i)
     for places in alike.values():
         if similarity is not None and len(places) > 1:
-            _join_similar([questions[i] for i in places], places, similarity, parent, root)
+            _join_similar([compared[i] for i in places], places, similarity, parent, root)
     members = defaultdict(list)
     for i, question in enumerate(questions):
         members[root(i)].append(question)

@@ -1,5 +1,6 @@
 """Tables of rows: read a source in any supported format; read and write parquet between stages."""
 
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -8,11 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fintune.data.download import download
-from fintune.data.parsing import Choice, Row, parse, suffix_of
+from fintune.data.parsing import Choice, Row, parse, source_limit, suffix_of, too_large
 from fintune.errors import RecordError, brief
 
 COLUMNS = ("instruction", "input", "output")
-OPTIONAL = ("result", "kind", "split", "group")
+OPTIONAL = ("result", "kind", "split", "group", "turns")
 SPLITS = ("train", "validation", "test")
 
 
@@ -38,6 +39,12 @@ def read_source(source: str, choose: Choice = set) -> list[Row]:
         content = download(source)
     else:
         try:
+            if not stat.S_ISREG(mode := Path(source).stat().st_mode) and not stat.S_ISDIR(mode):
+                raise RecordError(
+                    f"{source}: a pipe, a socket or a device, which may never end; give a file"
+                )
+            if Path(source).stat().st_size > source_limit():
+                raise RecordError(f"{source}{too_large('it has')}")
             content = Path(source).read_bytes()
         except OSError as error:
             raise RecordError(f"{source}: cannot be read: {error.strerror or error}") from error

@@ -74,6 +74,7 @@ def write_card(
         hardware=tags["hardware"],
         run_id=run["run_id"],
         merged=measured is not None,
+        own_template=trained.template == "base",
         new_tokens=bool(prompt_token_ids(tokenizer)),
         end_token=end_token(tokenizer),
         measured=measured,
@@ -81,7 +82,7 @@ def write_card(
         training=records["training"],
         decoding=title(evaluation["decoding"]),
         evaluation=evaluation,
-        metrics=list(_lines(evaluation)),
+        metrics=list(metric_lines(evaluation)),
         forgetting=(evaluation.get("forgetting") or {}).get("rise"),
         weights="the adapter added to the 4-bit weights, dequantised"
         if kept
@@ -94,7 +95,7 @@ def write_card(
     (folder / "README.md").write_text(page, encoding="utf-8")
 
 
-def _lines(evaluation: dict[str, Any]) -> Any:
+def metric_lines(evaluation: dict[str, Any]) -> Any:
     """Yield title, base, tuned model, and the difference with its interval for each metric."""
     for key, metric in METRICS.items():
         if key not in evaluation["tuned"]:

@@ -9,13 +9,13 @@ from typing import Any
 
 from fintune import paths
 from fintune.errors import UserError, chain
+from fintune.export.signature import check_folder
 from fintune.hub.client import is_offline
+from fintune.integrity import LOADED, RUNS_CODE, SIGNATURE, SUMS, check_outputs
 from fintune.params import MergeExport
 
 log = logging.getLogger("fintune")
-PUSHED = {".safetensors", ".gguf", ".json", ".jinja", ".txt", ".md", ".model"}
-CHECKSUMS = "SHA256SUMS"
-RUNS_CODE = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".py"}
+NAMES = (SUMS, SIGNATURE, "Modelfile")  # pushed, beside files with the suffixes of a model's
 WEIGHTS = (".safetensors", ".gguf", ".safetensors.index.json")
 
 
@@ -31,7 +31,8 @@ def push(name: str, folder: Path, public: bool, settings: MergeExport | None = N
 
     Raises:
         UserError: no token or one without write access, a repository that is public without `public` or
-            private with it, a folder without weights or with files that can run code, no hub.
+            private with it, a folder without weights, with files that can run code or that are not what
+            its SHA256SUMS, its signature or dvc.lock says, no hub.
     """
     _check_name(name)
     files: dict[str, str | bytes] = {p: str(f) for p, f in files_to_push(folder).items()}
@@ -44,6 +45,9 @@ def push(name: str, folder: Path, public: bool, settings: MergeExport | None = N
         raise UserError(
             f"set HF_TOKEN to a token of type write; {ENDPOINT}/settings/tokens makes one"
         )
+    check_folder(folder)
+    if folder.resolve() == paths.ADAPTER.resolve():  # the merged model has a SHA256SUMS
+        check_outputs([paths.ADAPTER, paths.EVALUATION, paths.MANIFEST], strict=True)
     warn_of_local_base(folder)
     if settings and (card := adapter_card(folder, settings)):
         files["README.md"] = card
@@ -92,7 +96,7 @@ def files_to_push(folder: Path) -> dict[str, Path]:
             raise UserError(
                 f"{file}: can run code where it is loaded and is not pushed; take it away"
             )
-        if file.suffix in PUSHED or file.name == CHECKSUMS:
+        if file.suffix in LOADED or file.name in NAMES:
             files[path.as_posix()] = file
         else:
             log.info("%s: not pushed; it is no part of a model", file)

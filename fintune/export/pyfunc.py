@@ -24,6 +24,7 @@ from fintune.stage import prepare
 
 PACKAGES = (
     "mlflow",
+    "Jinja2",
     "accelerate",
     "bitsandbytes",
     "huggingface_hub",
@@ -37,6 +38,11 @@ PACKAGES = (
     "tqdm",
     "transformers",
 )
+ADDED = {  # to the adapter's folder, by `write_model_files`, register and MLflow's download
+    *("MLmodel", "conda.yaml", "python_env.yaml", "requirements.txt", "registered_model_meta"),
+    *("input_example.json", "serving_input_example.json", "generation_config.json", "README.md"),
+    *("SHA256SUMS", "SHA256SUMS.sig"),
+}
 EXAMPLE = {"question": "What is the difference between a stock and a bond?"}
 
 
@@ -89,6 +95,11 @@ class TunedModel:
 def _load_pyfunc(path: str) -> TunedModel:
     """Load the model for MLflow; `path` is the model's folder, which is also the adapter's."""
     return TunedModel(Path(path))
+
+
+def without_model_files(name: str) -> bool:
+    """Return whether a file of a registered version is the adapter's own."""
+    return name not in ADDED and not name.startswith("code/")
 
 
 def write_model_files(folder: Path, decoding: Mapping[str, float], run_id: str) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 from fintune import paths
 from fintune.export.card import read_records, write_card
 from fintune.export.pyfunc import write_model_files
+from fintune.export.signature import seal, signing_key
 from fintune.generation.tuned import generation_config
+from fintune.integrity import hash_files
 from fintune.lineage import locked_params, locked_stages
 from fintune.model.adapter import AdapterInfo, read_training
 from fintune.params import MergeExport
@@ -45,7 +47,8 @@ def register_adapter(
         tokenizer = trained.load_tokenizer()
         generation_config(tokenizer, evaluation["decoding"]).save_pretrained(files)
         write_card(files, trained, records, None, params)
-        client.log_artifacts(run_id, str(files), "adapter")
+        seal(files, hash_files(paths.ADAPTER) | hash_files(files), signing_key())
+        client.log_artifacts(run_id, str(files), "adapter")  # where the adapter is
     quality = {f"tuned_{key}": str(value) for key, value in evaluation["tuned"].items()}
     gate = {"gate": evaluation["gate"]["reason"]}
     tags = records["run"]["tags"] | hashes | quality | gate

@@ -14,11 +14,12 @@ from fintune import paths
 from fintune.data.prompt import (
     Tokenizer,
     add_chat_template,
+    as_typed,
     encode,
     end_token,
+    has_own_template,
     has_special_token,
     pad_left,
-    with_end_token,
 )
 from fintune.data.tables import read_rows
 from fintune.errors import UserError
@@ -84,22 +85,23 @@ def export(
             f"{params.max_loss_difference}; nothing was exported"
         )
     # other programs read `</s>` within a text as the token
-    shown = [not has_special_token(tokenizer, row["prompt"] + row["completion"]) for row in rows]
+    shown = [not has_special_token(tokenizer, row["prompt"], row["completion"]) for row in rows]
     prompts = list(dict.fromkeys(row["prompt"] for row in compress(rows, shown)))[:GGUF_PROMPTS]
     if prompts:
         check_use(folder, plain, prompts)
     files = {}
     if params.gguf:
         texts = {
-            row["prompt"] + with_end_token(tokenizer, row["completion"]): [*prompt, *completion]
+            as_typed(tokenizer, row["prompt"], row["completion"]): [*prompt, *completion]
             for row, (prompt, completion) in compress(zip(rows, tokens, strict=True), shown)
         }
         expected = transformers_answers(plain, tokenizer, prompts, GGUF_TOKENS)
         scored = [(prompt, answer[:GGUF_TOKENS]) for prompt, answer in tokens[:GGUF_PROMPTS]]
+        asked = [as_typed(tokenizer, prompt) for prompt in prompts]
         same = {"folder_loss": likelihood(plain, scored, "merged").loss}
         files = {
             kind: same
-            | write_gguf(folder, params.registered_model, kind, texts, prompts, expected, scored)
+            | write_gguf(folder, params.registered_model, kind, texts, asked, expected, scored)
             for kind in params.gguf
         }
     del plain
@@ -107,7 +109,7 @@ def export(
     in_4_bits = load_base(Base(model=str(folder), revision=None), tokenizer, "nf4", trained.dtype)
     written = [said["file"] for said in files.values() if "file" in said]
     if written:
-        write_modelfile(folder / written[0], trained.instruction, decoding, end_token(tokenizer))
+        write_modelfile(folder / written[0], trained, decoding, end_token(tokenizer))
     return {
         "max_logit_difference": difference,
         "merged_loss": merged_loss,
@@ -126,7 +128,9 @@ def check_use(folder: Path, model: Any, prompts: Sequence[str]) -> None:
         UserError: padding changes what follows a prompt, or the folder cannot generate.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    batch = dict(tokenizer(list(prompts), padding=True, return_tensors="pt").to(model.device))
+    begins = not has_own_template(tokenizer)  # else the prompt has its own beginning
+    options = {"padding": True, "return_tensors": "pt", "add_special_tokens": begins}
+    batch = dict(tokenizer(list(prompts), **options).to(model.device))
     batch.pop("token_type_ids", None)
 
     def first_logits(**inputs: Any) -> torch.Tensor:

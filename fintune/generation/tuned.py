@@ -6,7 +6,15 @@ from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from fintune.data.prompt import RESPONSE, SPECIAL_TOKENS, Tokenizer, end_token_id, end_tokens
+from fintune.data.chat import Refused, prompt_of
+from fintune.data.prompt import (
+    SPECIAL_TOKENS,
+    Tokenizer,
+    encode,
+    end_token_id,
+    end_tokens,
+    has_own_template,
+)
 from fintune.errors import UserError
 from fintune.generation.decoding import options
 from fintune.hardware import device
@@ -30,7 +38,7 @@ def load_tuned(folder: Path) -> tuple[Any, Tokenizer]:
             "`dvc pull` fetches them"
         )
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    if RESPONSE not in (tokenizer.chat_template or ""):
+    if not tokenizer.chat_template:
         raise UserError(f"{folder}: not a model of this project: its tokenizer lacks the prompt")
     return load_plain(folder), tokenizer
 
@@ -71,6 +79,13 @@ def prompt_tokens(tokenizer: Tokenizer, question: str, instruction: str | None) 
         raise UserError("the question is empty")
     if used := [t for t in SPECIAL_TOKENS if t in question or t in (instruction or "")]:
         raise UserError(f"{used[0]} stands in the text, and is a token of the prompt itself")
+    if has_own_template(tokenizer):
+        usual = tokenizer.init_kwargs.get("usual_instruction", "")
+        row = {"instruction": (instruction or "").strip() or usual, "input": question.strip()}
+        try:
+            return encode(tokenizer, prompt_of(tokenizer, row), "")[0]
+        except Refused as refused:
+            raise UserError(f"the model's chat template {refused}") from None
     messages = [{"role": "user", "content": question.strip()}]
     if instruction and instruction.strip():
         messages.insert(0, {"role": "system", "content": instruction.strip()})

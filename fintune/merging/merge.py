@@ -3,7 +3,6 @@
 Memory stays near one shard and the adapter: the base is never loaded as a model.
 """
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,15 +149,6 @@ def _write_settings(
     config.architectures = [type(skeleton).__name__]
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def write_checksums(folder: Path) -> None:
-    """Write `SHA256SUMS` of all files, for `sha256sum --check SHA256SUMS`."""
-    lines = []
-    for path in sorted(folder.iterdir()):
-        with path.open("rb") as file:
-            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n")
-    (folder / "SHA256SUMS").write_text("".join(lines))
 
 
 def _save(shard: dict[str, torch.Tensor], file: Path) -> None:

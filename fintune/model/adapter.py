@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -26,11 +26,12 @@ from fintune.params import ALL_LINEAR, Base, Lora
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """The training record of an adapter: its base, `train` parameters, and the most frequent instruction."""
+    """The training record of an adapter: its base, `train` parameters, most frequent instruction, layout."""
 
     base: Base
     train: dict[str, Any]
     instruction: str
+    template: Literal["seed", "base"] = "seed"  # adapters of earlier versions do not say
 
     @property
     def dtype(self) -> torch.dtype:
@@ -39,7 +40,7 @@ class AdapterInfo:
 
     def load_tokenizer(self) -> Tokenizer:
         """Load the tokenizer that it was trained with; adapters of earlier versions have new tokens."""
-        return load_tokenizer(self.base, self.train.get("end_token", "new"))
+        return load_tokenizer(self.base, self.train.get("end_token", "new"), self.template)
 
     @property
     def nf4_compute_dtype(self) -> torch.dtype | None:
@@ -47,13 +48,20 @@ class AdapterInfo:
         return self.dtype if self.train["quantization"] == "nf4" else None
 
 
-def write_training(adapter: Path, base: Base, train: dict[str, Any], instruction: str) -> None:
+def write_training(
+    adapter: Path,
+    base: Base,
+    train: dict[str, Any],
+    instruction: str,
+    template: Literal["seed", "base"] = "seed",
+) -> None:
     """Write `training.json` into an adapter's folder, for `read_training`."""
     said = {
         "base": base.model_dump(),
         "base_fingerprint": weights_fingerprint(base),
         "instruction": instruction,
         "train": train,
+        **({} if template == "seed" else {"template": template}),
     }
     text = json.dumps(said, indent=2, ensure_ascii=False) + "\n"
     (adapter / "training.json").write_text(text, encoding="utf-8")
@@ -89,7 +97,7 @@ def read_training(adapter: Path) -> AdapterInfo:
             f"{f' at {base.revision}' if base.revision else ''} holds now; bring that base back, or "
             "`dvc repro train` to train on this one"
         )
-    return AdapterInfo(base, said["train"], said["instruction"])
+    return AdapterInfo(base, said["train"], said["instruction"], said.get("template", "seed"))
 
 
 def add_adapter(
@@ -181,21 +189,27 @@ def table_names(model: PreTrainedModel) -> list[str]:
 
 
 def write_adapter(
-    model: PeftModel, folder: Path, base: Base, train: dict[str, Any], instruction: str
+    model: PeftModel,
+    folder: Path,
+    base: Base,
+    train: dict[str, Any],
+    instruction: str,
+    template: Literal["seed", "base"] = "seed",
 ) -> None:
     """Write an adapter's folder: weights, `training.json`, and the tokenizer with its chat template.
 
     Args:
         train: the `train` parameters used.
         instruction: the most frequent one among the training rows.
+        template: what laid out the training rows.
     """
     save_adapter(model, folder)
     (folder / "README.md").unlink()  # PEFT's model card template
-    tokenizer = load_tokenizer(base, train["end_token"])
+    tokenizer = load_tokenizer(base, train["end_token"], template)
     add_chat_template(tokenizer, instruction)
     pad_left(tokenizer)
     tokenizer.save_pretrained(folder)
-    write_training(folder, base, train, instruction)
+    write_training(folder, base, train, instruction, template)
 
 
 def describe_adapter(model: PeftModel) -> str:

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -26,6 +27,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         name = self.path.split("?")[0].strip("/")
+        if name == "endless" and self.command == "GET":
+            self.send_response(200)
+            self.end_headers()
+            with suppress(OSError):  # the other side hangs up
+                while not self.given_up.is_set():
+                    self.wfile.write(TABLE * 1000)
+            return
         status = int(name) if name.isdigit() else 200
         self.send_response(status)
         self.send_header("Content-Length", str(len(TABLE) + 9 * (name in ("silent", "torn"))))
@@ -88,3 +96,13 @@ def test_silence_ends_a_transfer_and_its_length_does_not(
     with pytest.raises(RecordError, match=r"nothing came for 0\.3 seconds"):
         download(f"{address}/silent")
     assert given[0]["client_kwargs"]["timeout"].total is None
+
+
+def test_a_stream_without_end_is_left_at_the_limit(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FINTUNE_SOURCE_GIB", "0.001")
+    with pytest.raises(
+        RecordError, match=r"/endless: it sends more than 0\.001 GiB; .*FINTUNE_SOURCE_GIB"
+    ):
+        download(f"{address}/endless")

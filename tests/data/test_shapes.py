@@ -57,7 +57,11 @@ def records(rows: list[dict[str, Any]], params: Fetch) -> Any:
 @pytest.mark.parametrize("messages", [OPENAI, SHAREGPT, json.dumps(OPENAI), json.dumps(SHAREGPT)])
 def test_the_last_answer_is_learned_after_what_was_said(column: str, messages: Any) -> None:
     made, dropped = records([{column: messages, "id": 1}], fetch())
+    turns = json.loads(made[0].pop("turns"))
     assert made == [{"instruction": "Be brief.", "input": TRANSCRIPT, "output": "A part."}]
+    user, assistant = "user", "assistant"
+    said = [[user, "What is a bond?"], [assistant, "A loan."], [user, "And a share?"]]
+    assert turns == said
     assert dropped == {}
 
 

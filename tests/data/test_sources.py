@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from fintune.data.sources import fetch_records
+from fintune.errors import RecordError
 from fintune.params import Fetch
 
 FIRST = {
@@ -67,3 +68,35 @@ def test_what_dvc_does_not_watch_is_said(tmp_path: Path, caplog: pytest.LogCaptu
     caplog.clear()
     fetch(tmp_path, [1.0, 1.0])
     assert f"DVC does not watch {tmp_path / 'chats.jsonl'}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "said"),
+    [
+        (
+            {"instruction": "Why?", "input": "", "output": "So."},
+            {"input": "input", "output": "output"},
+            "input is empty in 20; .* set fetch.columns.instruction: instruction with "
+            "default_instruction: null$",
+        ),
+        (
+            {"question": "Why?", "q": None, "a": "So."},
+            {"input": "q", "output": "a"},
+            "q is missing in 20; .* set fetch.columns.input: question$",
+        ),
+        (
+            {"q": "Why?", "a": " ", "Answer": "So.", "messages": []},
+            {"input": "q", "output": "a"},
+            "a is empty in 20; .* set fetch.columns.output: Answer, or fetch.columns.messages: messages$",
+        ),
+        ({"q": "Why?", "a": ""}, {"input": "q", "output": "a"}, "a is empty in 20$"),
+    ],
+)
+def test_a_source_without_a_usable_row_is_told_what_to_name(
+    tmp_path: Path, row: dict[str, Any], columns: dict[str, str], said: str
+) -> None:
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps([row] * 20))
+    given = {**FIRST, "source": str(file), "columns": columns, "more": [], "invalid_rows": "drop"}
+    with pytest.raises(RecordError, match=f"none of its 20 rows can be used: {said}"):
+        fetch_records(Fetch.model_validate(given))

@@ -1,5 +1,6 @@
 """The split's properties: disjoint by question, independent of row order, stable under additions."""
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -317,3 +318,27 @@ def test_the_real_set_at_full_size() -> None:
     )
     assert (counts("rows"), counts("questions")) == (17_110, 6_648)
     assert describe_splits(splits)["overlapping_questions"] == 0
+
+
+def conversation(*turns: str, output: str = "Because.") -> Row:
+    """Make the row of a conversation, in which user and assistant take turns."""
+    said = [(("user", "assistant")[i % 2], text) for i, text in enumerate(turns)]
+    transcript = "\n".join(f"{role.capitalize()}: {text}" for role, text in said)
+    return {"instruction": "", "input": transcript, "output": output, "turns": json.dumps(said)}
+
+
+def test_conversations_are_alike_by_what_the_user_said() -> None:
+    """Greetings and long answers, equal in all, make no group of them; the same questions do."""
+    answer = (
+        "Good day, and thank you for asking our bank; what may I tell you about its accounts? " * 3
+    )
+    rows = [conversation("Hello", answer, question) for question in questions(40)]
+    splits, _, groups = split_rows(rows, PARAMS)
+    assert groups["groups"] == 40 and all(splits.values())
+    other = [conversation("Hello", "Yes?", question) for question in questions(40)]
+    near = [conversation("Hello", answer, f"{question} please") for question in questions(40)]
+    splits, _, groups = split_rows([*rows, *other, *near], PARAMS)
+    assert groups == {"groups": 40, "largest_group_rows": 3}
+    apart = PARAMS.model_copy(update={"near_duplicate_similarity": None})
+    _, _, groups = split_rows([*rows, *other], apart)
+    assert groups["groups"] == 40  # equal words are one question

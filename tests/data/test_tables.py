@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -369,3 +370,35 @@ def test_passages_are_the_texts_of_a_table_and_the_shipped_ones_are_sixty(tmp_pa
     path.write_text('{"text": "some words"}\n{"body": "no text"}\n')
     with pytest.raises(RecordError, match="row 2: text is None"):
         read_passages(str(path))
+
+
+def test_a_source_is_read_up_to_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bombs of each packing, and plain files; what is smaller is read."""
+    text = b"input,output\n" + b"Why?,So.\n" * 100_000
+    write_rows(
+        tmp_path / "packed.parquet",
+        [dict.fromkeys(COLUMNS, "a" * 10**6 + str(i)) for i in range(9)],
+    )
+    (tmp_path / "packed.csv.gz").write_bytes(gzip.compress(text))
+    with pa.CompressedOutputStream(str(tmp_path / "packed.csv.zst"), "zstd") as stream:
+        stream.write(text)
+    (tmp_path / "plain.csv").write_bytes(text)
+    for path in sorted(tmp_path.iterdir()):
+        monkeypatch.setenv("FINTUNE_SOURCE_GIB", "1")
+        assert read_source(str(path))
+        monkeypatch.setenv("FINTUNE_SOURCE_GIB", "0.0005")
+        with pytest.raises(
+            RecordError, match=rf"{path}: .*it has more than 0\.0005 GiB; .* larger number"
+        ):
+            read_source(str(path))
+        for wrong in ("no", "0", "nan", "inf"):
+            monkeypatch.setenv("FINTUNE_SOURCE_GIB", wrong)
+            with pytest.raises(RecordError, match=f"FINTUNE_SOURCE_GIB: '{wrong}' is no number"):
+                read_source(str(path))
+
+
+def test_what_may_never_end_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.csv")
+    for source in (tmp_path / "pipe.csv", Path("/dev/zero")):
+        with pytest.raises(RecordError, match=f"{source}: a pipe, a socket or a device"):
+            read_source(str(source))

@@ -14,6 +14,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fintune.export.push import explain_push_error
+from fintune.integrity import hash_files, write_sums
 from fintune.model.adapter import add_adapter, save_adapter
 from fintune.model.base import load_base
 from fintune.params import Base, Lora
@@ -62,10 +63,10 @@ def merged(tiny_base: Path, tokenizer: Any, tmp_path: Path) -> Path:
     model.save_pretrained(folder, max_shard_size="500KB")
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text("---\nlicense: mit\n---\nA model.\n")
-    (folder / "SHA256SUMS").write_text("0 model.safetensors\n")
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     (folder / "tiny-f16.gguf").write_bytes(b"GGUF")
     assert len(list(folder.glob("*.safetensors"))) > 1
+    write_sums(folder, hash_files(folder))
     return folder
 
 
@@ -191,6 +192,7 @@ def test_pushing_again_sends_and_deletes_what_has_changed(
         hub.files("acme/merged")[stale] = b"former"
     hub.files("acme/merged")["NOTES.md"] = b"written there"
     (merged / "README.md").write_text("Another card.\n")
+    write_sums(merged, hash_files(merged))
     hub.requests.clear()
     done = push("acme/merged")
     assert done.returncode == 0 and "model.safetensors: deleted there" in done.stderr
@@ -205,6 +207,7 @@ def test_public_is_asked_for(hub: Hub, push: Push, merged: Path) -> None:
     assert hub.private == set()
 
     (merged / "README.md").write_text("Not for everybody.\n")
+    write_sums(merged, hash_files(merged))
     refused(push("acme/open"), "acme/open is public", "push with --public")
     assert len(hub.commits("acme/open")) == 1
     assert hub.files("acme/open")["README.md"] != b"Not for everybody.\n"

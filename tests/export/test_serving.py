@@ -4,6 +4,7 @@ Its base is the demo's, trained for some steps, so that its answers are sentence
 """
 
 import ast
+import importlib.metadata
 import json
 import re
 import shutil
@@ -20,17 +21,23 @@ import jinja2
 import mlflow
 import pandas as pd
 import pytest
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
 from huggingface_hub import metadata_load
 from transformers import AutoTokenizer
 
 from fintune.data.prompt import RESPONSE_END, encode, load_tokenizer, render_prompt
 from fintune.data.tables import read_rows
 from fintune.errors import UserError
+from fintune.export.bom import write_bom
+from fintune.export.card import read_records
 from fintune.export.gguf.llama_cpp import llama_cpp_answers
 from fintune.export.push import adapter_card
 from fintune.export.pyfunc import PACKAGES
 from fintune.export.verify import check_use
 from fintune.generation.tuned import prompt_tokens
+from fintune.integrity import hash_files, sha256
+from fintune.model.adapter import read_training
 from fintune.model.base import load_plain
 from fintune.params import Base, read_params
 from support.project import ROOT, SAMPLED, Project
@@ -299,9 +306,9 @@ def test_the_packages_are_those_that_answering_imports() -> None:
     outside = imported - set(sys.stdlib_module_names) - {"triton"}  # torch's dependency on a GPU
     owners = packages_distributions()
     brought = {"mlflow-skinny", "mlflow-tracing", "pyarrow"}  # mlflow's dependencies
-    for_data = {"datasets", "fsspec"}  # not needed for answers
+    others = {"datasets", "dvc", "fsspec"}  # which read data and run stages
     given = {normal(owners[name][0]) for name in outside}
-    assert given - {normal(name) for name in PACKAGES} <= brought | for_data
+    assert given - {normal(name) for name in PACKAGES} <= brought | others
 
 
 def normal(package: str) -> str:
@@ -421,6 +428,48 @@ def test_a_pushed_adapter_gets_the_card_of_its_own_evaluation(
     (served / "another.json").write_text(json.dumps(record))
     monkeypatch.setattr("fintune.paths.RUN", served / "another.json")
     assert adapter_card(Path("models/adapter"), settings) is None
+
+
+def test_the_bill_of_materials_is_valid_and_says_what_is_there(served: Project) -> None:
+    folder = served / "models/merged"
+    text = (folder / "bom.cdx.json").read_text()
+    validator = JsonStrictValidator(SchemaVersion.V1_6)  # with schemas of its package
+    assert validator.validate_str(text) is None
+    bom = json.loads(text)
+    model = bom["metadata"]["component"]
+    stated = {each["name"]: each["hashes"][0]["content"] for each in model["components"]}
+    found = hash_files(folder)
+    del found["bom.cdx.json"]
+    assert stated == found
+    parts = {each["bom-ref"]: each for each in bom["components"]}
+    weights = parts["base"]["components"]
+    assert weights and all(
+        each["hashes"][0]["content"] == sha256(served / "base" / each["name"]) for each in weights
+    )
+    assert parts["data"]["hashes"][0]["content"] == sha256(served / "data/raw/qa.parquet")
+    assert parts["library:torch"]["version"] == importlib.metadata.version("torch")
+    assert {"library:safetensors", "hardware"} <= set(parts)
+    figures = {
+        (each["slice"], each["type"]): each["value"]
+        for each in model["modelCard"]["quantitativeAnalysis"]["performanceMetrics"]
+    }
+    tuned = json.loads((served / "reports/evaluation.json").read_text())["tuned"]
+    merged = json.loads((served / "reports/export.json").read_text())["merged_loss"]
+    assert float(figures["test", "tuned.loss"]) == tuned["loss"]
+    assert float(figures["export", "merged_loss"]) == merged
+
+
+def test_the_same_model_has_the_same_bill_of_materials(
+    served: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DVC hashes the folder: a time or a random serial number would be another output at each run."""
+    monkeypatch.chdir(served.folder)
+    shutil.copy(served / "models/merged/config.json", tmp_path)
+    written = []
+    for _ in range(2):
+        write_bom(tmp_path, "a", read_training(Path("models/adapter")), read_records(), {}, {})
+        written.append((tmp_path / "bom.cdx.json").read_bytes())
+    assert written[0] == written[1]
 
 
 def test_the_sums_are_right(served: Project) -> None:

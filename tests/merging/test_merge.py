@@ -23,9 +23,10 @@ from fintune.errors import UserError
 from fintune.generation.decoding import Decoding
 from fintune.generation.generate import generate
 from fintune.hub.models import weights_fingerprint
+from fintune.integrity import hash_files, write_sums
 from fintune.merging import merge
 from fintune.merging.lora_update import nf4_round_trip, read_updates
-from fintune.merging.merge import merge_into_folder, write_checksums
+from fintune.merging.merge import merge_into_folder
 from fintune.model.adapter import (
     add_adapter,
     load_adapter,
@@ -273,6 +274,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import torch
 from fintune.data.prompt import load_tokenizer
+from fintune.integrity import hash_files, write_sums
 from fintune.merging.merge import merge_into_folder
 from fintune.params import Base
 from fintune.stage import run, whole_folder
@@ -320,7 +322,7 @@ def test_too_small_a_disk_is_told_before_anything_is_written(
 def test_the_checksums_are_those_that_sha256sum_reads(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("a")
     (tmp_path / "b c.txt").write_bytes(bytes(range(256)))
-    write_checksums(tmp_path)
+    write_sums(tmp_path, hash_files(tmp_path))
     check = ["sha256sum", "--check", "SHA256SUMS"]
     assert subprocess.run(check, cwd=tmp_path, capture_output=True, check=False).returncode == 0
     (tmp_path / "a.json").write_text("b")

@@ -7,6 +7,7 @@ import csv
 import json
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from ruamel.yaml import YAML
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
+from fintune.integrity import hash_files, write_sums
 from fintune.metrics import METRICS
 from fintune.params import Params
 from support.project import ROOT, Project
@@ -653,6 +655,8 @@ def test_an_unknown_parameter_is_refused(copy: Callable[[], Project]) -> None:
 
 WATCH_IMPORTS = """
 import runpy, sys
+import fintune.stage
+fintune.stage.leave = lambda status: None
 runpy.run_module(f"stages.{sys.argv[1]}", run_name="__main__")
 heavy = ("torch", "mlflow", "datasets", "peft", "trl", "accelerate", "sklearn")
 print("imported:", *(name for name in heavy if sys.modules.get(name)))
@@ -665,3 +669,98 @@ def test_the_data_stages_import_nothing_heavy(finished: Finished, stage: str) ->
     told = finished.project.run("python", "-c", WATCH_IMPORTS, stage)
     assert told.stdout.splitlines()[-1].strip() == "imported:"
     assert "PyTorch was not found" not in told.stderr
+
+
+def verify(project: Project, *arguments: str) -> tuple[int, list[str]]:
+    done = project.run("python", "-m", "fintune", "verify", *arguments, check=False)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("model", ["models/merged", "models/adapter", "financial-qa@candidate"])
+def test_an_untouched_model_is_verified(finished: Finished, model: str) -> None:
+    status, lines = verify(finished.project, model)
+    assert status == 0, lines
+    states = {line.split()[0] for line in lines}
+    assert states <= {"holds", "unchecked"}
+    held = "\n".join(line for line in lines if line.startswith("holds"))
+    assert "dvc.lock has this model" in held and "data/raw in" in held
+    assert f"ran that of commit {finished.commit}" in held
+    assert "parameters in MLflow's run" in held and "loss in MLflow's run" in held
+    figure = {
+        "models/merged": "bom.cdx.json: tuned.loss",
+        "models/adapter": "reports/evaluation.json, md5",
+        "financial-qa@candidate": "registry: loss",
+    }
+    assert figure[model] in held
+    assert ("files are what SHA256SUMS says" in held) == (model != "models/adapter")
+
+
+def change_text(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert old in text
+    file.unlink()  # a link to DVC's cache
+    file.write_text(text.replace(old, new, 1))
+
+
+def sum_again(folder: Path) -> None:
+    (folder / "SHA256SUMS").unlink()
+    write_sums(folder, hash_files(folder))
+
+
+def test_a_copy_elsewhere_is_verified_by_the_history(copy: Callable[[], Project]) -> None:
+    """The folder has moved on: another commit's dvc.lock, and no reports of the model."""
+    project = copy()
+    shutil.copytree(project / "models/merged", project / "taken")
+    (project / "dvc.lock").unlink()
+    (project / "reports/evaluation.json").unlink()
+    status, lines = verify(project, "taken")
+    assert status == 0, lines
+    text = "\n".join(lines)
+    assert re.search("holds +dvc.lock of commit [0-9a-f]{12} has this model", text)
+    assert "holds      bom.cdx.json: tuned.loss" in text
+    (project / "mlflow.db").unlink()
+    status, lines = verify(project, "taken")
+    assert status == 0 and "unchecked  MLflow: no store here" in "\n".join(lines)
+    assert not (project / "mlflow.db").exists()
+
+
+def test_what_was_changed_is_found_by_verify(copy: Callable[[], Project]) -> None:
+    """Each change is of one thing, with all that its author could make fit."""
+    project = copy()
+    merged, adapter = project / "models/merged", project / "models/adapter"
+
+    def failures(model: str) -> str:
+        status, lines = verify(project, model)
+        failed = [line for line in lines if line.startswith("FAILS")]
+        assert (status == 1) == bool(failed)
+        return "\n".join(failed)
+
+    store_file = sqlite3.connect(project / "mlflow.db")
+    store_file.execute("UPDATE model_version_tags SET value = '0.01' WHERE key = 'tuned_loss'")
+    store_file.execute("UPDATE params SET value = '64' WHERE key = 'train.lora.r'")
+    store_file.commit()
+    found = failures("financial-qa@candidate")
+    assert "registry: loss: 0.01" in found and "train.lora.r is 64" in found
+    assert "parameters in MLflow's run" in failures("models/merged")
+    deps = load_yaml(project / "dvc.lock")["stages"]["train"]["deps"]
+    (code,) = (dep["md5"] for dep in deps if dep["path"] == "fintune/training")
+    change_text(project / "dvc.lock", code, "0" * 32 + ".dir")
+    assert "code: fintune/training of commit" in failures("models/adapter")
+    change_text(project / "dvc.lock", "0" * 32 + ".dir", code)
+    shutil.copytree(merged, project / "taken")
+    weights = bytearray((merged / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (merged / "model.safetensors").unlink()
+    (merged / "model.safetensors").write_bytes(weights)
+    assert "model.safetensors: its SHA-256 is" in failures("models/merged")
+    sum_again(merged)
+    found = failures("models/merged")
+    assert "bom.cdx.json: models/merged/model.safetensors" in found and "no dvc.lock here" in found
+    change_text(adapter / "training.json", "{", "{ ")
+    assert "no dvc.lock here or in git has md5" in failures("models/adapter")
+    loss = f"{report(project, 'evaluation')['tuned']['loss']:.6g}"
+    change_text(project / "reports/evaluation.json", loss, "0.01")
+    found = failures("taken")
+    assert "reports/evaluation.json, md5" in found and "bom.cdx.json: tuned.loss" in found
+    assert "README.md: " in found
