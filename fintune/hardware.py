@@ -41,6 +41,11 @@ def describe_device() -> str:
     return f"{hardware()}, float16 with loss scaling (no bfloat16 here)"
 
 
+def has_fp8() -> bool:
+    """Return whether the GPU multiplies 8-bit floating-point numbers: Ada, Hopper and later ones."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
+
+
 def free_memory_gib() -> float:
     """Return the memory available to this process in GiB, including what it has reserved on the GPU.
 

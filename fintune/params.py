@@ -194,7 +194,8 @@ class Train(Section):
     """The fine-tuning run.
 
     Batch sizes are in rows. `attention`, `kernels`, `checkpointing`, `dequantize` and `tokens_per_pass`
-    affect how a step is computed, not what is learned; `auto` chooses by hardware.
+    affect how a step is computed, not what is learned; `products`, in which format the base's products are,
+    does by some thousandths of a nat. `auto` chooses by hardware.
     """
 
     quantization: Literal["nf4", "none"]
@@ -212,6 +213,7 @@ class Train(Section):
     kernels: Literal["auto", "fused", "plain"]
     checkpointing: Literal["auto", "none", "selective", "full"]
     dequantize: Literal["auto", "once", "always"]
+    products: Literal["auto", "bfloat16", "fp8"]
     tokens_per_pass: Annotated[int | Literal["auto"], PlainValidator(_auto_or_count)]
     validate_every_steps: Count
     early_stopping_patience: Count | None

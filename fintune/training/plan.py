@@ -20,6 +20,7 @@ SAFE_SHARE = 0.92  # of the free memory; the rest allows for fragmentation
 # the minimum of a micro-batch, which launching its kernels takes
 TIME = {"none": 1.0, "selective": 1.2, "full": 1.31}
 DEQUANTIZE_TOKENS, LEAST_TOKENS = 160, 2600
+LEAST_HIDDEN = 2048  # of a base for which FP8 is chosen: a small one is no faster
 DEQUANTIZATIONS = {"none": 2, "selective": 3, "full": 3}  # forward, recompute, backward
 
 
@@ -31,6 +32,7 @@ class Plan:
     kernels: str
     checkpointing: str
     dequantize: str
+    fp8: bool  # the base's products
     tokens_per_pass: int
     passes: int  # for a step of the expected size
     memory: dict[str, float]
@@ -43,7 +45,7 @@ class Plan:
         parts = ", ".join(f"{name} {size:.1f}" for name, size in self.memory.items())
         return (
             f"{self.attention} attention, {self.kernels} kernels, checkpointing {self.checkpointing}, "
-            f"dequantize {self.dequantize}, "
+            f"dequantize {self.dequantize}, {'products in FP8, ' if self.fp8 else ''}"
             f"{self.passes} pass{'es' * (self.passes > 1)} of up to {self.tokens_per_pass:,} tokens a step; "
             f"memory about {self.peak_gib:.1f} GiB ({parts})"
         )
@@ -59,6 +61,7 @@ def plan_execution(
     unsupported: str | None = None,
     packed_differs: str | None = None,
     base_gib: float = 0.0,
+    has_fp8: bool = False,
 ) -> Plan:
     """Resolve each `auto` to the fastest execution whose estimate fits into the free memory.
 
@@ -69,10 +72,11 @@ def plan_execution(
         unsupported: why the fused kernels do not support this base, if so.
         packed_differs: how transformers' own layers differ on packed rows, if they do.
         base_gib: of the base's weights as loaded.
+        has_fp8: this GPU has FP8 products, and activations are in bfloat16.
 
     Raises:
         UserError: fused kernels are required but do not support this base, varlen attention without a GPU,
-            `dequantize: once` where it is not possible, or weights that alone do not fit.
+            `dequantize: once` or `products: fp8` where it is not possible, or weights that alone do not fit.
     """
     if params.kernels == "fused" and unsupported:
         raise UserError(
@@ -107,6 +111,11 @@ def plan_execution(
                 "train.dequantize: once: only fused kernels keep the 16-bit weights of a 4-bit base; set auto"
             )
         dequantize = [params.dequantize]
+    lacks = _lacks_for_fp8(model, params, kernels, has_fp8)
+    if params.products == "fp8":
+        if lacks:
+            raise UserError(f"train.products: fp8: {lacks}; set auto")
+        dequantize = ["once"]
     step = _step_tokens(lengths, params.rows_per_step, padded=attention == "padded")
     longest = max(lengths)
     if params.tokens_per_pass != "auto":
@@ -121,7 +130,11 @@ def plan_execution(
         tokens = max(min(limit, step), min(longest, step))
         passes = math.ceil(step / tokens)
         memory = estimate(mode, how == "once", tokens, base_gib)
-        plans.append(Plan(attention, kernels, mode, how, limit, passes, memory))
+        wanted = params.products == "fp8" or (
+            params.products == "auto" and model.hidden >= LEAST_HIDDEN
+        )
+        fp8 = wanted and not lacks and how == "once"
+        plans.append(Plan(attention, kernels, mode, how, fp8, limit, passes, memory))
     smallest = min(plans, key=lambda plan: plan.peak_gib)
     if smallest.memory["weights"] > free_gib:
         raise UserError(
@@ -137,6 +150,19 @@ def plan_execution(
         )
         return smallest
     return min(fitting, key=lambda plan: _time(plan, step))
+
+
+def _lacks_for_fp8(model: ModelSize, params: Train, kernels: str, has_fp8: bool) -> str | None:
+    """Return why the base's products cannot be in FP8, or None if they can."""
+    if not has_fp8:
+        return "it needs a GPU from Ada or Hopper on, and train.precision: bfloat16"
+    if kernels != "fused":
+        return "only fused kernels have it"
+    if params.quantization != "nf4" or params.dequantize == "always":
+        return "its codes take the place of the 16-bit weights of a 4-bit base (dequantize: once)"
+    if any(size % 16 for sizes in model.linears.values() for size in sizes):
+        return "this base has sizes that are no multiples of 16"
+    return None
 
 
 def _time(plan: Plan, tokens: int) -> float:

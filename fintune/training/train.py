@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, ProgressCallback
 from trl import SFTConfig
 
-from fintune.hardware import GIB, free_memory_gib, matmul_flops, peak_memory_gib
+from fintune.hardware import GIB, free_memory_gib, has_fp8, matmul_flops, peak_memory_gib
 from fintune.hub.models import check_positions
 from fintune.model.batch import TokenRow
 from fintune.model.conformance import agreement_of, fused_differs
@@ -47,6 +47,11 @@ class TrainingResult:
     step_tokens: list[int]
     largest_micro_batch: int
     metrics: dict[str, float]
+
+    @property
+    def computed(self) -> dict[str, str]:
+        """Return what `auto` chose of the parameters that change what is learned."""
+        return {"products": "fp8"} if self.plan.fp8 else {}
 
 
 def train(
@@ -155,6 +160,7 @@ def make_plan(
         fused_differs(model),
         agreement.differences.get("packed rows"),
         sum(p.numel() * p.element_size() for p in frozen) / GIB,
+        dtype == torch.bfloat16 and has_fp8(),
     )
 
 

@@ -24,6 +24,11 @@ from fintune.training.plan import Plan
 log = logging.getLogger("fintune")
 
 
+# The share of the steps whose forward pass is in FP8. In the others the adapter gets used to the weights that
+# it is measured and merged with; without them, 0.005 nats are lost.
+COARSE = 0.75
+
+
 def split_into_micro_batches(lengths: Sequence[int], limit: int, padded: bool) -> list[list[int]]:
     """Split a step's rows into micro-batches of similar size, at most `limit` tokens, padding included.
 
@@ -80,12 +85,7 @@ class AnswerTrainer(SFTTrainer):
         self.fused = None
         if plan.kernels == "fused":
             cache = plan.dequantize == "once"
-            import os
-
-            e = bool(os.environ.get("X8"))
-            self.fused = FusedModel(
-                self.model, dtype, plan.checkpointing, cache and not e, eight_bits=e
-            )
+            self.fused = FusedModel(self.model, dtype, plan.checkpointing, cache, fp8=plan.fp8)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *_: Any) -> torch.Tensor:
         """Compute the gradients of one optimizer step: the mean over the answer tokens of all its rows.
@@ -97,6 +97,8 @@ class AnswerTrainer(SFTTrainer):
         answers = sum(len(completion) for _, completion in rows)
         lengths = [len(prompt) + len(completion) for prompt, completion in rows]
         if self.fused:
+            if self.plan.fp8 and self.state.global_step >= COARSE * self.state.max_steps:
+                self.fused.forward_in_16_bits()
             self.fused.sync_parameters()
         while True:
             try:

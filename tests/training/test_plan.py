@@ -1,6 +1,7 @@
 """The execution plan: choices of `auto`, refusals, and the accuracy of the memory estimate."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,44 @@ LENGTHS = [60, 120, 200, 260, 340, 600] * 500
 
 
 def plan(
-    free_gib: float, on_gpu: bool = True, unsupported: str | None = None, **changes: Any
+    free_gib: float,
+    on_gpu: bool = True,
+    unsupported: str | None = None,
+    size: ModelSize = SIZE,
+    has_fp8: bool = False,
+    **changes: Any,
 ) -> Plan:
     params = RECIPE.model_copy(update=changes)
-    return plan_execution(SIZE, params, LENGTHS, 2, free_gib, on_gpu, unsupported)
+    return plan_execution(size, params, LENGTHS, 2, free_gib, on_gpu, unsupported, has_fp8=has_fp8)
+
+
+def test_large_bases_are_multiplied_in_fp8_where_the_gpu_can() -> None:
+    """Where its codes take the place of the 16-bit weights: not in little memory, and not without 4 bits."""
+    assert plan(139, has_fp8=True).fp8 and "products in FP8" in str(plan(139, has_fp8=True))
+    assert plan(139, has_fp8=True).peak_gib == plan(139).peak_gib
+    assert not plan(139).fp8
+    assert not plan(16, has_fp8=True).fp8
+    assert not plan(139, has_fp8=True, products="bfloat16").fp8
+    assert not plan(139, has_fp8=True, quantization="none").fp8
+    assert not plan(139, has_fp8=True, kernels="plain").fp8
+    small = replace(SIZE, hidden=576, intermediate_size=1536, q_dim=576, kv_dim=192)
+    assert not plan(139, has_fp8=True, size=small).fp8
+    assert plan(139, has_fp8=True, size=small, products="fp8").fp8
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"has_fp8": False}, "it needs a GPU from Ada or Hopper on"),
+        ({"kernels": "plain"}, "only fused kernels"),
+        ({"quantization": "none"}, "16-bit weights of a 4-bit base"),
+        ({"dequantize": "always"}, "dequantize: once"),
+        ({"size": replace(SIZE, intermediate_size=14_340)}, "no multiples of 16"),
+    ],
+)
+def test_fp8_that_cannot_be_is_refused(changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UserError, match=rf"train\.products: fp8: .*{reason}.*; set auto"):
+        plan(139, **{"has_fp8": True, "products": "fp8"} | changes)
 
 
 def test_the_shape_counts_what_mistral_has() -> None:

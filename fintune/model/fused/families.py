@@ -53,7 +53,7 @@ def make_layers(
     cache_weights: bool,
     training: bool,
     keeps_gate_up: bool,
-    eight_bits: bool = False,
+    fp8: bool = False,
 ) -> list[Layer]:
     """Make the fused layers of a family's decoder layers."""
     group = functools.partial(
@@ -62,7 +62,7 @@ def make_layers(
         workspace=Workspace(),
         cache_weights=cache_weights,
         training=training,
-        eight_bits=eight_bits,
+        fp8=fp8,
     )
     kinds = getattr(config, "layer_types", None) or [None] * len(modules)
     layers = []

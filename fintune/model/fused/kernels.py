@@ -494,7 +494,7 @@ def _dequantize_and_add(
 def store_codes(
     weight, row, column, rows, columns, codes, other, step, row_scale, column_scale, largest
 ):  # fmt: skip
-    """Store a tile of weights in FP8: divided by the scale of its row, and transposed by that of its column."""
+    """Store a tile of weights in FP8, by the scales of its rows, and transposed by those of its columns."""
     kept = (row[:, None] < rows) & (column[None, :] < columns)
     kind = codes.dtype.element_ty
     by_row = weight / tl.load(row_scale + row, mask=row < rows, other=1.0)[:, None]

@@ -57,7 +57,7 @@ class Layer:
 
     def into(self, projections: Projections, block: int, x: Tensor, seed: int) -> Tensor:
         """Normalize a block's input and multiply it."""
-        if self.eight:
+        if projections.coarse:
             how = (projections.reads_plain, projections.dropout, seed)
             normal, codes = self.eight.rms_norm(x, self.norms[block], self.eps, *how)
             return projections.forward(normal, seed, codes)
@@ -73,7 +73,7 @@ class Layer:
 
     def out_of(self, gate_up: Tensor, seed: int) -> Tensor:
         """Compute the gated product and multiply it."""
-        if self.eight:
+        if self.down.coarse:
             how = (self.down.reads_plain, self.down.dropout, seed)
             middle, codes = self.eight.gated(gate_up, self.gelu, *how)
             return self.down.forward(middle, seed, codes)

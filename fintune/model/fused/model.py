@@ -104,6 +104,7 @@ class FusedModel:
             whole layers.
         cache_weights: cache 4-bit weights dequantized, 2 bytes a weight; else dequantize for each product.
         training: apply LoRA's dropout.
+        fp8: multiply by the base's 4-bit weights in FP8, on a GPU that can.
     """
 
     def __init__(
@@ -113,7 +114,7 @@ class FusedModel:
         checkpointing: str = "none",
         cache_weights: bool = False,
         training: bool = True,
-        eight_bits: bool = False,
+        fp8: bool = False,
     ) -> None:
         plain: Any = base_of(model)
         config, self.body = plain.config, plain.get_decoder()
@@ -126,7 +127,7 @@ class FusedModel:
             cache_weights,
             training,
             keeps_gate_up=checkpointing != "selective",
-            eight_bits=eight_bits,
+            fp8=fp8,
         )
         self.kinds = sorted({layer.kind for layer in self.layers}, key=str)
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
@@ -147,6 +148,11 @@ class FusedModel:
         # built here: inside a step it would force a device sync
         self.indices = torch.tensor(self.tokens, dtype=torch.long, device=device)
         self.sync_parameters()
+
+    def forward_in_16_bits(self) -> None:
+        """Keep FP8 to the gradients from now on."""
+        for projections in self.projections:
+            projections.coarse = False
 
     def hidden_states(self, ids: Tensor, positions: Tensor, packed: PackedSequences) -> Tensor:
         """Compute the last hidden states of packed sequences, (tokens, hidden).

@@ -35,7 +35,7 @@ class Projections:
     and `up`, (outputs, ranks), concatenate them in the activations' type; `up` is zero where a rank belongs
     to another layer. `copies` are the parts of both that `FusedModel.sync_parameters` updates. With
     `cache_weights`, 4-bit weights are dequantized once and after each update of a merged adapter, otherwise
-    for each product.
+    for each product. With `fp8`, both products are in FP8 and have their own weights.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Projections:
         workspace: Workspace,
         cache_weights: bool,
         training: bool,
-        eight_bits: bool = False,
+        fp8: bool = False,
     ) -> None:
         self.bases = [getattr(module, "base_layer", module) for module in modules]
         self.outputs = [base.out_features for base in self.bases]
@@ -80,9 +80,10 @@ class Projections:
 
             self.states = [kernels.NestedState.of(base.weight.quant_state) for base in self.bases]
         self.cached_weights: Tensor | None = None
-        self.eight: Any = None
-        if eight_bits:
-            self.eight = self._in_eight_bits(dtype)
+        self.eight: Any = None  # the module fp8's Weights
+        self.coarse = fp8  # the forward product is in FP8, not only that of the gradient
+        if fp8:
+            self.eight = self._in_fp8(dtype)
         elif cache_weights and self.quantized:
             self.cached_weights = torch.empty(
                 sum(self.outputs), self.inputs, dtype=dtype, device=device
@@ -101,10 +102,10 @@ class Projections:
         if self.eight and self.merges_lora:
             for i, (rows, base) in enumerate(zip(self.rows, self.bases, strict=True)):
                 lora = self.loras[i]
-                self.eight.fill_from(rows, base.weight, self.states[i], lora, self.scaling)
+                self.eight.fill(rows, base.weight, self.states[i], lora, self.scaling)
 
     @torch.no_grad()
-    def _in_eight_bits(self, dtype: torch.dtype) -> Any:
+    def _in_fp8(self, dtype: torch.dtype) -> Any:
         from fintune.model.fused.fp8 import Weights
 
         whole = torch.empty(sum(self.outputs), self.inputs, dtype=dtype, device=self.down.device)
@@ -151,7 +152,7 @@ class Projections:
         Args:
             codes: x in FP8, if it is at hand; x is as dropped then.
         """
-        if self.eight:
+        if self.coarse:
             from fintune.model.fused import fp8
 
             y = fp8.product(codes or fp8.quantize(x), self.eight.forward)

@@ -13,6 +13,7 @@ import torch
 from torch.nn.functional import silu
 
 from fintune.data.prompt import encode
+from fintune.hardware import has_fp8
 from fintune.model.adapter import add_adapter
 from fintune.model.base import load_base
 from fintune.model.batch import pack
@@ -368,8 +369,85 @@ for rows, heads, groups, size, window, softcap in SHAPES:
     arguments = (q, keys, values, slots, positions, window, 0.3, softcap)
     found, expected = kernels.attend_to_cache(*arguments), fused.attend_to_cache(*arguments)
     compare("attend_to_cache", found, expected, 1e-5)
+
+def plain(codes):
+    return codes.codes.float() * codes.scale
+
+if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9):
+    from fintune.model.fused import fp8
+
+    CODES = 0.04  # e4m3 has three bits after the first
+    for columns in (96, 512, 16_448):  # a row at once, and in parts
+        x, weight, dy = (torch.randn(n, columns).bfloat16() for n in (7, 1, 7))
+        found = fp8.quantize(x)
+        compare("quantize", plain(found), x, CODES)
+        assert (found.codes.float().abs().amax(1) == fp8.LARGEST).all()
+        gate_up = torch.randn(7, 2 * columns).bfloat16()
+        d_gated = kernels.gated_backward(gate_up, dy, False)
+        for p in (0.0, 0.3):
+            dropped = lambda y: kernels.drop(y, p, 11) if p else y
+            expected = kernels.rms_norm(x, weight[0], 1e-5)
+            found = fp8.rms_norm(x, weight[0], 1e-5, True, p, 11)
+            compare("fp8.rms_norm", found[0], dropped(expected), 0.01)
+            compare("fp8.rms_norm", plain(found[1]), expected, CODES)
+            for gelu in (False, True):
+                expected = kernels.gated(gate_up, gelu)
+                found = fp8.gated(gate_up, gelu, True, p, 11)
+                compare("fp8.gated", found[0], dropped(expected), 0.01)
+                compare("fp8.gated", plain(found[1]), expected, CODES)
+            found = fp8.gated_backward(gate_up, dy, False, p, 11)
+            compare("fp8.gated_backward", found[0], dropped(d_gated[0]), 0.01)
+            compare("fp8.gated_backward", found[1], d_gated[1], 0.01)
+            compare("fp8.gated_backward", plain(found[2]), d_gated[1], CODES)
+        assert fp8.gated(gate_up, False)[0] is None
+    first, second = 64, 48  # two layers in one product
+    weight = (torch.randn(first + second, 256) * 0.02).bfloat16()
+    codes = fp8.Weights(weight)
+    for rows in (slice(0, first), slice(first, first + second)):
+        packed, state = quantize_4bit(weight[rows], quant_type="nf4", compress_statistics=True)
+        height = rows.stop - rows.start
+        lora = torch.randn(4, 256) * 0.1, torch.randn(height, 4) * 0.1
+        codes.fill(rows, packed, kernels.NestedState.of(state), lora, 0.5)
+        weight[rows] = dequantize_4bit(packed, state) + (0.5 * lora[1] @ lora[0]).bfloat16()
+    compare("fp8.Weights.forward", plain(codes.forward), weight, CODES)
+    compare("fp8.Weights.backward", plain(codes.backward).t(), weight, CODES)
+    x, dy = torch.randn(33, 256).bfloat16(), torch.randn(33, first + second).bfloat16()
+    found = fp8.product(fp8.quantize(x), codes.forward)
+    compare("fp8.product", found, x.float() @ weight.float().t(), 0.06)
+    found = fp8.product(fp8.quantize(dy), codes.backward)
+    compare("fp8.product", found, dy.float() @ weight.float(), 0.06)
 print("equal")
 """
+
+
+@pytest.mark.skipif(not has_fp8(), reason="no GPU with FP8 products")
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_products_in_fp8_are_near_those_in_16_bits(
+    base: Base, tokenizer: Any, checkpointing: str, dropout: float
+) -> None:
+    """Loss and gradients; later only gradients differ, and the loss follows the optimizer's steps."""
+    model = adapted(base, tokenizer, "nf4", dropout=dropout).to("cuda")
+    part = pack([encode(tokenizer, *t) for t in TEXTS], torch.device("cuda"))
+    exact, coarse = (
+        FusedModel(model, torch.bfloat16, checkpointing, cache_weights=True, fp8=fp8)
+        for fp8 in (False, True)
+    )
+    for _ in range(2):
+        for limit in (0.02, 1e-4):
+            torch.manual_seed(3)
+            expected = gradients(model, loss := loss_of(exact, part))
+            torch.manual_seed(3)
+            found = gradients(model, ours := loss_of(coarse, part))
+            assert ours.item() == pytest.approx(loss.item(), rel=limit)
+            for name, gradient in expected.items():
+                assert 0 < distance(found[name], gradient) < 0.2, name
+            coarse.forward_in_16_bits()
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data *= 1.2
+        exact.sync_parameters()
+        coarse = FusedModel(model, torch.bfloat16, checkpointing, cache_weights=True, fp8=True)
 
 
 def test_the_gpu_kernels_compute_what_the_cpu_functions_do() -> None:
