@@ -44,7 +44,8 @@ def main() -> None:
         result = fine_tune(params, rows, scratch, live)
         with whole_folder(paths.ADAPTER) as folder:
             said = usual_instruction(rows["train"]), template_of(rows["train"])
-            write_adapter(result.model, folder, params.base, sections["train"], *said)
+            trained = sections["train"] | result.computed
+            write_adapter(result.model, folder, params.base, trained, *said)
         write_json(paths.TRAIN_METRICS, result.metrics)
         write_text(paths.TRAIN_CURVE, as_csv(result.curve))
         write_text(paths.VALIDATION_CURVE, as_csv(validations(result.curve)))

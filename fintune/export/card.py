@@ -63,6 +63,7 @@ def write_card(
         else f"`{base.model}`",
         revision=f" at `{base.revision}`" if base.revision else "",
         base_license=license or "not stated",
+        in_fp8=trained.train.get("products") == "fp8",
         method="with QLoRA (4-bit NF4 base)" if trained.nf4_compute_dtype else "with LoRA",
         data=manifest,
         hashes=sorted(
