@@ -251,7 +251,7 @@ def _run(claims: Claims, lock: Lock, client: Any) -> Iterator[Line]:
 def _figures(folder: Path, lock: Lock, version: Any) -> Iterator[Line]:
     """Hold what card, bill of materials and registry say of its quality against evaluation.json."""
     content = lock.read(paths.EVALUATION)
-    outs = [out for stage in lock.stages.values() for out in stage.get("outs", [])]
+    outs = (out for stage in lock.stages.values() for out in stage.get("outs", []))
     md5 = next((out["md5"] for out in outs if Path(out["path"]) == paths.EVALUATION), None)
     if content is None or md5 is None:
         yield UNCHECKED, f"figures: {lock.where} has no {paths.EVALUATION} beside it"
@@ -262,27 +262,36 @@ def _figures(folder: Path, lock: Lock, version: Any) -> Iterator[Line]:
         from fintune.export.card import metric_lines
 
         card = (folder / "README.md").read_text(encoding="utf-8")
+        lines = []
         for line in metric_lines(evaluation):
-            row = f"| {' | '.join(line)} |"
-            state = HOLDS if row in card.splitlines() else FAILS
-            yield (
-                state,
-                f"README.md: {line[0]} {line[2]}"
-                + ("" if state == HOLDS else f" is not there, and {paths.EVALUATION} has it"),
-            )
+            there = f"| {' | '.join(line)} |" in card.splitlines()
+            said = f"README.md: no line with {line[0]} {line[2]}, as {paths.EVALUATION} has it"
+            lines.append((HOLDS if there else FAILS, said))
+        yield from _together("README.md", lines)
     from fintune.export.bom import BOM, metric, read_bom
 
     if bom := read_bom(folder):
         figures = bom["metadata"]["component"]["modelCard"]["quantitativeAnalysis"]
+        lines = []
         for each in figures["performanceMetrics"]:
-            side, _, name = each["type"].partition(".")
             if each["slice"] == "test":
+                side, _, name = each["type"].partition(".")
                 expected = metric(each["type"], evaluation[side].get(name), "test") or {}
-                yield _same(f"{BOM}: {each['type']}", each["value"], expected.get("value"))
+                lines.append(_same(f"{BOM}: {each['type']}", each["value"], expected.get("value")))
+        yield from _together(BOM, lines)
     if version:
-        for name, value in evaluation["tuned"].items():
-            if f"tuned_{name}" in version.tags:
-                yield _same(f"registry: {name}", version.tags[f"tuned_{name}"], str(value))
+        lines = [
+            _same(f"registry: {name}", version.tags[f"tuned_{name}"], str(value))
+            for name, value in evaluation["tuned"].items()
+            if f"tuned_{name}" in version.tags
+        ]
+        yield from _together("registry", lines)
+
+
+def _together(place: str, lines: list[Line]) -> Iterator[Line]:
+    """Yield the figures of a place that are wrong, or one line for all of them."""
+    right = HOLDS, f"{place}: {len(lines)} figures are those of {paths.EVALUATION}"
+    yield from [line for line in lines if line[0] == FAILS] or [right]
 
 
 def _same(what: str, said: Any, expected: Any) -> Line:

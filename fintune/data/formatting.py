@@ -23,6 +23,9 @@ from fintune.errors import UserError, brief
 from fintune.params import Format
 
 LONGEST_WORD = 40  # characters
+# Characters of a text that are read, and at least so many for each token of max_tokens: what is beyond would
+# not fit, as no token but white space is as long. Tokenizing 10 MB takes gigabytes.
+READ, READ_A_TOKEN = 100_000, 64
 
 
 def schema_of(rows: list[Row]) -> dict[str, pa.DataType]:
@@ -56,7 +59,13 @@ def format_row(
     """
     if any(token in row[column] for column in COLUMNS for token in SPECIAL_TOKENS):
         return None, "special_token"
-    prompt, completion = render_row(tokenizer, row, row["output"])
+    read = max(READ, READ_A_TOKEN * max_tokens)
+    if len(row["instruction"]) + len(row["input"]) > read:
+        return None, "too_long" if overlong == "drop" else "prompt_too_long"
+    whole = row["output"][:read]
+    if len(whole) < len(row["output"]) and overlong == "drop":
+        return None, "too_long"
+    prompt, completion = render_row(tokenizer, row, whole)
     prompt_ids, completion_ids = encode(tokenizer, prompt, completion)
     happened = None
     room = max_tokens - len(prompt_ids) - 1  # one for the end token
@@ -64,9 +73,9 @@ def format_row(
         if overlong == "drop":
             return None, "too_long"
         room -= over if happened else 0  # a template's white space takes some of it
-        answer = _cut(tokenizer, row["output"], room)
+        answer = _cut(tokenizer, whole, room)
         if not answer:
-            ends = word_ends(row["output"], LONGEST_WORD + 1)
+            ends = word_ends(whole, LONGEST_WORD + 1)
             return None, "prompt_too_long" if room < 1 or ends else "no_word_end"
         happened = "truncated"
         prompt, completion = render_row(tokenizer, row, answer)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from tokenizers.processors import TemplateProcessing
 
+from fintune.data import formatting
 from fintune.data.formatting import describe_tokens, format_row, schema_of
 from fintune.data.prompt import (
     encode,
@@ -179,3 +180,27 @@ def test_token_counts() -> None:
     expected = {"rows": 4, "tokens": 100, "p50": 25, "p95": 38.5, "p99": 39.7, "max": 40}
     assert counts == pytest.approx(expected)
     assert describe_tokens([]) == {"rows": 0, "tokens": 0}
+
+
+def test_of_a_huge_text_only_the_beginning_is_read(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It formats as its beginning does, is kept as the reference, and is not tokenized as a whole."""
+    seen = []
+    plain = formatting.encode
+    monkeypatch.setattr(
+        formatting, "encode", lambda *texts: seen.append(len("".join(texts[1:]))) or plain(*texts)
+    )
+    sentence = "It pays 5 % a year. "
+    huge, long = (ROW | {"output": sentence * count} for count in (500_000, 4_000))
+    found, event = format_row(tokenizer, huge, 192, "truncate")
+    expected, _ = format_row(tokenizer, long, 192, "truncate")
+    assert found and expected and event == "truncated"
+    assert found | {"output": ""} == expected | {"output": ""}
+    assert found["output"] == huge["output"]
+    assert max(seen) < 2 * formatting.READ
+    asked = ROW | {"input": sentence * 500_000}
+    assert format_row(tokenizer, asked, 192, "truncate") == (None, "prompt_too_long")
+    for row in (huge, asked):
+        assert format_row(tokenizer, row, 192, "drop") == (None, "too_long")
+    assert max(seen) < 2 * formatting.READ
