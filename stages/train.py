@@ -38,9 +38,8 @@ def main() -> None:
     with runs.training_run(scratch, name, runs.sweep_run(client, root)) as (run_id, live):
         run_record = runs.describe_run(run_id, sections, hardware(), Path.cwd())
         for split, path in INPUTS.items():
-            runs.log_table(
-                run_id, rows[split], split, "training" if split == "train" else split, path
-            )
+            context = "training" if split == "train" else split
+            runs.log_table(run_id, rows[split], split, context, path)
         result = fine_tune(params, rows, scratch, live)
         with whole_folder(paths.ADAPTER) as folder:
             said = usual_instruction(rows["train"]), template_of(rows["train"])

@@ -46,7 +46,7 @@ def adapted(
 ) -> Any:
     """Build a model in training mode with random adapter and token rows."""
     lora = Lora(r=4, alpha=8, dropout=changes.pop("dropout", 0.0), target_modules=tuned)
-    model = load_base(base, tokenizer, quantization, torch.float32)
+    model = load_base(base, tokenizer, quantization, changes.pop("dtype", torch.float32))
     for name, value in changes.items():
         setattr(model.config, name, value)
         for layer in model.get_decoder().layers:
@@ -427,7 +427,7 @@ def test_products_in_fp8_are_near_those_in_16_bits(
     base: Base, tokenizer: Any, checkpointing: str, dropout: float
 ) -> None:
     """Loss and gradients; later only gradients differ, and the loss follows the optimizer's steps."""
-    model = adapted(base, tokenizer, "nf4", dropout=dropout).to("cuda")
+    model = adapted(base, tokenizer, "nf4", dtype=torch.bfloat16, dropout=dropout).to("cuda")
     part = pack([encode(tokenizer, *t) for t in TEXTS], torch.device("cuda"))
     exact, coarse = (
         FusedModel(model, torch.bfloat16, checkpointing, cache_weights=True, fp8=fp8)
