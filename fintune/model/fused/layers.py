@@ -6,7 +6,7 @@ norms of a block's output (Gemma 2 and 3), attention scores limited by a tanh (G
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,8 +55,10 @@ class Layer:
 
         return fp8
 
-    def into(self, projections: Projections, block: int, x: Tensor, seed: int) -> Tensor:
-        """Normalize a block's input and multiply it."""
+    def into(
+        self, projections: Projections, block: int, x: Tensor, seed: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Normalize a block's input and multiply it; return what `Projections.forward` does."""
         if projections.coarse:
             how = (projections.reads_plain, projections.dropout, seed)
             normal, codes = self.eight.rms_norm(x, self.norms[block], self.eps, *how)
@@ -71,8 +73,8 @@ class Layer:
             return normal
         return projections.dropped(self.run.rms_norm(x, self.norms[block], self.eps), seed)
 
-    def out_of(self, gate_up: Tensor, seed: int) -> Tensor:
-        """Compute the gated product and multiply it."""
+    def out_of(self, gate_up: Tensor, seed: int) -> tuple[Tensor, Tensor | None]:
+        """Compute the gated product and multiply it; return what `Projections.forward` does."""
         if self.down.coarse:
             how = (self.down.reads_plain, self.down.dropout, seed)
             middle, codes = self.eight.gated(gate_up, self.gelu, *how)
@@ -130,18 +132,25 @@ class Layer:
         return (*self.gate_up.parameters, *self.down.parameters)
 
     def feed_forward_gradients(
-        self, x: Tensor, gate_up: Tensor | None, y: Tensor | None, dy: Tensor, seed: int
+        self,
+        x: Tensor,
+        gate_up: Tensor | None,
+        y: Tensor | None,
+        between: Sequence[Tensor | None],
+        dy: Tensor,
+        seed: int,
     ) -> tuple[Tensor, list[Tensor]]:
         """Compute the gradients of x and of `of_feed_forward`.
 
         Args:
             gate_up: recomputed if it is None.
             y: the output before its norm; recomputed if it is None and the layer has such a norm.
+            between: the second results of `into` and `out_of`; recomputed where None.
         """
         if gate_up is None:
-            gate_up = self.into(self.gate_up, 1, x, seed)
+            gate_up, _ = self.into(self.gate_up, 1, x, seed)
         if self.after and y is None:
-            y = self.out_of(gate_up, seed + 1)
+            y, _ = self.out_of(gate_up, seed + 1)
         d_out = self.output_gradient(1, y, dy)
         d_middle, inner = self.down.input_gradient(d_out, seed + 1)
         codes = None
@@ -152,22 +161,23 @@ class Layer:
             middle, d_gate_up = self.run.gated_backward(gate_up, d_middle, self.gelu)
             middle = self.down.dropped(middle, seed + 1)
         del gate_up, d_middle
-        of_down = self.down.parameter_gradients(middle, d_out, inner)
+        of_down = self.down.parameter_gradients(middle, d_out, inner, between[1])
         del middle
         d_normal, inner = self.gate_up.input_gradient(d_gate_up, seed, codes)
         del codes
         normal = self.read(self.gate_up, 1, x, seed)
-        of_gate_up = self.gate_up.parameter_gradients(normal, d_gate_up, inner)
+        of_gate_up = self.gate_up.parameter_gradients(normal, d_gate_up, inner, between[0])
         del normal, d_gate_up
         dx = self.run.rms_norm_backward(x, self.norms[1], self.eps, d_normal, dy)
         return dx, [*of_gate_up, *of_down]
 
     def infer(self, x: Tensor, rotary: Rotary, attend: Callable[..., Tensor]) -> Tensor:
         """Run the layer without gradients; `attend` maps q, k and v to each token's attention output."""
-        qkv = self.into(self.qkv, 0, x, 0)
+        qkv, _ = self.into(self.qkv, 0, x, 0)
         attended = attend(*self.split(self.turn(qkv, rotary[self.kind])))
-        x = self.add(0, self.output.forward(attended.flatten(1), 0), x)
-        return self.add(1, self.out_of(self.into(self.gate_up, 1, x, 0), 0), x)
+        x = self.add(0, self.output.forward(attended.flatten(1), 0)[0], x)
+        gate_up, _ = self.into(self.gate_up, 1, x, 0)
+        return self.add(1, self.out_of(gate_up, 0)[0], x)
 
 
 class _QueryKeyValue(Function):
@@ -177,8 +187,8 @@ class _QueryKeyValue(Function):
     def forward(
         ctx: Any, x: Tensor, layer: Layer, rotary: tuple[Tensor, Tensor], seed: int, *_: Tensor
     ) -> Any:
-        qkv = layer.into(layer.qkv, 0, x, seed)
-        ctx.save_for_backward(x, qkv if layer.head_norms else None)
+        qkv, between = layer.into(layer.qkv, 0, x, seed)
+        ctx.save_for_backward(x, qkv if layer.head_norms else None, between)
         ctx.layer, ctx.rotary, ctx.seed = layer, rotary, seed
         q, k, v = layer.split(layer.turn(qkv, rotary))
         return q, k, v, x
@@ -186,11 +196,11 @@ class _QueryKeyValue(Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         dq, dk, dv, skip = gradients
-        (x, qkv), layer = ctx.saved_tensors, ctx.layer
+        (x, qkv, between), layer = ctx.saved_tensors, ctx.layer
         d_qkv = layer.run.rotate_backward(dq, dk, dv, *ctx.rotary, qkv, layer.head_norms, layer.eps)
         d_normal, inner = layer.qkv.input_gradient(d_qkv, ctx.seed)
         normal = layer.read(layer.qkv, 0, x, ctx.seed)
-        of_parameters = layer.qkv.parameter_gradients(normal, d_qkv, inner)
+        of_parameters = layer.qkv.parameter_gradients(normal, d_qkv, inner, between)
         dx = layer.run.rms_norm_backward(x, layer.norms[0], layer.eps, d_normal, skip)
         return dx, None, None, None, *of_parameters
 
@@ -200,18 +210,18 @@ class _Output(Function):
 
     @staticmethod
     def forward(ctx: Any, attended: Tensor, x: Tensor, layer: Layer, seed: int, *_: Tensor) -> Any:
-        y = layer.output.forward(attended, seed)
-        ctx.save_for_backward(attended, y if layer.after else None)
+        y, between = layer.output.forward(attended, seed)
+        ctx.save_for_backward(attended, y if layer.after else None, between)
         ctx.layer, ctx.seed = layer, seed
         return layer.add(0, y, x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        (dy,), (attended, y), layer = gradients, ctx.saved_tensors, ctx.layer
+        (dy,), (attended, y, between), layer = gradients, ctx.saved_tensors, ctx.layer
         d_out = layer.output_gradient(0, y, dy)
         dx, inner = layer.output.input_gradient(d_out, ctx.seed)
         attended = layer.output.dropped(attended, ctx.seed)
-        of_parameters = layer.output.parameter_gradients(attended, d_out, inner)
+        of_parameters = layer.output.parameter_gradients(attended, d_out, inner, between)
         return dx, dy, None, None, *of_parameters
 
 
@@ -220,18 +230,19 @@ class _FeedForward(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Layer, seed: int, *_: Tensor) -> Any:
-        gate_up = layer.into(layer.gate_up, 1, x, seed)
+        gate_up, between = layer.into(layer.gate_up, 1, x, seed)
         kept = gate_up if layer.keeps_gate_up else None
-        y = layer.out_of(gate_up, seed + 1)
+        y, between_of_down = layer.out_of(gate_up, seed + 1)
         del gate_up
-        ctx.save_for_backward(x, kept, y if layer.after else None)
+        ctx.save_for_backward(x, kept, y if layer.after else None, between, between_of_down)
         ctx.layer, ctx.seed = layer, seed
         return layer.add(1, y, x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x, gate_up, y = ctx.saved_tensors
-        dx, of_parameters = ctx.layer.feed_forward_gradients(x, gate_up, y, gradients[0], ctx.seed)
+        (x, gate_up, y, *between), layer = ctx.saved_tensors, ctx.layer
+        how = (x, gate_up, y, between, gradients[0], ctx.seed)
+        dx, of_parameters = layer.feed_forward_gradients(*how)
         return dx, None, None, *of_parameters
 
 
@@ -258,7 +269,7 @@ class CheckpointedLayer(Function):
         with torch.enable_grad():
             middle = layer.attention(x, ctx.packed, ctx.rotary, ctx.seed)
         d_middle, of_feed_forward = layer.feed_forward_gradients(
-            middle.detach(), None, None, gradients[0], ctx.seed + 2
+            middle.detach(), None, None, (None, None), gradients[0], ctx.seed + 2
         )
         dx, *of_attention = torch.autograd.grad(middle, [x, *layer.of_attention], d_middle)
         return dx, None, None, None, None, *of_attention, *of_feed_forward

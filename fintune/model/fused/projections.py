@@ -146,11 +146,14 @@ class Projections:
                     weight.addmm_(pair[1].float(), pair[0].float(), alpha=self.scaling)
                 whole[r] = weight
 
-    def forward(self, x: Any, seed: int, codes: Any = None) -> Tensor:
+    def forward(self, x: Any, seed: int, codes: Any = None) -> tuple[Tensor, Tensor | None]:
         """Multiply; (tokens, inputs) to (tokens, outputs).
 
         Args:
             codes: x in FP8, if it is at hand; x is as dropped then.
+
+        Returns:
+            It, and what is between A and B, (tokens, ranks), if the adapter is not merged.
         """
         if self.coarse:
             from fintune.model.fused import fp8
@@ -158,20 +161,18 @@ class Projections:
             y = fp8.product(codes or fp8.quantize(x), self.eight.forward)
             if self.bias is not None:
                 y += self.bias
-            if self.reads_plain:
-                x = self.dropped(x, seed) if codes is None else x
-                y.addmm_(x @ self.down.t(), self.up.t(), alpha=self._alpha)
-            return y
-        blocks = self._blocks(x)
-        y = x.new_empty(x.shape[0], sum(self.outputs))
-        for rows, weight in blocks:
-            if self.bias is None:
-                torch.mm(x, weight.t(), out=y[:, rows])
-            else:
-                torch.addmm(self.bias[rows], x, weight.t(), out=y[:, rows])
-        if self.reads_plain:
-            y.addmm_(self.dropped(x, seed) @ self.down.t(), self.up.t(), alpha=self._alpha)
-        return y
+        else:
+            blocks = self._blocks(x)
+            y = x.new_empty(x.shape[0], sum(self.outputs))
+            for rows, weight in blocks:
+                if self.bias is None:
+                    torch.mm(x, weight.t(), out=y[:, rows])
+                else:
+                    torch.addmm(self.bias[rows], x, weight.t(), out=y[:, rows])
+        if not self.reads_plain:
+            return y, None
+        between = (self.dropped(x, seed) if codes is None else x) @ self.down.t()
+        return y.addmm_(between, self.up.t(), alpha=self._alpha), between
 
     def input_gradient(
         self, dy: Tensor, seed: int, codes: Any = None
@@ -199,16 +200,19 @@ class Projections:
                 dx.addmm_(inner, self.down, alpha=self._alpha)
         return dx, inner
 
-    def parameter_gradients(self, x: Tensor, dy: Tensor, inner: Tensor | None) -> list[Tensor]:
+    def parameter_gradients(
+        self, x: Tensor, dy: Tensor, inner: Tensor | None, between: Tensor | None
+    ) -> list[Tensor]:
         """Compute the gradients of `parameters`.
 
         Args:
             x: the input, as dropped.
             inner: the second result of `input_gradient`.
+            between: the second result of `forward`; computed again if it is None.
         """
         if inner is None:
             return []
-        d_up = dy.t() @ (x @ self.down.t())
+        d_up = dy.t() @ (x @ self.down.t() if between is None else between)
         return [part * self.factor for part in self._of_parameters(inner.t() @ x, d_up)]
 
     @property

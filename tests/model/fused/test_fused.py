@@ -440,8 +440,8 @@ def test_products_in_fp8_are_near_those_in_16_bits(
             torch.manual_seed(3)
             found = gradients(model, ours := loss_of(coarse, part))
             assert ours.item() == pytest.approx(loss.item(), rel=limit)
-            for name, gradient in expected.items():
-                assert 0 < distance(found[name], gradient) < 0.2, name
+            apart = {name: distance(found[name], each) for name, each in expected.items()}
+            assert 0 < max(apart.values()) < 0.2, apart
             coarse.forward_in_16_bits()
         for parameter in model.parameters():
             if parameter.requires_grad:
