@@ -1,4 +1,4 @@
-"""Make a base of a 7B-like shape with random weights: right for memory and time, not for loss.
+"""Make a base of a known shape with random weights: right for memory and time, not for loss.
 
 python benchmarks/random_base.py --tokenizer FOLDER --out FOLDER [--shape qwen2.5-7b] [--layers 32]
 """
@@ -44,6 +44,28 @@ SHAPES: dict[str, dict[str, Any]] = {  # the values of each one's config.json
         "query_pre_attn_scalar": 256,
         "max_position_embeddings": 8192,
         "sliding_window": 4096,
+    },
+    "llama3.2-1b": {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "tie_word_embeddings": True,
+    },
+    "smollm2-135m": {
+        "model_type": "llama",
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
     },
 }
 

@@ -9,7 +9,7 @@ All settings see the same rows in steps of 32, with the lengths of FiQA's rows u
 (log-normal, mean 260 tokens, maximum 1,024; the tokens themselves are random). Token counts exclude
 padding, and a step's time includes the optimizer's. As in a long training run, losses are not read at
 every step, which would force a device sync, but in the middle and at the end; the second half is timed.
-With FP8 products, whose last quarter of the steps is slower, all but the first fifth are.
+With FP8 products, whose last quarter of the steps is slower, both kinds of steps are timed and weighted.
 The floor is the base's matrix products alone, forward and for the gradient of the input, for the tokens of
 one step, in the unfused shapes. A second floor adds the head's products for the answers' tokens, a twelfth
 of the work where the vocabulary is large. MFU is relative to one large matrix product. Losses of random
@@ -54,9 +54,11 @@ from fintune.model.batch import CHUNK, TokenRow
 from fintune.model.sizes import ModelSize
 from fintune.params import Base, Lora, Train
 from fintune.stage import log, run, write_json
+from fintune.training import plan as planning
 from fintune.training import train as training
 from fintune.training.memory import estimate_memory_gib
 from fintune.training.train import train
+from fintune.training.trainer import COARSE
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "triton")
 ROWS_PER_STEP = 32
@@ -64,6 +66,7 @@ ANSWERS = 0.83  # of the tokens
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 OURS: dict[str, dict[str, Any]] = {
     "fused": {"checkpointing": "none", "dequantize": "once"},
+    "fused-launched": {"checkpointing": "none", "dequantize": "once", "graphs": False},
     "fused-always": {"checkpointing": "none"},
     "fused-selective": {"checkpointing": "selective"},
     "fused-full": {"checkpointing": "full"},
@@ -72,6 +75,12 @@ OURS: dict[str, dict[str, Any]] = {
     "fused-dropout": {"checkpointing": "none", "dequantize": "once", "dropout": 0.1},
     "fused-fp8": {"checkpointing": "none", "products": "fp8"},
     "fused-fp8-dropout": {"checkpointing": "none", "products": "fp8", "dropout": 0.1},
+    "fused-launched-dropout": {
+        "checkpointing": "none",
+        "dequantize": "once",
+        "dropout": 0.1,
+        "graphs": False,
+    },
     "fused-16-bit": {"checkpointing": "none", "quantization": "none"},
     "fused-8-gib": {
         "checkpointing": "auto",
@@ -226,17 +235,22 @@ def measure(
         )
     else:
         ends, step_tokens, losses, more = our_steps(base, rows, steps, **OURS[name])
-    # with FP8, a quarter of the steps is slower: all count but the first, which compile
-    warm_up = steps // 5 if "fp8" in name else steps // 2
-    seconds = ends[steps] - ends[warm_up]
-    counted = step_tokens[warm_up:]
+    half = steps // 2
+    counted = step_tokens[half:]
+    seconds = ends[steps] - ends[half]
+    if "fp8" in name:  # three quarters as at first, one as at the end
+        fifth = steps // 5
+        early = (ends[3 * fifth] - ends[fifth]) / sum(step_tokens[fifth : 3 * fifth])
+        late = (ends[steps] - ends[steps - fifth]) / sum(step_tokens[steps - fifth :])
+        more |= {"tokens_per_second_of_fp8_steps": 1 / early, "of_16_bit_steps": 1 / late}
+        seconds = sum(counted) * (COARSE * early + (1 - COARSE) * late)
     step_rows = more.pop("step_rows", [ROWS_PER_STEP] * steps)
     steady = seconds / len(counted)
     return {
         "tokens_per_second": sum(counted) / seconds,
-        "rows_per_second": sum(step_rows[warm_up:steps]) / seconds,
+        "rows_per_second": sum(step_rows[half:steps]) / seconds,
         "step_seconds": steady,
-        "warm_up_seconds": ends[warm_up] - ends[0] - warm_up * steady,
+        "warm_up_seconds": ends[half] - ends[0] - half * steady,
         "peak_memory_gib": torch.cuda.max_memory_allocated() / GIB,
         "losses": losses,
     } | more
@@ -253,10 +267,12 @@ def our_steps(
     dropout: float = 0.0,
     dequantize: str = "always",
     products: str = "bfloat16",
+    graphs: bool = True,
     memory_gib: float | None = None,
 ) -> tuple[dict[int, float], list[float], list[float], dict[str, Any]]:
     """Train with this project's trainer; return the end, tokens and loss of each step."""
     total = torch.cuda.mem_get_info()[1] / GIB
+    planning.MOST_WEIGHTS = 2e9 if graphs else 0
     if memory_gib:
         torch.cuda.set_per_process_memory_fraction(memory_gib / total)
     params = Train(
@@ -284,7 +300,7 @@ def our_steps(
     try:
         with tempfile.TemporaryDirectory() as folder:
             synchronize()
-            training.POINTS = 5 if products == "fp8" else 2
+            training.POINTS = 10 if products == "fp8" else 2
             begun = time.perf_counter()
             result = train(
                 model, tokenizer, rows, params, torch.bfloat16,

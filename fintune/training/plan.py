@@ -21,6 +21,7 @@ SAFE_SHARE = 0.92  # of the free memory; the rest allows for fragmentation
 TIME = {"none": 1.0, "selective": 1.2, "full": 1.31}
 DEQUANTIZE_TOKENS, LEAST_TOKENS = 160, 2600
 LEAST_HIDDEN = 2048  # of a base for which FP8 is chosen: a small one is no faster
+MOST_WEIGHTS = 2e9  # of a base whose kernels a CPU launches more slowly than a GPU runs them
 DEQUANTIZATIONS = {"none": 2, "selective": 3, "full": 3}  # forward, recompute, backward
 
 
@@ -33,6 +34,7 @@ class Plan:
     checkpointing: str
     dequantize: str
     fp8: bool  # the base's products
+    graphs: bool  # the passes are captured CUDA graphs
     tokens_per_pass: int
     passes: int  # for a step of the expected size
     memory: dict[str, float]
@@ -46,6 +48,7 @@ class Plan:
         return (
             f"{self.attention} attention, {self.kernels} kernels, checkpointing {self.checkpointing}, "
             f"dequantize {self.dequantize}, {'products in FP8, ' if self.fp8 else ''}"
+            f"{'CUDA graphs, ' if self.graphs else ''}"
             f"{self.passes} pass{'es' * (self.passes > 1)} of up to {self.tokens_per_pass:,} tokens a step; "
             f"memory about {self.peak_gib:.1f} GiB ({parts})"
         )
@@ -125,6 +128,7 @@ def plan_execution(
     estimate = functools.partial(
         estimate_memory_gib, model, params.quantization, bytes_per_value, kernels
     )
+    small = on_gpu and bytes_per_value == 2 and model.linear_weights <= MOST_WEIGHTS
     plans = []
     for mode, how, limit in itertools.product(modes, dequantize, limits):
         tokens = max(min(limit, step), min(longest, step))
@@ -134,7 +138,8 @@ def plan_execution(
             params.products == "auto" and model.hidden >= LEAST_HIDDEN
         )
         fp8 = wanted and not lacks and how == "once"
-        plans.append(Plan(attention, kernels, mode, how, fp8, limit, passes, memory))
+        graphs = small and kernels == "fused" and mode != "full"
+        plans.append(Plan(attention, kernels, mode, how, fp8, graphs, limit, passes, memory))
     smallest = min(plans, key=lambda plan: plan.peak_gib)
     if smallest.memory["weights"] > free_gib:
         raise UserError(

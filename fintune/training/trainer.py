@@ -15,6 +15,7 @@ from trl import SFTTrainer
 from fintune.errors import UserError
 from fintune.model.attention import ATTENTION, using_attention
 from fintune.model.batch import MicroBatch, TokenRow, batches_by_length, pack, pad
+from fintune.model.fused.graphs import Graphs
 from fintune.model.fused.model import FusedModel
 from fintune.model.plain import PlainModel
 from fintune.training.callbacks import StepTimer
@@ -86,6 +87,8 @@ class AnswerTrainer(SFTTrainer):
         if plan.kernels == "fused":
             cache = plan.dequantize == "once"
             self.fused = FusedModel(self.model, dtype, plan.checkpointing, cache, fp8=plan.fp8)
+        self.longest = max(len(prompt) + len(completion) for prompt, completion in rows)
+        self.graphs = self._graphs()
 
     def training_step(self, model: Any, inputs: dict[str, Any], *_: Any) -> torch.Tensor:
         """Compute the gradients of one optimizer step: the mean over the answer tokens of all its rows.
@@ -97,9 +100,11 @@ class AnswerTrainer(SFTTrainer):
         answers = sum(len(completion) for _, completion in rows)
         lengths = [len(prompt) + len(completion) for prompt, completion in rows]
         if self.fused:
-            if self.plan.fp8 and self.state.global_step >= COARSE * self.state.max_steps:
+            late = self.state.global_step >= COARSE * self.state.max_steps
+            if late and self.fused.forward_is_in_fp8:
                 self.fused.forward_in_16_bits()
-            self.fused.sync_parameters()
+                self.graphs = self._graphs()
+            (self.graphs or self.fused).sync_parameters()
         while True:
             try:
                 loss = self._gradients(rows, lengths, answers)
@@ -116,7 +121,7 @@ class AnswerTrainer(SFTTrainer):
                     f"{self.limit:,}",
                     f"{smaller:,}",
                 )
-                self.limit = smaller
+                self.limit, self.graphs = smaller, None
             model.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
         self.step_tokens.append(sum(lengths))
@@ -137,6 +142,14 @@ class AnswerTrainer(SFTTrainer):
         self._finite.check(self.state, self.args.learning_rate)
         super().log(logs, *args, **kwargs)
 
+    def _graphs(self) -> Graphs | None:
+        """Return what captures the passes, where the plan says so."""
+        if not (self.fused and self.plan.graphs) or self.fused.softcap or self.args.fp16:
+            return (
+                None  # flex attention makes its masks on the host; a scaler has factors of its own
+            )
+        return Graphs(self.fused, self.model.parameters(), self.args.train_batch_size, self.longest)
+
     @property
     def _padded(self) -> bool:
         return self.plan.attention == "padded"
@@ -145,11 +158,16 @@ class AnswerTrainer(SFTTrainer):
         total = torch.zeros((), device=self.args.device)
         lay_out = pad if self._padded else pack
         plain_packed = not (self.fused or self._padded)
+        if self.graphs:
+            self.graphs.begin()
         # in the backward pass as well, where checkpointed layers are computed again
         with using_attention(self.model, ATTENTION) if plain_packed else nullcontext():
             for members in split_into_micro_batches(lengths, self.limit, self._padded):
                 part = lay_out([rows[i] for i in members], self.args.device)
                 self.largest_micro_batch = max(self.largest_micro_batch, part.ids.numel())
+                if self.graphs:
+                    total += self.graphs.loss(part, 1 / answers)
+                    continue
                 loss = (self._fused_loss if self.fused else self._plain_loss)(part) / answers
                 self.accelerator.backward(loss)
                 total += loss.detach()

@@ -57,7 +57,12 @@ def quantize(x: Tensor) -> Codes:
 
 
 def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, plain: bool = False, p: float = 0.0, seed: int = 0
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    plain: bool = False,
+    p: float = 0.0,
+    seed: Tensor | int = 0,
 ) -> tuple[Tensor | None, Codes]:
     """Normalize as `kernels.rms_norm` does.
 
@@ -75,7 +80,7 @@ def rms_norm(
 
 
 def gated(
-    gate_up: Tensor, gelu: bool, plain: bool = False, p: float = 0.0, seed: int = 0
+    gate_up: Tensor, gelu: bool, plain: bool = False, p: float = 0.0, seed: Tensor | int = 0
 ) -> tuple[Tensor | None, Codes]:
     """Compute `kernels.gated`; return what `rms_norm` does."""
     tokens, columns = gate_up.shape[0], gate_up.shape[1] // 2
@@ -89,7 +94,7 @@ def gated(
 
 
 def gated_backward(
-    gate_up: Tensor, dy: Tensor, gelu: bool, p: float = 0.0, seed: int = 0
+    gate_up: Tensor, dy: Tensor, gelu: bool, p: float = 0.0, seed: Tensor | int = 0
 ) -> tuple[Tensor, Tensor, Codes]:
     """Compute `kernels.gated_backward`, the first result as dropped, and the second also in FP8."""
     tokens, columns = dy.shape

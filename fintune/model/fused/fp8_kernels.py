@@ -41,7 +41,7 @@ def _without_dropped(
     return value
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit
 def rms_norm(
     x, weight, y, codes, scale, columns, eps, p, seed, LARGEST,
     PLAIN: tl.constexpr, DROP: tl.constexpr, QUARTER: tl.constexpr,
@@ -87,7 +87,7 @@ def _store_gated(
         tl.store(y + target, kept.to(y.dtype.element_ty), mask=column < columns)
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit
 def gated(
     gate_up, y, codes, scale, columns, p, seed, LARGEST, GELU: tl.constexpr, PLAIN: tl.constexpr,
     DROP: tl.constexpr, ONCE: tl.constexpr, QUARTER: tl.constexpr,
@@ -137,7 +137,7 @@ def _store_gradient(d_gate, d_up, factor, out, codes, token, column, columns):
     tl.store(codes + target + columns, (d_up * factor).to(code), mask=inside)
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit
 def gated_backward(
     gate_up, dy, value, out, codes, scale, columns, p, seed, LARGEST, GELU: tl.constexpr,
     DROP: tl.constexpr, ONCE: tl.constexpr, QUARTER: tl.constexpr,

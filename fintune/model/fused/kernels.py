@@ -1,7 +1,8 @@
 """Triton kernels of the fused layers: each reads its inputs once and writes its output once.
 
 Imported only on a GPU, where torch includes Triton. Every public function but `dequantize_and_add` has a
-documented counterpart of the same name in ops.py, which also runs on a CPU.
+documented counterpart of the same name in ops.py, which also runs on a CPU. Seeds are int64 tensors of one
+value, so that a captured graph draws anew at each replay.
 """
 
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ def dequantize_and_add(
 TILE = {"ROWS": 64, "BLOCKS": 1, "KIND": tl.float16, "num_warps": 4}  # measured on an H200
 
 
-def drop(x: Tensor, p: float, seed: int) -> Tensor:
+def drop(x: Tensor, p: float, seed: Tensor) -> Tensor:
     y = torch.empty_like(x)
     grid = (triton.cdiv(x.numel(), COLUMNS),)
     _drop[grid](x, y, x.numel(), p, seed, QUARTER=COLUMNS // 4)
@@ -71,7 +72,7 @@ def drop(x: Tensor, p: float, seed: int) -> Tensor:
 
 
 def add_dropped_product(
-    x: Tensor, left: Tensor, right: Tensor, scale: float, p: float, seed: int
+    x: Tensor, left: Tensor, right: Tensor, scale: float, p: float, seed: Tensor
 ) -> None:
     rows, columns = x.shape
     rank = left.shape[1]
@@ -208,11 +209,11 @@ def cross_entropy_(logits: Tensor, targets: Tensor, softcap: float | None) -> Te
 @triton.jit
 def _random(seed, four):
     """Draw uniform numbers in [0, 1), four for each of `four`, adjacent in the last dimension."""
-    a, b, c, d = tl.rand4x(seed, four, n_rounds=7)  # Philox 4x32-7 (Salmon et al. 2011)
+    a, b, c, d = tl.rand4x(tl.load(seed), four, n_rounds=7)  # Philox 4x32-7 (Salmon et al. 2011)
     return tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
 
 
-@triton.jit(do_not_specialize=["values", "seed"])
+@triton.jit(do_not_specialize=["values"])
 def _drop(x, y, values, p, seed, QUARTER: tl.constexpr):
     first = tl.program_id(0).to(tl.int64) * QUARTER
     place = 4 * first + tl.arange(0, 4 * QUARTER)
@@ -222,7 +223,7 @@ def _drop(x, y, values, p, seed, QUARTER: tl.constexpr):
     tl.store(y + place, tl.where(kept, found, 0.0), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "seed"])
+@triton.jit(do_not_specialize=["rows"])
 def _add_dropped_product(
     x, left, right, rows, columns, scale, p, seed,
     RANK: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, QUARTER: tl.constexpr,
@@ -341,7 +342,10 @@ def _cross_entropy(
     """Compute the loss of one token, then its gradient over its logits."""
     row = logits + tl.program_id(0).to(tl.int64) * step
     target = tl.load(targets + tl.program_id(0))
-    wanted = tl.load(row + target).to(tl.float32)  # before it is overwritten
+    counts = target >= 0
+    wanted = tl.load(row + target, mask=counts, other=0.0).to(
+        tl.float32
+    )  # before it is overwritten
     if CAPPED:
         wanted = _limit(wanted, softcap)
     highest = -float("inf")
@@ -356,7 +360,7 @@ def _cross_entropy(
         total = total * tl.exp(highest - above) + tl.sum(tl.exp(x - above), axis=0)
         highest = above
     log_sum = highest + tl.log(total)
-    tl.store(losses + tl.program_id(0), log_sum - wanted)
+    tl.store(losses + tl.program_id(0), tl.where(counts, log_sum - wanted, 0.0))
     for first in range(0, columns, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
         x = tl.load(row + column, mask=column < columns, other=0.0).to(tl.float32)
@@ -365,6 +369,7 @@ def _cross_entropy(
         gradient = tl.exp(x - log_sum) - tl.where(column == target, 1.0, 0.0)
         if CAPPED:
             gradient *= 1 - (x / softcap) * (x / softcap)
+        gradient = tl.where(counts, gradient, 0.0)
         tl.store(row + column, gradient.to(logits.dtype.element_ty), mask=column < columns)
 
 

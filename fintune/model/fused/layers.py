@@ -17,10 +17,11 @@ from torch.autograd import Function
 from fintune.model.attention import PackedSequences
 from fintune.model.attention import attend as attend_packed
 from fintune.model.fused.ops import HeadNorms
-from fintune.model.fused.projections import Projections
+from fintune.model.fused.projections import Projections, Seed
 
 # cos and sin of each token's angles, (tokens, head size) each, by the kind of a layer
 Rotary = Mapping[str | None, tuple[Tensor, Tensor]]
+Seeds = Sequence[Seed]  # of the inputs of qkv, output, gate_up and down
 
 
 @dataclass
@@ -56,7 +57,7 @@ class Layer:
         return fp8
 
     def into(
-        self, projections: Projections, block: int, x: Tensor, seed: int
+        self, projections: Projections, block: int, x: Tensor, seed: Seed
     ) -> tuple[Tensor, Tensor | None]:
         """Normalize a block's input and multiply it; return what `Projections.forward` does."""
         if projections.coarse:
@@ -65,7 +66,7 @@ class Layer:
             return projections.forward(normal, seed, codes)
         return projections.forward(self.run.rms_norm(x, self.norms[block], self.eps), seed)
 
-    def read(self, projections: Projections, block: int, x: Tensor, seed: int) -> Tensor:
+    def read(self, projections: Projections, block: int, x: Tensor, seed: Seed) -> Tensor:
         """Normalize a block's input again, as dropped for the adapter."""
         if self.eight and projections.dropout:
             how = (True, projections.dropout, seed)
@@ -73,7 +74,7 @@ class Layer:
             return normal
         return projections.dropped(self.run.rms_norm(x, self.norms[block], self.eps), seed)
 
-    def out_of(self, gate_up: Tensor, seed: int) -> tuple[Tensor, Tensor | None]:
+    def out_of(self, gate_up: Tensor, seed: Seed) -> tuple[Tensor, Tensor | None]:
         """Compute the gated product and multiply it; return what `Projections.forward` does."""
         if self.down.coarse:
             how = (self.down.reads_plain, self.down.dropout, seed)
@@ -81,18 +82,20 @@ class Layer:
             return self.down.forward(middle, seed, codes)
         return self.down.forward(self.run.gated(gate_up, self.gelu), seed)
 
-    def __call__(self, x: Tensor, packed: PackedSequences, rotary: Rotary, seed: int) -> Tensor:
+    def __call__(self, x: Tensor, packed: PackedSequences, rotary: Rotary, seeds: Seeds) -> Tensor:
         """Run the layer; (tokens, hidden) to (tokens, hidden)."""
         out: Tensor = _FeedForward.apply(
-            self.attention(x, packed, rotary, seed), self, seed + 2, *self.of_feed_forward
+            self.attention(x, packed, rotary, seeds), self, seeds[2:], *self.of_feed_forward
         )
         return out
 
-    def attention(self, x: Tensor, packed: PackedSequences, rotary: Rotary, seed: int) -> Tensor:
+    def attention(self, x: Tensor, packed: PackedSequences, rotary: Rotary, seeds: Seeds) -> Tensor:
         """Run the attention block, residual connection included."""
-        q, k, v, x = _QueryKeyValue.apply(x, self, rotary[self.kind], seed, *self.qkv.parameters)
+        q, k, v, x = _QueryKeyValue.apply(
+            x, self, rotary[self.kind], seeds[0], *self.qkv.parameters
+        )
         attended = self.attend(q, k, v, packed)
-        out: Tensor = _Output.apply(attended.flatten(1), x, self, seed + 1, *self.output.parameters)
+        out: Tensor = _Output.apply(attended.flatten(1), x, self, seeds[1], *self.output.parameters)
         return out
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedSequences) -> Tensor:
@@ -138,7 +141,7 @@ class Layer:
         y: Tensor | None,
         between: Sequence[Tensor | None],
         dy: Tensor,
-        seed: int,
+        seeds: Seeds,
     ) -> tuple[Tensor, list[Tensor]]:
         """Compute the gradients of x and of `of_feed_forward`.
 
@@ -148,24 +151,24 @@ class Layer:
             between: the second results of `into` and `out_of`; recomputed where None.
         """
         if gate_up is None:
-            gate_up, _ = self.into(self.gate_up, 1, x, seed)
+            gate_up, _ = self.into(self.gate_up, 1, x, seeds[0])
         if self.after and y is None:
-            y, _ = self.out_of(gate_up, seed + 1)
+            y, _ = self.out_of(gate_up, seeds[1])
         d_out = self.output_gradient(1, y, dy)
-        d_middle, inner = self.down.input_gradient(d_out, seed + 1)
+        d_middle, inner = self.down.input_gradient(d_out, seeds[1])
         codes = None
         if self.eight:
-            how = (self.gelu, self.down.dropout, seed + 1)
+            how = (self.gelu, self.down.dropout, seeds[1])
             middle, d_gate_up, codes = self.eight.gated_backward(gate_up, d_middle, *how)
         else:
             middle, d_gate_up = self.run.gated_backward(gate_up, d_middle, self.gelu)
-            middle = self.down.dropped(middle, seed + 1)
+            middle = self.down.dropped(middle, seeds[1])
         del gate_up, d_middle
         of_down = self.down.parameter_gradients(middle, d_out, inner, between[1])
         del middle
-        d_normal, inner = self.gate_up.input_gradient(d_gate_up, seed, codes)
+        d_normal, inner = self.gate_up.input_gradient(d_gate_up, seeds[0], codes)
         del codes
-        normal = self.read(self.gate_up, 1, x, seed)
+        normal = self.read(self.gate_up, 1, x, seeds[0])
         of_gate_up = self.gate_up.parameter_gradients(normal, d_gate_up, inner, between[0])
         del normal, d_gate_up
         dx = self.run.rms_norm_backward(x, self.norms[1], self.eps, d_normal, dy)
@@ -185,7 +188,7 @@ class _QueryKeyValue(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, layer: Layer, rotary: tuple[Tensor, Tensor], seed: int, *_: Tensor
+        ctx: Any, x: Tensor, layer: Layer, rotary: tuple[Tensor, Tensor], seed: Seed, *_: Tensor
     ) -> Any:
         qkv, between = layer.into(layer.qkv, 0, x, seed)
         ctx.save_for_backward(x, qkv if layer.head_norms else None, between)
@@ -209,7 +212,7 @@ class _Output(Function):
     """The attention's output layer, added to the residual."""
 
     @staticmethod
-    def forward(ctx: Any, attended: Tensor, x: Tensor, layer: Layer, seed: int, *_: Tensor) -> Any:
+    def forward(ctx: Any, attended: Tensor, x: Tensor, layer: Layer, seed: Seed, *_: Tensor) -> Any:
         y, between = layer.output.forward(attended, seed)
         ctx.save_for_backward(attended, y if layer.after else None, between)
         ctx.layer, ctx.seed = layer, seed
@@ -229,19 +232,19 @@ class _FeedForward(Function):
     """Norm, gate, up, their gated product and down, added to the residual."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Layer, seed: int, *_: Tensor) -> Any:
-        gate_up, between = layer.into(layer.gate_up, 1, x, seed)
+    def forward(ctx: Any, x: Tensor, layer: Layer, seeds: Seeds, *_: Tensor) -> Any:
+        gate_up, between = layer.into(layer.gate_up, 1, x, seeds[0])
         kept = gate_up if layer.keeps_gate_up else None
-        y, between_of_down = layer.out_of(gate_up, seed + 1)
+        y, between_of_down = layer.out_of(gate_up, seeds[1])
         del gate_up
         ctx.save_for_backward(x, kept, y if layer.after else None, between, between_of_down)
-        ctx.layer, ctx.seed = layer, seed
+        ctx.layer, ctx.seeds = layer, seeds
         return layer.add(1, y, x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (x, gate_up, y, *between), layer = ctx.saved_tensors, ctx.layer
-        how = (x, gate_up, y, between, gradients[0], ctx.seed)
+        how = (x, gate_up, y, between, gradients[0], ctx.seeds)
         dx, of_parameters = layer.feed_forward_gradients(*how)
         return dx, None, None, *of_parameters
 
@@ -256,20 +259,20 @@ class CheckpointedLayer(Function):
         layer: Layer,
         packed: PackedSequences,
         rotary: Rotary,
-        seed: int,
+        seeds: Seeds,
         *_: Tensor,
     ) -> Any:
         ctx.save_for_backward(x)
-        ctx.layer, ctx.packed, ctx.rotary, ctx.seed = layer, packed, rotary, seed
-        return layer(x, packed, rotary, seed)
+        ctx.layer, ctx.packed, ctx.rotary, ctx.seeds = layer, packed, rotary, seeds
+        return layer(x, packed, rotary, seeds)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         layer, x = ctx.layer, ctx.saved_tensors[0].detach().requires_grad_()
         with torch.enable_grad():
-            middle = layer.attention(x, ctx.packed, ctx.rotary, ctx.seed)
+            middle = layer.attention(x, ctx.packed, ctx.rotary, ctx.seeds)
         d_middle, of_feed_forward = layer.feed_forward_gradients(
-            middle.detach(), None, None, (None, None), gradients[0], ctx.seed + 2
+            middle.detach(), None, None, (None, None), gradients[0], ctx.seeds[2:]
         )
         dx, *of_attention = torch.autograd.grad(middle, [x, *layer.of_attention], d_middle)
         return dx, None, None, None, None, *of_attention, *of_feed_forward

@@ -14,6 +14,7 @@ smaller than their distance still moves the right share of the weights.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from fintune.model.batch import CHUNK, MicroBatch
 from fintune.model.fused.families import make_layers
 from fintune.model.fused.layers import CheckpointedLayer, Rotary
 from fintune.model.fused.ops import functions_for
-from fintune.model.fused.projections import active_adapter
+from fintune.model.fused.projections import Seed, active_adapter
 
 ALIGNMENT = 64  # matrix products whose sizes or offsets are not multiples of it use slow kernels
 
@@ -149,36 +150,55 @@ class FusedModel:
         self.indices = torch.tensor(self.tokens, dtype=torch.long, device=device)
         self.sync_parameters()
 
+    @property
+    def forward_is_in_fp8(self) -> bool:
+        """Return whether the base's products in the forward pass are in FP8."""
+        return any(p.coarse for p in self.projections)
+
     def forward_in_16_bits(self) -> None:
         """Keep FP8 to the gradients from now on."""
         for projections in self.projections:
             projections.coarse = False
 
-    def hidden_states(self, ids: Tensor, positions: Tensor, packed: PackedSequences) -> Tensor:
+    def hidden_states(
+        self, ids: Tensor, positions: Tensor, packed: PackedSequences, seed: Tensor | None = None
+    ) -> Tensor:
         """Compute the last hidden states of packed sequences, (tokens, hidden).
 
         Args:
             ids: (tokens,); `positions`, (tokens,), count from 0 in each document.
+            seed: the first seed of dropout; drawn if it is None.
         """
         x = self.embed(ids)
         rotary = self.angles(x, positions)
-        # from torch's global generator, which the trainer seeds
-        seed = int(torch.randint(2**48, ())) if self.drops else 0
-        for number, layer in enumerate(self.layers):
+        for layer, own in zip(self.layers, self._seeds(seed), strict=True):
             if self.checkpointing == "full":
                 parameters = (*layer.of_attention, *layer.of_feed_forward)
-                x = CheckpointedLayer.apply(
-                    x, layer, packed, rotary, seed + 4 * number, *parameters
-                )
+                x = CheckpointedLayer.apply(x, layer, packed, rotary, own, *parameters)
             else:
-                x = layer(x, packed, rotary, seed + 4 * number)
+                x = layer(x, packed, rotary, own)
         normal: Tensor = self.body.norm(x)
         return normal
 
-    def answer_states(self, part: MicroBatch) -> Tensor:
+    def draw_seed(self) -> Tensor:
+        """Draw a pass's first seed from torch's global generator, which the trainer seeds."""
+        seed = torch.randint(2**48, ())
+        on_gpu = self.indices.is_cuda
+        return seed.pin_memory().to(self.indices.device, non_blocking=True) if on_gpu else seed
+
+    def _seeds(self, first: Tensor | None) -> list[Sequence[Seed]]:
+        """Return each layer's seeds of dropout."""
+        if not self.drops:
+            return [(0, 0, 0, 0)] * len(self.layers)
+        first = self.draw_seed() if first is None else first
+        numbers = torch.arange(4 * len(self.layers), device=first.device) + first
+        seeds: Sequence[Seed] = numbers.unbind() if first.is_cuda else numbers.tolist()
+        return [seeds[i : i + 4] for i in range(0, len(seeds), 4)]
+
+    def answer_states(self, part: MicroBatch, seed: Tensor | None = None) -> Tensor:
         """Return the normalized hidden states that predict packed answers, (answer tokens, hidden)."""
         assert part.packed is not None
-        states = self.hidden_states(part.ids[0], part.positions[0], part.packed)
+        states = self.hidden_states(part.ids[0], part.positions[0], part.packed, seed)
         return states.index_select(0, part.predicting)
 
     @torch.no_grad()

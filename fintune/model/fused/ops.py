@@ -27,7 +27,7 @@ def add_dropped_product(
 
 
 def _keep_mask(x: Tensor, p: float, seed: int) -> Tensor:
-    generator = torch.Generator(x.device).manual_seed(seed)
+    generator = torch.Generator(x.device).manual_seed(int(seed))
     kept = torch.empty(x.shape, dtype=torch.bool, device=x.device)
     return kept.bernoulli_(1 - p, generator=generator)
 
@@ -177,16 +177,18 @@ def cross_entropy_(logits: Tensor, targets: Tensor, softcap: float | None) -> Te
 
     Args:
         logits: (tokens, vocabulary), before the softcap.
-        targets: (tokens,).
+        targets: (tokens,); one below 0 has neither loss nor gradient.
         softcap: logits are limited to it by a tanh; None for no limit.
     """
     limited = logits.float()
     if softcap:
         limited = softcap * torch.tanh(limited / softcap)
     log_sum = limited.logsumexp(dim=-1, keepdim=True)
-    losses = (log_sum - limited.gather(1, targets[:, None]))[:, 0]
+    without, targets = (targets < 0).nonzero()[:, 0], targets.clamp(min=0)
+    losses = (log_sum - limited.gather(1, targets[:, None]))[:, 0].index_fill_(0, without, 0)
     gradient = (limited - log_sum).exp_()
     gradient.scatter_add_(1, targets[:, None], gradient.new_full((len(targets), 1), -1.0))
+    gradient.index_fill_(0, without, 0)
     if softcap:
         gradient *= 1 - (limited / softcap).square()
     logits.copy_(gradient)

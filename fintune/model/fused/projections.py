@@ -12,6 +12,8 @@ from torch import Tensor
 
 from fintune.model.fused.ops import functions_for
 
+Seed = int | Tensor  # of one dropout: a number, or on a GPU an int64 tensor of one value
+
 
 class Workspace:
     """One buffer for the dequantized weights of the current product; products of a stream run in sequence."""
@@ -146,7 +148,7 @@ class Projections:
                     weight.addmm_(pair[1].float(), pair[0].float(), alpha=self.scaling)
                 whole[r] = weight
 
-    def forward(self, x: Any, seed: int, codes: Any = None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Any, seed: Seed, codes: Any = None) -> tuple[Tensor, Tensor | None]:
         """Multiply; (tokens, inputs) to (tokens, outputs).
 
         Args:
@@ -175,7 +177,7 @@ class Projections:
         return y.addmm_(between, self.up.t(), alpha=self._alpha), between
 
     def input_gradient(
-        self, dy: Tensor, seed: int, codes: Any = None
+        self, dy: Tensor, seed: Seed, codes: Any = None
     ) -> tuple[Tensor, Tensor | None]:
         """Compute the input's gradient; (tokens, outputs) to (tokens, inputs).
 
@@ -219,7 +221,7 @@ class Projections:
     def _alpha(self) -> float:
         return self.scaling / (1 - self.dropout)
 
-    def dropped(self, x: Tensor, seed: int) -> Tensor:
+    def dropped(self, x: Tensor, seed: Seed) -> Tensor:
         """Return the adapter's input: x after dropout."""
         return functions_for(x).drop(x, self.dropout, seed) if self.dropout else x
 

@@ -18,6 +18,7 @@ from fintune.model.adapter import add_adapter
 from fintune.model.base import load_base
 from fintune.model.batch import pack
 from fintune.model.fused.families import unsupported
+from fintune.model.fused.graphs import Graphs
 from fintune.model.fused.model import FusedModel
 from fintune.model.fused.ops import (
     cross_entropy_,
@@ -313,15 +314,16 @@ for rows, columns, rank in ((40, 320, 4), (64, 256, 0), (33, 64, 20)):
         expected = expected + 0.5 * lora[1].double() @ lora[0].double()
     compare("dequantize_and_add", out, expected, 1e-3)
 
+seed, other = torch.tensor(11), torch.tensor(12)
 for rows, columns, rank in ((40, 320, 4), (33, 100, 20)):  # in fours
     x, left, right = torch.randn(rows, columns), torch.randn(rows, rank), torch.randn(rank, columns)
-    ones = kernels.drop(torch.ones_like(x), 0.3, 11)
+    ones = kernels.drop(torch.ones_like(x), 0.3, seed)
     assert set(ones.unique().tolist()) == {0.0, 1.0}
     assert abs(float(ones.mean()) - 0.7) < 0.03
-    assert torch.equal(kernels.drop(x, 0.3, 11), x * ones)
-    assert not torch.equal(kernels.drop(x, 0.3, 12), x * ones)
+    assert torch.equal(kernels.drop(x, 0.3, seed), x * ones)
+    assert not torch.equal(kernels.drop(x, 0.3, other), x * ones)
     expected = x.double() + 2.0 * ones.double() * (left.double() @ right.double())
-    kernels.add_dropped_product(x, left, right, 2.0, 0.3, 11)
+    kernels.add_dropped_product(x, left, right, 2.0, 0.3, seed)
     compare("add_dropped_product", x, expected, 1e-6)
 
 for tokens, hidden, heads, groups, size in ((5, 48, 3, 1, 8), (7, 64, 4, 4, 16), (3, 96, 9, 3, 12)):
@@ -355,10 +357,12 @@ for tokens, hidden, heads, groups, size in ((5, 48, 3, 1, 8), (7, 64, 4, 4, 16),
         compare("gated_backward", found[1], expected[1], 1e-6)
 for softcap, columns in ((None, 5000), (2.0, 4097)):
     logits, targets = 3 * torch.randn(6, columns + 7), torch.randint(0, columns, (6,))
+    targets[3] = -1
     found, expected = logits.clone()[:, :columns], logits.clone()[:, :columns]
     losses = kernels.cross_entropy_(found, targets, softcap)
     compare("losses", losses, fused.cross_entropy_(expected, targets, softcap), 1e-6)
     compare("their gradient", found, expected, 1e-5)
+    assert losses[3] == 0 and not found[3].any()
 SHAPES = (5, 8, 2, 16, None, None), (3, 6, 6, 24, 40, 1.5), (2, 4, 1, 128, 7, None), (3, 4, 2, 256, None, 2.0)
 for rows, heads, groups, size, window, softcap in SHAPES:
     q = torch.randn(rows, heads + 2 * groups, size)[:, :heads]
@@ -385,17 +389,17 @@ if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9):
         gate_up = torch.randn(7, 2 * columns).bfloat16()
         d_gated = kernels.gated_backward(gate_up, dy, False)
         for p in (0.0, 0.3):
-            dropped = lambda y: kernels.drop(y, p, 11) if p else y
+            dropped = lambda y: kernels.drop(y, p, seed) if p else y
             expected = kernels.rms_norm(x, weight[0], 1e-5)
-            found = fp8.rms_norm(x, weight[0], 1e-5, True, p, 11)
+            found = fp8.rms_norm(x, weight[0], 1e-5, True, p, seed)
             compare("fp8.rms_norm", found[0], dropped(expected), 0.01)
             compare("fp8.rms_norm", plain(found[1]), expected, CODES)
             for gelu in (False, True):
                 expected = kernels.gated(gate_up, gelu)
-                found = fp8.gated(gate_up, gelu, True, p, 11)
+                found = fp8.gated(gate_up, gelu, True, p, seed)
                 compare("fp8.gated", found[0], dropped(expected), 0.01)
                 compare("fp8.gated", plain(found[1]), expected, CODES)
-            found = fp8.gated_backward(gate_up, dy, False, p, 11)
+            found = fp8.gated_backward(gate_up, dy, False, p, seed)
             compare("fp8.gated_backward", found[0], dropped(d_gated[0]), 0.01)
             compare("fp8.gated_backward", found[1], d_gated[1], 0.01)
             compare("fp8.gated_backward", plain(found[2]), d_gated[1], CODES)
@@ -448,6 +452,37 @@ def test_products_in_fp8_are_near_those_in_16_bits(
                 parameter.data *= 1.2
         exact.sync_parameters()
         coarse = FusedModel(model, torch.bfloat16, checkpointing, cache_weights=True, fp8=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_captured_passes_have_the_gradients_of_others(
+    base: Base, tokenizer: Any, quantization: str, dropout: float
+) -> None:
+    """Before the first capture, at a graph's first use and later, with other rows and parameters."""
+    longer = [(f"{question} {'really ' * 30}", answer) for question, answer in TEXTS]
+    how: Any = {"dtype": torch.bfloat16, "dropout": dropout}
+    model = adapted(base, tokenizer, quantization, **how).to("cuda")
+    fused, shown = (FusedModel(model, torch.bfloat16, cache_weights=True) for _ in range(2))
+    graphs = Graphs(fused, model.parameters(), len(TEXTS), longest=256)
+    for number, texts in enumerate([TEXTS, TEXTS, TEXTS[2:5], TEXTS[:1], longer]):
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data *= 1.1
+        part = pack([encode(tokenizer, *t) for t in texts], torch.device("cuda"))
+        shown.sync_parameters()
+        torch.manual_seed(number)
+        expected = gradients(model, loss := loss_of(shown, part))
+        graphs.sync_parameters()
+        graphs.begin()
+        torch.manual_seed(number)
+        ours = graphs.loss(part, 0.5)
+        assert ours.item() == pytest.approx(0.5 * loss.item(), rel=1e-3)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                assert distance(parameter.grad, 0.5 * expected[name]) < 0.02, (number, name)
+    assert len(graphs.captured) == 2
 
 
 def test_the_gpu_kernels_compute_what_the_cpu_functions_do() -> None:
