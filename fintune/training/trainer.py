@@ -153,7 +153,7 @@ class AnswerTrainer(SFTTrainer):
         return Graphs(self.fused, self.model.parameters(), self.args.train_batch_size, self.longest)
 
     def _zero_grad(self, set_to_none: bool = True) -> None:
-        """Leave gradients to the graphs, which set them to zero; the walk through all modules takes longer."""
+        """Leave the gradients to the graphs, which set them to zero without a walk through all modules."""
         if not self.graphs:
             type(self.model).zero_grad(self.model, set_to_none)
 

@@ -58,6 +58,15 @@ def test_large_bases_are_multiplied_in_fp8_where_the_gpu_can() -> None:
     assert plan(139, has_fp8=True, size=small, products="fp8").fp8
 
 
+def test_passes_of_small_bases_are_captured_on_a_gpu() -> None:
+    small = replace(SIZE, hidden=2048, intermediate_size=8192, q_dim=2048, kv_dim=512, layers=16)
+    assert plan(139, size=small).graphs and "CUDA graphs" in str(plan(139, size=small))
+    assert not plan(139).graphs
+    assert not plan(139, size=small, on_gpu=False).graphs
+    assert not plan(139, size=small, kernels="plain").graphs
+    assert not plan(139, size=small, checkpointing="full").graphs
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
