@@ -37,6 +37,8 @@ class Graphs:
         self.seed = torch.zeros((), dtype=torch.long, device=self.device)
         self.factor = torch.ones((), dtype=torch.float32, device=self.device)
         self.pool: Any = torch.cuda.graph_pool_handle()
+        # one for the first pass and all captures: what autograd keeps of a parameter belongs to a stream
+        self.stream = torch.cuda.Stream()
         self.captured: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, MicroBatch, Tensor]] = {}
         self.copying: torch.cuda.CUDAGraph | None = None
         self.warm = False  # a first pass compiles kernels, which a captured one must not
@@ -78,7 +80,11 @@ class Graphs:
             self.seed.copy_(self.fused.draw_seed(), non_blocking=True)
         if not self.warm:
             self.warm = True
-            return self._add_gradients(place)
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                loss = self._add_gradients(place)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return loss
         if found is None:
             graph, loss = self._capture(lambda: self._add_gradients(place))
             found = self.captured[size] = graph, place, loss
@@ -97,7 +103,7 @@ class Graphs:
 
     def _capture(self, compute: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             found = compute()
         return graph, found
 
