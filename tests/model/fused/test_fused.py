@@ -482,7 +482,7 @@ def test_captured_passes_have_the_gradients_of_others(
         ours = graphs.loss(part, 0.5)
         assert ours.item() == pytest.approx(0.5 * value, rel=1e-3)
         for parameter, gradient in zip(graphs.parameters, expected, strict=True):
-            assert (parameter.grad - 0.5 * gradient).norm() <= 0.01 * gradient.norm(), number
+            assert (parameter.grad - 0.5 * gradient).norm() <= 0.02 * gradient.norm(), number
     assert len(graphs.captured) == 2
 
 
