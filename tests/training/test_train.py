@@ -41,6 +41,7 @@ PARAMS = Train(
     kernels="auto",
     checkpointing="auto",
     dequantize="auto",
+    products="auto",
     tokens_per_pass="auto",
     validate_every_steps=2,
     early_stopping_patience=None,
