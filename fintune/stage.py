@@ -103,7 +103,7 @@ def run(main: Callable[[], None], interrupted: str = GOES_ON) -> None:
         if message := explain(error):
             sys.exit(f"error: {redacted(message)}")
         raise
-    if interrupted == GOES_ON:
+    if is_stage:
         leave(0)
 
 

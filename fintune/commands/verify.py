@@ -36,7 +36,7 @@ Line = tuple[str, str]
 
 
 class Claims(NamedTuple):
-    """What is said of a model: by its bill of materials, its run record, or its registered version."""
+    """Claims about a model: of its bill of materials, its run record, or its registered version."""
 
     by: str
     run_id: str

@@ -27,7 +27,7 @@ class Refused(Exception):
 
 
 class Traits(NamedTuple):
-    """What a template does: the token after an answer, a role for system messages, a date."""
+    """Traits of a template: the token after an answer, a role for system messages, a date."""
 
     end: str
     system: bool

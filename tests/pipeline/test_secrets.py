@@ -95,14 +95,16 @@ def trained(make_project: Callable[..., Project]) -> Trained:
     project.environment |= ENVIRONMENT
     project.commit_all()
     before = os.umask(0o027)
-    said = [project.stage(stage) for stage in STAGES]
-    modes = {
-        path.relative_to(project.folder).as_posix(): path.stat().st_mode & 0o777
-        for path in project.folder.rglob("*")
-        if path.parts[len(project.folder.parts)] in ("data", "models", "reports")
-    }
-    said.append(project.run("dvc", "commit", "--force"))  # its links have a mode of their own
-    os.umask(before)
+    try:
+        said = [project.stage(stage) for stage in STAGES]
+        modes = {
+            path.relative_to(project.folder).as_posix(): path.stat().st_mode & 0o777
+            for path in project.folder.rglob("*")
+            if path.parts[len(project.folder.parts)] in ("data", "models", "reports")
+        }
+        said.append(project.run("dvc", "commit", "--force"))  # its links have a mode of their own
+    finally:
+        os.umask(before)
     assert leaks("".join(each.stdout + each.stderr for each in said).encode()) == set()
     return Trained(project, modes)
 
