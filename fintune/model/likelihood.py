@@ -14,6 +14,7 @@ from fintune.model.batch import CHUNK, TokenRow, batches_by_length, pack, pad
 from fintune.model.conformance import fused_differs
 from fintune.model.fused.model import FusedModel, cached_weights_gib
 from fintune.model.plain import PlainModel
+from fintune.processes import count, of_all, rank
 
 TOKENS_PER_BATCH = 8192  # padding included; bounds memory, affects results only by rounding
 ROOM_GIB = 6  # reserved for a batch before weights are cached in 16 bits
@@ -51,7 +52,8 @@ def likelihood(
 ) -> Likelihood:
     """Compute the likelihood of the answers given their prompts.
 
-    Only answer positions go through the head, in chunks, so that no logits are computed for the prompts.
+    Only answer positions go through the head, in chunks, so that no logits are computed for the prompts. The
+    stage's processes share the batches of one, so that the figures do not depend on their number.
 
     Args:
         model: a causal model, with or without an adapter; left in evaluation mode.
@@ -63,9 +65,13 @@ def likelihood(
     calibration = np.zeros((BINS, 3))
     lengths = [len(prompt) + len(completion) for prompt, completion in rows]
     most = TOKENS_PER_BATCH * (2 if forward.fused else 1)
-    with tqdm(total=len(rows), desc=title, unit="row", leave=False) as bar:
-        for batch in batches_by_length(lengths, most, rows=256):
-            part = forward.lay_out([rows[i] for i in batch], model.device)
+    batches = list(batches_by_length(lengths, most, rows=256))
+    share = range(rank(), len(batches), count())
+    mine: dict[int, np.ndarray] = {}
+    total = sum(len(batches[number]) for number in share)
+    with tqdm(total=total, desc=title, unit="row", leave=False) as bar:
+        for number in share:
+            part = forward.lay_out([rows[i] for i in batches[number]], model.device)
             states = forward.answer_states(part)
             figures = [
                 token_figures(forward.logits(chunk).float(), labels)
@@ -73,12 +79,15 @@ def likelihood(
                     states.split(CHUNK), part.targets.split(CHUNK), strict=True
                 )
             ]
-            losses, hits, confidence = np.concatenate(figures, axis=1)
-            owner = np.repeat(batch, [len(rows[i][1]) for i in batch])
-            np.add.at(nll, owner, losses)
-            np.add.at(correct, owner, hits)
-            calibration += calibration_sums(confidence, hits)
-            bar.update(len(batch))
+            mine[number] = np.concatenate(figures, axis=1)
+            bar.update(len(batches[number]))
+    found = {number: each for part in of_all(mine) for number, each in part.items()}
+    for number, batch in enumerate(batches):
+        losses, hits, confidence = found[number]
+        owner = np.repeat(batch, [len(rows[i][1]) for i in batch])
+        np.add.at(nll, owner, losses)
+        np.add.at(correct, owner, hits)
+        calibration += calibration_sums(confidence, hits)
     tokens = np.array([len(completion) for _, completion in rows], dtype=float)
     return Likelihood(nll, correct, tokens, calibration)
 

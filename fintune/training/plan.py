@@ -35,18 +35,22 @@ class Plan:
     fp8: bool  # the base's products
     tokens_per_pass: int
     passes: int  # for a step of the expected size
-    memory: dict[str, float]
+    memory: dict[str, float]  # of each process
+    processes: int = 1
 
     @property
     def peak_gib(self) -> float:
         return sum(self.memory.values())
 
     def __str__(self) -> str:
+        passes = f"{self.passes} pass{'es' * (self.passes > 1)}"
+        if self.processes > 1:
+            passes += f" in each of {self.processes} processes"
         parts = ", ".join(f"{name} {size:.1f}" for name, size in self.memory.items())
         return (
             f"{self.attention} attention, {self.kernels} kernels, checkpointing {self.checkpointing}, "
             f"dequantize {self.dequantize}, {'products in FP8, ' if self.fp8 else ''}"
-            f"{self.passes} pass{'es' * (self.passes > 1)} of up to {self.tokens_per_pass:,} tokens a step; "
+            f"{passes} of up to {self.tokens_per_pass:,} tokens a step; "
             f"memory about {self.peak_gib:.1f} GiB ({parts})"
         )
 
@@ -62,17 +66,19 @@ def plan_execution(
     packed_differs: str | None = None,
     base_gib: float = 0.0,
     has_fp8: bool = False,
+    processes: int = 1,
 ) -> Plan:
     """Resolve each `auto` to the fastest execution whose estimate fits into the free memory.
 
     Args:
         lengths: tokens of each training row.
         bytes_per_value: of an activation, 2 or 4.
-        free_gib: memory available for training, including the base's weights.
+        free_gib: memory available for training, including the base's weights, to each process.
         unsupported: why the fused kernels do not support this base, if so.
         packed_differs: how transformers' own layers differ on packed rows, if they do.
         base_gib: of the base's weights as loaded.
         has_fp8: this GPU has FP8 products, and activations are in bfloat16.
+        processes: share the rows of each step.
 
     Raises:
         UserError: fused kernels are required but do not support this base, varlen attention without a GPU,
@@ -118,6 +124,8 @@ def plan_execution(
         dequantize = ["once"]
     step = _step_tokens(lengths, params.rows_per_step, padded=attention == "padded")
     longest = max(lengths)
+    if processes > 1:
+        step = max(math.ceil(step / processes), longest)
     if params.tokens_per_pass != "auto":
         limits = [params.tokens_per_pass]
     else:
@@ -134,7 +142,7 @@ def plan_execution(
             params.products == "auto" and model.hidden >= LEAST_HIDDEN
         )
         fp8 = wanted and not lacks and how == "once"
-        plans.append(Plan(attention, kernels, mode, how, fp8, limit, passes, memory))
+        plans.append(Plan(attention, kernels, mode, how, fp8, limit, passes, memory, processes))
     smallest = min(plans, key=lambda plan: plan.peak_gib)
     if smallest.memory["weights"] > free_gib:
         raise UserError(

@@ -2,8 +2,8 @@
 
 import logging
 import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from fintune.model.attention import ATTENTION, using_attention
 from fintune.model.batch import MicroBatch, TokenRow, batches_by_length, pack, pad
 from fintune.model.fused.model import FusedModel
 from fintune.model.plain import PlainModel
+from fintune.processes import add_up, count, of_first, rank
 from fintune.training.callbacks import StepTimer
 from fintune.training.divergence import FiniteSteps, check_validation
 from fintune.training.plan import Plan
@@ -39,18 +40,28 @@ def split_into_micro_batches(lengths: Sequence[int], limit: int, padded: bool) -
     """
     if padded:
         return list(batches_by_length(lengths, limit, rows=len(lengths)))
-    count = max(1, math.ceil(sum(lengths) / limit))
-    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    parts = max(1, math.ceil(sum(lengths) / limit))
     while True:
-        batches: list[list[int]] = [[] for _ in range(count)]
-        sizes = [0] * count
-        for i in longest_first:
-            least = sizes.index(min(sizes))
-            batches[least].append(i)
-            sizes[least] += lengths[i]
-        if count >= len(lengths) or max(sizes) <= max(limit, max(lengths)):
-            return [sorted(rows) for rows in batches if rows]
-        count += 1
+        batches = split_evenly(lengths, parts)
+        sizes = [sum(lengths[i] for i in rows) for rows in batches]
+        if parts >= len(lengths) or max(sizes) <= max(limit, max(lengths)):
+            return [rows for rows in batches if rows]
+        parts += 1
+
+
+def split_evenly(lengths: Sequence[int], parts: int) -> list[list[int]]:
+    """Split rows into so many parts of similar size in tokens; some are empty if there are few rows.
+
+    Returns:
+        Row indices of each part.
+    """
+    batches: list[list[int]] = [[] for _ in range(parts)]
+    sizes = [0] * parts
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        least = sizes.index(min(sizes))
+        batches[least].append(i)
+        sizes[least] += lengths[i]
+    return [sorted(rows) for rows in batches]
 
 
 class AnswerTrainer(SFTTrainer):
@@ -90,19 +101,26 @@ class AnswerTrainer(SFTTrainer):
     def training_step(self, model: Any, inputs: dict[str, Any], *_: Any) -> torch.Tensor:
         """Compute the gradients of one optimizer step: the mean over the answer tokens of all its rows.
 
-        If memory runs out, the step restarts with micro-batches of half the size, as do all later ones; rows
+        Each process computes its share of the rows, and the sums are those of one that computes them all. If
+        memory runs out, the share restarts with micro-batches of half the size, as do all later ones; rows
         and loss stay the same.
         """
         rows: list[TokenRow] = inputs["step"].rows
         answers = sum(len(completion) for _, completion in rows)
         lengths = [len(prompt) + len(completion) for prompt, completion in rows]
+        self.step_tokens.append(sum(lengths))
+        self.timer.count(sum(lengths), answers)
+        if count() > 1:
+            mine = split_evenly(lengths, count())[rank()]
+            rows, lengths = [rows[i] for i in mine], [lengths[i] for i in mine]
         if self.fused:
             if self.plan.fp8 and self.state.global_step >= COARSE * self.state.max_steps:
                 self.fused.forward_in_16_bits()
             self.fused.sync_parameters()
         while True:
             try:
-                loss = self._gradients(rows, lengths, answers)
+                with _random_numbers_of_each():
+                    loss = self._gradients(rows, lengths, answers)
                 break
             except torch.OutOfMemoryError:
                 smaller = min(self.limit, sum(lengths)) // 2
@@ -119,10 +137,18 @@ class AnswerTrainer(SFTTrainer):
                 self.limit = smaller
             model.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
-        self.step_tokens.append(sum(lengths))
-        self.timer.count(sum(lengths), answers)
+        if count() > 1:
+            self._add_up(loss)
         self._loss = loss
         return loss
+
+    def _add_up(self, loss: torch.Tensor) -> None:
+        """Add up loss and gradients over the processes, in one call: an adapter's are few."""
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        for parameter in trained:
+            if parameter.grad is None:  # this process had no row
+                parameter.grad = torch.zeros_like(parameter)
+        add_up([*(p.grad for p in trained if p.grad is not None), loss])
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         """Return the gradients' norm, before the update; the loss and it must be finite."""
@@ -185,12 +211,27 @@ class AnswerTrainer(SFTTrainer):
         return decides and bool(super()._determine_best_metric(metrics, trial))
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Save a checkpoint in the first process; the others wait for it."""
         with self.timer.pause("checkpoint"):
-            super()._save_checkpoint(*args, **kwargs)
+            if rank() == 0:
+                super()._save_checkpoint(*args, **kwargs)
+            self.state.best_model_checkpoint = of_first(self.state.best_model_checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Save adapter and token rows only, without the whole embedding and pickled arguments."""
         self.model.save_pretrained(output_dir or self.args.output_dir, save_embedding_layers=False)
+
+
+@contextmanager
+def _random_numbers_of_each() -> Iterator[None]:
+    """Give each process other random numbers for dropout; afterwards all have the same ones again."""
+    if count() == 1:
+        yield
+        return
+    seed = int(torch.randint(2**48, ()))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed + rank())
+        yield
 
 
 @dataclass(frozen=True)
