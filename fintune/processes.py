@@ -100,6 +100,7 @@ def _launch(stage: str, number: int) -> None:
         except SignalException:
             raise KeyboardInterrupt from None
         except ChildFailedError as failed:
+            sys.stderr.write("\n")  # a bar may have been left on the line
             raise UserError(_cause(failed.failures, number)) from None
 
 

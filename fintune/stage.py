@@ -147,25 +147,29 @@ def run(main: Callable[[], None], interrupted: str = GOES_ON) -> None:
             check_inputs(Path(inspect.getfile(main)).stem)
         main()
     except UserError as error:
-        sys.exit(_report(redacted(str(error)), worker))
+        _fail(str(error), worker)
     except KeyboardInterrupt:
-        sys.exit(1 if worker else interrupted)
+        if worker:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            leave(1)
+        sys.exit(interrupted)
     except Exception as error:
-        if message := explain(error):
-            sys.exit(_report(redacted(message), worker))
-        if worker and LAUNCHER in os.environ:
-            sys.exit(_report(redacted(traceback.format_exc()), worker))
-        raise
+        message = explain(error) or (traceback.format_exc() if worker else None)
+        if message is None:
+            raise
+        _fail(message, worker)
     if is_stage:
         leave(0)
 
 
-def _report(message: str, worker: bool) -> str | int:
-    """Return what the process exits with: the message, or 1 where the stage that started it says it."""
+def _fail(message: str, worker: bool) -> NoReturn:
+    """End with a message; the stage that has started this process says it instead, once for all of them."""
+    message = redacted(message)
     if not (worker and LAUNCHER in os.environ):
-        return f"error: {message}"
+        sys.exit(f"error: {message}")
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends all when one fails
     write_text(Path(os.environ[ERROR_FILE]), json.dumps({"message": message, "timestamp": 0}))
-    return 1
+    leave(1)
 
 
 class _Redacted(logging.Formatter):
