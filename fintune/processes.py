@@ -56,8 +56,7 @@ def start(stage: str, wanted: int | str) -> bool:
     if is_worker():
         _join(wanted)
         return False
-    gpus = torch.cuda.device_count()
-    number = max(1, gpus) if wanted == "auto" else int(wanted)
+    number, gpus = number_here(wanted), torch.cuda.device_count()
     if gpus and number > gpus:
         raise UserError(
             f"{KEY}: {number} processes are asked for, and {gpus} GPU{'s are' if gpus > 1 else ' is'} "
@@ -66,6 +65,11 @@ def start(stage: str, wanted: int | str) -> bool:
     if number > 1:
         _launch(stage, number)
     return number > 1
+
+
+def number_here(wanted: int | str) -> int:
+    """Return the number of processes that a stage starts on this machine."""
+    return max(1, torch.cuda.device_count()) if wanted == "auto" else int(wanted)
 
 
 def _launch(stage: str, number: int) -> None:

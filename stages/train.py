@@ -79,6 +79,7 @@ def fine_tune(
         validate=validator(params.train, ready.tokenizer, rows["validation"], ready.tokens),
         scratch=scratch,
         on_log=on_log,
+        sharded=ready.sharded,
     )
     result.metrics.update(ready.cost)
     return result

@@ -14,6 +14,7 @@ from fintune.model.batch import CHUNK, TokenRow, batches_by_length, pack, pad
 from fintune.model.conformance import fused_differs
 from fintune.model.fused.model import FusedModel, cached_weights_gib
 from fintune.model.plain import PlainModel
+from fintune.model.sharding import is_sharded
 from fintune.processes import count, of_all, rank
 
 TOKENS_PER_BATCH = 8192  # padding included; bounds memory, affects results only by rounding
@@ -67,10 +68,15 @@ def likelihood(
     most = TOKENS_PER_BATCH * (2 if forward.fused else 1)
     batches = list(batches_by_length(lengths, most, rows=256))
     share = range(rank(), len(batches), count())
+    if is_sharded(model):  # all processes take part in each pass
+        share = range(rank(), -(-len(batches) // count()) * count(), count())
     mine: dict[int, np.ndarray] = {}
-    total = sum(len(batches[number]) for number in share)
+    total = sum(len(batches[number]) for number in share if number < len(batches))
     with tqdm(total=total, desc=title, unit="row", leave=False) as bar:
         for number in share:
+            if number >= len(batches):
+                forward.answer_states(forward.lay_out([rows[batches[-1][-1]]], model.device))
+                continue
             part = forward.lay_out([rows[i] for i in batches[number]], model.device)
             states = forward.answer_states(part)
             figures = [
@@ -134,7 +140,7 @@ class _Forward:
         model.eval()
         self.plain, self.fused = PlainModel(model), None
         if kernels == "fused" or (kernels == "auto" and fused_differs(model) is None):
-            cache = cached_weights_gib(model) + ROOM_GIB < room_gib()
+            cache = not is_sharded(model) and cached_weights_gib(model) + ROOM_GIB < room_gib()
             dtype = base_of(model).get_output_embeddings().weight.dtype
             self.fused = FusedModel(model, dtype, cache_weights=cache, training=False)
         self.lay_out = pack if self.fused else pad

@@ -16,6 +16,7 @@ from fintune.hardware import GIB, free_memory_gib, has_fp8, matmul_flops, peak_m
 from fintune.hub.models import check_positions
 from fintune.model.batch import TokenRow
 from fintune.model.conformance import agreement_of, fused_differs
+from fintune.model.sharding import shard, sharded_gib
 from fintune.model.sizes import ModelSize
 from fintune.params import Train
 from fintune.processes import check_same, count, of_all, of_first, rank
@@ -57,7 +58,7 @@ class TrainingResult:
     @property
     def tags(self) -> dict[str, str]:
         """Return what the run's record says of the processes."""
-        return {"processes": str(self.plan.processes)}
+        return {"processes": str(self.plan.processes), "parallel": self.plan.parallel}
 
 
 def train(
@@ -69,6 +70,7 @@ def train(
     validate: Callable[[PeftModel, int], dict[str, float]],
     scratch: Path,
     on_log: Callable[[int, dict[str, float]], None],
+    sharded: bool = False,
 ) -> TrainingResult:
     """Fine-tune an adapter; resume from the last checkpoint in `scratch` if there is one.
 
@@ -85,14 +87,18 @@ def train(
             better ones.
         scratch: folder for checkpoints; the caller removes it once the adapter is safe.
         on_log: called with the step and the values measured there.
+        sharded: share the base's weights among the processes.
 
     Raises:
         UserError: a loss, a gradient or a weight is not finite.
     """
     steps, per_step = total_steps(params, len(rows)), params.rows_per_step
     log.info("%d rows, %d steps of %d rows", len(rows), steps, per_step)
-    plan = make_plan(model, params, rows, dtype)
+    plan = make_plan(model, params, rows, dtype, sharded)
     log.info("plan: %s", plan)
+    trainable, total = model.get_nb_trainable_parameters()
+    if sharded:
+        shard(model)
     arguments = _arguments(params, len(rows), dtype, scratch, plan)
     timer = StepTimer(on_log)
     stopping = [Patience(params.early_stopping_patience)] if params.early_stopping_patience else []
@@ -124,7 +130,6 @@ def train(
     warn_of_guessing(kept["validation_loss"], vocabulary, params.learning_rate)
     history = trainer.state.log_history
     losses = [(e["step"], e["loss"]) for e in history if "loss" in e]
-    trainable, total = model.get_nb_trainable_parameters()
     flops = _size(model, params).flops(timer.tokens, timer.answer_tokens)
     return TrainingResult(
         model=trainer.model,
@@ -151,7 +156,11 @@ def train(
 
 
 def make_plan(
-    model: PeftModel, params: Train, rows: Sequence[TokenRow], dtype: torch.dtype
+    model: PeftModel,
+    params: Train,
+    rows: Sequence[TokenRow],
+    dtype: torch.dtype,
+    sharded: bool = False,
 ) -> Plan:
     """Plan the steps for this model and hardware, without allocating memory.
 
@@ -161,6 +170,11 @@ def make_plan(
     agreement = agreement_of(model.get_base_model().config)
     frozen = (p for p in model.parameters() if not p.requires_grad)
     lengths = [len(prompt) + len(completion) for prompt, completion in rows]
+    base_gib = sum(p.numel() * p.element_size() for p in frozen) / GIB
+    if sharded:
+        shared = sharded_gib(model)
+        layers = model.get_base_model().config.get_text_config().num_hidden_layers
+        base_gib += shared * (1 / count() + 2 / layers - 1)
     check_positions(model.get_base_model().config.to_dict(), max(lengths))
     return plan_execution(
         _size(model, params),
@@ -171,9 +185,10 @@ def make_plan(
         torch.cuda.is_available(),
         fused_differs(model),
         agreement.differences.get("packed rows"),
-        sum(p.numel() * p.element_size() for p in frozen) / GIB,
+        base_gib,
         dtype == torch.bfloat16 and all(of_all(has_fp8())),
         count(),
+        sharded,
     )
 
 

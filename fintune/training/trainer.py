@@ -110,23 +110,27 @@ class AnswerTrainer(SFTTrainer):
         lengths = [len(prompt) + len(completion) for prompt, completion in rows]
         self.step_tokens.append(sum(lengths))
         self.timer.count(sum(lengths), answers)
-        if count() > 1:
-            mine = split_evenly(lengths, count())[rank()]
-            rows, lengths = [rows[i] for i in mine], [lengths[i] for i in mine]
         if self.fused:
             if self.plan.fp8 and self.state.global_step >= COARSE * self.state.max_steps:
                 self.fused.forward_in_16_bits()
             self.fused.sync_parameters()
         while True:
+            passes = self._passes(lengths)
             try:
                 with _random_numbers_of_each():
-                    loss = self._gradients(rows, lengths, answers)
+                    loss = self._gradients(rows, passes, answers)
                 break
             except torch.OutOfMemoryError:
-                smaller = min(self.limit, sum(lengths)) // 2
-                if len(split_into_micro_batches(lengths, self.limit, self._padded)) == len(rows):
+                mine = [lengths[i] for members in passes for i in members]
+                smaller = min(self.limit, sum(mine)) // 2
+                if self.plan.sharded:  # the others wait in the middle of their passes
                     raise UserError(
-                        f"train: not enough memory for a single row ({max(lengths):,} tokens); set "
+                        f"train: not enough memory for {self.limit:,} tokens a pass; set "
+                        f"train.tokens_per_pass: {smaller}"
+                    ) from None
+                if len(passes) == len(mine):
+                    raise UserError(
+                        f"train: not enough memory for a single row ({max(mine):,} tokens); set "
                         "train.checkpointing: full, or a smaller format.max_tokens"
                     ) from None
                 log.warning(
@@ -141,6 +145,22 @@ class AnswerTrainer(SFTTrainer):
             self._add_up(loss)
         self._loss = loss
         return loss
+
+    def _passes(self, lengths: list[int]) -> list[list[int]]:
+        """Split this process's share of a step's rows into micro-batches; return the indices of their rows.
+
+        In all passes of a sharded base every process takes part, also without rows.
+        """
+        shares = split_evenly(lengths, count()) if count() > 1 else [list(range(len(lengths)))]
+        passes = []
+        for share in shares:
+            of_share = [lengths[i] for i in share]
+            split = split_into_micro_batches(of_share, self.limit, self._padded)
+            passes.append([[share[k] for k in members] for members in split])
+        mine = passes[rank()]
+        if self.plan.sharded:
+            mine += [[]] * (max(map(len, passes)) - len(mine))
+        return mine
 
     def _add_up(self, loss: torch.Tensor) -> None:
         """Add up loss and gradients over the processes, in one call: an adapter's are few."""
@@ -167,16 +187,20 @@ class AnswerTrainer(SFTTrainer):
     def _padded(self) -> bool:
         return self.plan.attention == "padded"
 
-    def _gradients(self, rows: list[TokenRow], lengths: list[int], answers: int) -> torch.Tensor:
+    def _gradients(
+        self, rows: list[TokenRow], passes: list[list[int]], answers: int
+    ) -> torch.Tensor:
         total = torch.zeros((), device=self.args.device)
         lay_out = pad if self._padded else pack
         plain_packed = not (self.fused or self._padded)
         # in the backward pass as well, where checkpointed layers are computed again
         with using_attention(self.model, ATTENTION) if plain_packed else nullcontext():
-            for members in split_into_micro_batches(lengths, self.limit, self._padded):
-                part = lay_out([rows[i] for i in members], self.args.device)
+            for members in passes:
+                part = lay_out([rows[i] for i in members or [0]], self.args.device)
                 self.largest_micro_batch = max(self.largest_micro_batch, part.ids.numel())
                 loss = (self._fused_loss if self.fused else self._plain_loss)(part) / answers
+                if not members:
+                    loss = loss * 0
                 self.accelerator.backward(loss)
                 total += loss.detach()
         return total

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from fintune import processes
 from fintune.data.prompt import encode
@@ -14,6 +15,7 @@ from fintune.hardware import matmul_flops
 from fintune.model.adapter import add_adapter
 from fintune.model.base import load_base
 from fintune.model.likelihood import likelihood
+from fintune.model.sharding import is_sharded
 from fintune.params import Base
 from fintune.training.train import train
 from fintune.training.trainer import AnswerTrainer, split_evenly
@@ -31,7 +33,10 @@ def rows(tokenizer: Any) -> list[tuple[list[int], list[int]]]:
 def tune(base: Base, tokenizer: Any, rows: Any, scratch: Path, **changes: Any) -> dict[str, Any]:
     """Train for a few steps; return what must not depend on the number of processes."""
     params = PARAMS.model_copy(update={"rows_per_step": 6, "validate_every_steps": 2} | changes)
-    model = load_base(base, tokenizer, params.quantization, torch.float32)
+    sharded = params.parallel == "fsdp" and processes.count() > 1
+    model = load_base(
+        base, tokenizer, params.quantization, torch.float32, shardable=params.parallel == "fsdp"
+    )
     logged: list[tuple[int, dict[str, float]]] = []
     result = train(
         add_adapter(model, tokenizer, params.lora, params.seed),
@@ -42,7 +47,14 @@ def tune(base: Base, tokenizer: Any, rows: Any, scratch: Path, **changes: Any) -
         validate=lambda model, _: {"loss": likelihood(model, rows[:9], "v").loss},
         scratch=scratch,
         on_log=lambda step, values: logged.append((step, values)),
+        sharded=sharded,
     )
+    assert is_sharded(result.model) == sharded
+    if sharded:  # each layer has been left, and a process holds half of its weights
+        named = result.model.named_parameters()
+        large = [w for n, w in named if ".layers." in n and n.endswith("base_layer.weight")]
+        assert len(large) == 14 and all(isinstance(weight, DTensor) for weight in large)
+        assert all(2 * weight.to_local().numel() == weight.numel() for weight in large)
     return {
         "losses": [values["loss"] for _, values in logged if "loss" in values],
         "validation": [v["validation_loss"] for _, v in logged if "validation_loss" in v],
@@ -69,6 +81,14 @@ WAYS: dict[str, dict[str, Any]] = {
     "padded": {"attention": "padded"},
     "fewer rows than processes": {"rows_per_step": 1},
     "decay": {"weight_decay": 0.1, "keep": "last"},
+    "fsdp": {"parallel": "fsdp"},
+    "fsdp, 4 bits": {"parallel": "fsdp", "quantization": "nf4", "checkpointing": "full"},
+    "fsdp, passes": {"parallel": "fsdp", "tokens_per_pass": 60, "rows_per_step": 5},
+    "fsdp, plain": {"parallel": "fsdp", "kernels": "plain"},
+    "fsdp, padded 4 bits": {
+        **{"parallel": "fsdp", "attention": "padded", "quantization": "nf4"},
+        "checkpointing": "full",
+    },
 }
 
 
@@ -86,6 +106,26 @@ def test_two_processes_train_as_one(
     assert torch.equal(first["adapter"], second["adapter"])
     assert first["metrics"]["processes"] == 2 and alone["metrics"]["processes"] == 1
     assert first["metrics"]["best_step"] == second["metrics"]["best_step"]
+
+
+def test_a_sharded_layer_is_whole_only_while_it_is_computed(
+    base: Base, tokenizer: Any, rows: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work() -> list[int]:
+        step, whole = AnswerTrainer.training_step, []
+
+        def noting(self: Any, *arguments: Any) -> Any:
+            loss = step(self, *arguments)
+            named = self.model.named_parameters()
+            large = [w for n, w in named if ".layers." in n and n.endswith("base_layer.weight")]
+            whole.append(sum(not isinstance(weight, DTensor) for weight in large))
+            return loss
+
+        monkeypatch.setattr(AnswerTrainer, "training_step", noting)
+        tune(base, tokenizer, rows, tmp_path / "scratch", parallel="fsdp", max_steps=2)
+        return whole
+
+    assert in_processes(2, work, tmp_path / "results") == [[0, 0], [0, 0]]
 
 
 def test_a_killed_training_goes_on_with_another_number_of_processes(

@@ -29,7 +29,8 @@ from fintune.model.batch import CHUNK, MicroBatch
 from fintune.model.fused.families import make_layers
 from fintune.model.fused.layers import CheckpointedLayer, Rotary
 from fintune.model.fused.ops import functions_for
-from fintune.model.fused.projections import active_adapter
+from fintune.model.fused.projections import active_adapter, state_of
+from fintune.model.sharding import Shards, is_sharded
 
 ALIGNMENT = 64  # matrix products whose sizes or offsets are not multiples of it use slow kernels
 
@@ -89,7 +90,7 @@ def cached_weights_gib(model: Any) -> float:
     return sum(
         module.in_features * module.out_features * width / GIB
         for module in plain.get_decoder().modules()
-        if hasattr(getattr(module, "weight", None), "quant_state")
+        if state_of(module)
     )
 
 
@@ -120,6 +121,7 @@ class FusedModel:
         config, self.body = plain.config, plain.get_decoder()
         device = next(self.body.parameters()).device
         self.checkpointing = checkpointing
+        self.shards = Shards(self.body.layers) if is_sharded(model) else None
         self.layers = make_layers(
             config,
             self.body.layers,
@@ -165,6 +167,8 @@ class FusedModel:
         # from torch's global generator, which the trainer seeds
         seed = int(torch.randint(2**48, ())) if self.drops else 0
         for number, layer in enumerate(self.layers):
+            if self.shards:
+                x = self.shards.enter(x, number)
             if self.checkpointing == "full":
                 parameters = (*layer.of_attention, *layer.of_feed_forward)
                 x = CheckpointedLayer.apply(
@@ -172,6 +176,8 @@ class FusedModel:
                 )
             else:
                 x = layer(x, packed, rotary, seed + 4 * number)
+            if self.shards:
+                x = self.shards.leave(x, number)
         normal: Tensor = self.body.norm(x)
         return normal
 
