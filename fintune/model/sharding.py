@@ -15,7 +15,7 @@ from torch.autograd import Function
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from fintune.hardware import GIB, device
+from fintune.hardware import GIB, device, free_memory
 from fintune.model.adapter import base_of
 from fintune.processes import count
 
@@ -39,20 +39,16 @@ def shard(model: Any) -> None:
     mesh = init_device_mesh(device().type, (count(),))
     for layer in _layers(model):
         layer.to(device())
-        large = _large(layer)
-        for module, name, weight in large:
+        for module, name, weight in _large(layer):
             if hasattr(weight, "quant_state"):
                 module.quant_state = weight.quant_state  # stays whole: a byte for 64 weights
                 plain = weight.data.as_subclass(Tensor)
                 setattr(module, name, torch.nn.Parameter(plain, requires_grad=False))
-        sharded = {getattr(module, name) for module, name, _ in large}
-        fully_shard(
-            layer,
-            mesh=mesh,
-            reshard_after_forward=True,
-            ignored_params={weight for weight in layer.parameters() if weight not in sharded},
-        )
+        sharded = {weight for _, _, weight in _large(layer)}
+        whole = {weight for weight in layer.parameters() if weight not in sharded}
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
     model.to(device())
+    free_memory()
 
 
 def _layers(model: Any) -> list[Any]:

@@ -139,7 +139,9 @@ class Projections:
             if whole.is_cuda:
                 from fintune.model.fused.kernels import dequantize_and_add
 
-                codes = base.weight.view(torch.uint8)  # FSDP shards 16-bit numbers
+                codes = base.weight
+                if codes.dtype != torch.uint8:  # several in a number that FSDP can share out
+                    codes = codes.view(torch.uint8)
                 dequantize_and_add(codes, self.states[i], pair, self.scaling, whole[r])
             else:
                 weight = _dequantize(base)
