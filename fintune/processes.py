@@ -21,7 +21,6 @@ from fintune.stage import GRACE_SECONDS, LAUNCHER, is_worker
 log = logging.getLogger("fintune")
 T = TypeVar("T")
 
-KEY = "train.processes"
 PATIENCE = timedelta(days=1)  # for each other: whether all are alive is the launcher's business
 OF_LAUNCHERS = (  # by which libraries take this process for one of several
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "PMI_SIZE"),
@@ -39,12 +38,13 @@ def count() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def start(stage: str, wanted: int | str) -> bool:
+def start(stage: str, wanted: int | str, key: str = "train.processes") -> bool:
     """Start a stage's processes on this machine, or join those that torchrun has started.
 
     Args:
         wanted: their number; `auto` for one on each visible GPU, one without a GPU, or as many as torchrun
             has started.
+        key: the parameter that says so, for messages.
 
     Returns:
         Whether the processes have been started and have done the stage's work; else this one does.
@@ -54,12 +54,12 @@ def start(stage: str, wanted: int | str) -> bool:
         KeyboardInterrupt: the stage was told to end.
     """
     if is_worker():
-        _join(wanted)
+        _join(wanted, key)
         return False
     number, gpus = number_here(wanted), torch.cuda.device_count()
     if gpus and number > gpus:
         raise UserError(
-            f"{KEY}: {number} processes are asked for, and {gpus} GPU{'s are' if gpus > 1 else ' is'} "
+            f"{key}: {number} processes are asked for, and {gpus} GPU{'s are' if gpus > 1 else ' is'} "
             "visible; set auto, or start the stage by torchrun on several machines (docs/scale.md)"
         )
     if number > 1:
@@ -121,7 +121,7 @@ def _cause(failures: dict[int, Any], number: int) -> str:
     return min(messages, key=lambda text: "Traceback" in text)
 
 
-def _join(wanted: int | str) -> None:
+def _join(wanted: int | str, key: str) -> None:
     """Join the processes that torchrun has started.
 
     Raises:
@@ -130,7 +130,7 @@ def _join(wanted: int | str) -> None:
     number = int(os.environ["WORLD_SIZE"])
     if wanted not in ("auto", number):
         raise UserError(
-            f"{KEY}: {wanted} process{'es are' if wanted != 1 else ' is'} asked for, and {number} "
+            f"{key}: {wanted} process{'es are' if wanted != 1 else ' is'} asked for, and {number} "
             f"{'were' if number > 1 else 'was'} started (WORLD_SIZE); set auto or {number}, or start {wanted}"
         )
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
