@@ -269,18 +269,20 @@ def our_steps(
     products: str = "bfloat16",
     graphs: bool = True,
     memory_gib: float | None = None,
+    rows_per_step: int = ROWS_PER_STEP,
+    parallel: str = "none",
 ) -> tuple[dict[int, float], list[float], list[float], dict[str, Any]]:
     """Train with this project's trainer; return the end, tokens and loss of each step."""
-    total = torch.cuda.mem_get_info()[1] / GIB
     planning.MOST_WEIGHTS = 2e9 if graphs else 0
     if memory_gib:
+        total = torch.cuda.mem_get_info()[1] / GIB
         torch.cuda.set_per_process_memory_fraction(memory_gib / total)
     params = Train(
         quantization=quantization, precision="bfloat16",
         lora=Lora(r=16, alpha=32, dropout=dropout, target_modules=LAYERS),
         learning_rate=2e-4, schedule="constant", warmup_fraction=0.0, weight_decay=0.0,
-        max_grad_norm=1.0, epochs=9.0, max_steps=steps, rows_per_step=ROWS_PER_STEP,
-        attention="auto", kernels=kernels, checkpointing=checkpointing,
+        max_grad_norm=1.0, epochs=9.0, max_steps=steps, rows_per_step=rows_per_step,
+        parallel=parallel, processes="auto", attention="auto", kernels=kernels, checkpointing=checkpointing,
         dequantize="auto" if products == "fp8" else dequantize, products=products,
         tokens_per_pass=tokens_per_pass, validate_every_steps=steps, early_stopping_patience=None,
         keep="last",
@@ -288,7 +290,9 @@ def our_steps(
     )  # fmt: skip
     ends, losses = {}, []
     tokenizer = load_tokenizer(base, "new")
-    model = load_base(base, tokenizer, quantization, torch.bfloat16)
+    sharded = parallel == "fsdp"
+    on = torch.device("cpu") if sharded and memory_gib else None  # it does not fit
+    model = load_base(base, tokenizer, quantization, torch.bfloat16, on, sharded)
     model = add_adapter(model, tokenizer, params.lora, params.seed)
 
     def note(step: int, values: dict[str, float]) -> None:
@@ -305,12 +309,15 @@ def our_steps(
             result = train(
                 model, tokenizer, rows, params, torch.bfloat16,
                 validate=lambda *_: {"loss": 0.0}, scratch=Path(folder), on_log=note,
+                sharded=sharded,
             )  # fmt: skip
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
+        if memory_gib:
+            torch.cuda.set_per_process_memory_fraction(1.0)
     predicted = estimate_memory_gib(
         shape_of(base), quantization, 2, kernels, result.plan.checkpointing,
         result.plan.dequantize == "once", result.largest_micro_batch,
+        shards=result.plan.processes if sharded else 1,
     )  # fmt: skip
     more = {
         "plan": str(result.plan),

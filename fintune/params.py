@@ -190,12 +190,18 @@ class Lora(Section):
     target_modules: Annotated[list[Name], Field(min_length=1)] | Literal["all-linear"]
 
 
+PLACE = {
+    "parallel",
+    "processes",
+}  # of `train`: where it is computed; a training goes on with other ones
+
+
 class Train(Section):
     """The fine-tuning run.
 
-    Batch sizes are in rows. `attention`, `kernels`, `checkpointing`, `dequantize` and `tokens_per_pass`
-    affect how a step is computed, not what is learned; `products`, in which format the base's products are,
-    does by some thousandths of a nat. `auto` chooses by hardware.
+    Batch sizes are in rows. `parallel`, `processes`, `attention`, `kernels`, `checkpointing`, `dequantize`
+    and `tokens_per_pass` affect how a step is computed, not what is learned; `products`, in which format the
+    base's products are, does by some thousandths of a nat. `auto` chooses by hardware.
     """
 
     quantization: Literal["nf4", "none"]
@@ -209,6 +215,8 @@ class Train(Section):
     epochs: Positive
     max_steps: Count | None
     rows_per_step: Count
+    parallel: Literal["auto", "none", "ddp", "fsdp"]
+    processes: Annotated[int | Literal["auto"], PlainValidator(_auto_or_count)]
     attention: Literal["auto", "varlen", "sdpa", "padded"]
     kernels: Literal["auto", "fused", "plain"]
     checkpointing: Literal["auto", "none", "selective", "full"]
@@ -230,6 +238,19 @@ class Train(Section):
         plain = self.kernels == "plain" or self.attention == "padded"
         if self.checkpointing == "selective" and plain:
             raise ValueError("checkpointing: selective needs kernels: fused; set none or full")
+        return self
+
+    @property
+    def wanted_processes(self) -> int | str:
+        """Return the number of processes, or `auto`."""
+        return 1 if self.parallel == "none" else self.processes
+
+    @model_validator(mode="after")
+    def _none_is_one(self) -> "Train":
+        if self.parallel == "none" and self.processes not in ("auto", 1):
+            raise ValueError(
+                f"processes: {self.processes} with parallel: none, which is one; set auto, ddp or fsdp"
+            )
         return self
 
 

@@ -1,6 +1,7 @@
 """Run a stage or command, and write its files atomically."""
 
 import atexit
+import ctypes
 import inspect
 import json
 import logging
@@ -10,6 +11,8 @@ import shutil
 import signal
 import sys
 import threading
+import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,6 +48,51 @@ def prepare() -> None:
     os.environ["USE_HUB_KERNELS"] = "NO"
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    if is_worker():
+        _take_place()
+
+
+LAUNCHER = "FINTUNE_LAUNCHER"  # pid of the stage that has started this process
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where torchrun wants to find what a process failed of
+GRACE_SECONDS = 10  # for a process that is told to end, and may wait for another one
+
+
+def is_worker() -> bool:
+    """Return whether a launcher, such as torchrun, has started this process as one of several."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def _take_place() -> None:
+    """See one GPU, be silent but for the first process, and end with the stage that has started this one."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else []
+    place = int(os.environ.get("LOCAL_RANK", 0))
+    if visible is None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(place)
+    elif len(gpus) > place:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[place]
+    if os.environ["RANK"] != "0":
+        os.environ["TQDM_DISABLE"] = "1"
+        log.disabled = True
+    if LAUNCHER in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != int(os.environ[LAUNCHER]):  # it died before
+            os._exit(1)
+
+
+def _end_in_time() -> None:
+    """End this process soon after it is told to, also where it waits for another one outside Python."""
+    told, tell = os.pipe()
+    os.set_blocking(tell, False)
+    signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+
+    def wait() -> None:
+        while os.read(told, 1)[0] not in (signal.SIGINT, signal.SIGTERM):
+            pass
+        time.sleep(GRACE_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=wait, name="end in time", daemon=True).start()
 
 
 GOES_ON = "interrupted; `dvc repro` goes on from here"
@@ -87,7 +135,10 @@ def run(main: Callable[[], None], interrupted: str = GOES_ON) -> None:
     log.setLevel(logging.INFO)
     warnings.filterwarnings("ignore", category=FutureWarning)  # meant for library developers
     is_stage = interrupted == GOES_ON
-    if is_stage:  # a command can run beside one
+    worker = is_stage and is_worker()
+    if worker:
+        _end_in_time()
+    elif is_stage:  # a command can run beside one
         _sweep()
     try:
         if is_stage:
@@ -96,15 +147,29 @@ def run(main: Callable[[], None], interrupted: str = GOES_ON) -> None:
             check_inputs(Path(inspect.getfile(main)).stem)
         main()
     except UserError as error:
-        sys.exit(f"error: {redacted(str(error))}")
+        _fail(str(error), worker)
     except KeyboardInterrupt:
+        if worker:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            leave(1)
         sys.exit(interrupted)
     except Exception as error:
-        if message := explain(error):
-            sys.exit(f"error: {redacted(message)}")
-        raise
+        message = explain(error) or (traceback.format_exc() if worker else None)
+        if message is None:
+            raise
+        _fail(message, worker)
     if is_stage:
         leave(0)
+
+
+def _fail(message: str, worker: bool) -> NoReturn:
+    """End with a message; the stage that has started this process says it instead, once for all of them."""
+    message = redacted(message)
+    if not (worker and LAUNCHER in os.environ):
+        sys.exit(f"error: {message}")
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends all when one fails
+    write_text(Path(os.environ[ERROR_FILE]), json.dumps({"message": message, "timestamp": 0}))
+    leave(1)
 
 
 class _Redacted(logging.Formatter):

@@ -7,17 +7,17 @@ from pathlib import Path
 
 from fintune import paths
 from fintune.data.questions import questions_of
-from fintune.data.records import read_passages
 from fintune.data.tables import read_rows, write_rows
 from fintune.errors import UserError
 from fintune.evaluation.harness import data_sets, load_tasks
 from fintune.evaluation.measure import measure
 from fintune.evaluation.page import render
 from fintune.evaluation.report import SCHEMA, conclude, row_losses, summary
-from fintune.evaluation.rows import select_rows
+from fintune.evaluation.rows import general_passages, select_rows
 from fintune.generation.vllm import find_vllm
 from fintune.lineage import project_root
 from fintune.params import read_params
+from fintune.processes import of_first, rank, start
 from fintune.registry.champion import fetch_champion
 from fintune.registry.recovery import read_curve, run_of_adapter
 from fintune.registry.results import log_results, log_rows
@@ -32,28 +32,26 @@ COLUMNS = ("instruction", "input", "output", "prompt", "completion")
 def main() -> None:
     everything = read_params()
     params = everything.evaluate
+    if start("evaluate", "auto" if params.engine == "built_in" else 1, "evaluate.engine: vllm"):
+        return
     # fail fast if the harness, a task or its data is missing
     harness_data = data_sets(load_tasks(params.harness)) if params.harness.tasks else {}
     if params.engine == "vllm":
         find_vllm()
-    client = connect(project_root())
-    run_id = run_of_adapter(client)
+    client = connect(project_root()) if rank() == 0 else None  # which writes and logs
+    run_id = run_of_adapter(client) if client else ""
     stored = read_rows(TEST, COLUMNS)
     test = select_rows(stored, questions_of(stored), params.max_rows)
     held_out = read_rows(VALIDATION, COLUMNS)
     validation = select_rows(held_out, questions_of(held_out), None)
-    passages = read_passages(params.general_text) if params.general_text else []
-    if passages and Path(params.general_text or "").resolve() != paths.GENERAL_TEXT.resolve():
-        log.warning(
-            "note: DVC does not watch evaluate.general_text: %s; after editing it run "
-            "`dvc repro --force evaluate`",
-            params.general_text,
-        )
+    passages = general_passages(params.general_text)
     with tempfile.TemporaryDirectory() as folder:
         ours = (paths.RUN, paths.ADAPTER)
-        champion = fetch_champion(client, params.champion, *ours, Path(folder))
-        adapters = (paths.ADAPTER, champion.folder)
+        champion = fetch_champion(client, params.champion, *ours, Path(folder)) if client else None
+        adapters = (paths.ADAPTER, of_first(champion.folder if champion else None))
         measured = measure(*adapters, test, validation, passages, params, everything.generation)
+    if client is None or champion is None:
+        return
     if measured.champion_fault:
         log.warning("the champion is not compared: %s", measured.champion_fault)
         champion = replace(champion, reason=measured.champion_fault, broken=True)

@@ -27,7 +27,7 @@ LOCK = ROOT / "requirements.lock"
 
 ORDER = (
     *("errors", "params", "paths", "metrics", "lineage", "integrity", "hardware", "stage"),
-    *("hub", "data", "model", "tracking", "registry", "merging", "training"),
+    *("processes", "hub", "data", "model", "tracking", "registry", "merging", "training"),
     *("generation", "evaluation", "export", "commands", "__main__"),
 )
 SHOWN_ELSEWHERE = {
@@ -280,8 +280,9 @@ def test_a_checkpoint_knows_the_code_that_trains() -> None:
         "hardware.py",
         "integrity.py",
         "lineage.py",
+        "processes.py",
         "stage.py",
-    }  # they fetch, log and check
+    }  # they fetch, log, check and talk
     # these choose the step to keep
     beside |= {f"evaluation/{name}.py" for name in ("correctness", "scores", "texts", "validation")}
     beside |= {"evaluation/statements", "generation"}

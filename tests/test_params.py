@@ -64,6 +64,7 @@ def test_all_problems_are_listed_with_keys_and_near_matches(tmp_path: Path) -> N
         (["attention: padded", "kernels: fused"], "fused ones take packed rows"),
         (["attention: padded", "checkpointing: selective"], "selective needs kernels: fused"),
         (["kernels: plain", "checkpointing: selective"], "selective needs kernels: fused"),
+        (["parallel: none", "processes: 2"], "processes: 2 with parallel: none, which is one"),
     ],
 )
 def test_settings_that_exclude_each_other(tmp_path: Path, edits: list[str], expected: str) -> None:
@@ -87,6 +88,8 @@ def test_settings_that_exclude_each_other(tmp_path: Path, edits: list[str], expe
             "tokens_per_pass: 0",
             "train.tokens_per_pass: give auto or a number, not",
         ),
+        ("parallel: auto ", "parallel: both ", "train.parallel"),
+        ("  processes: auto", "  processes: 0", "train.processes: give auto or a number, not"),
         ("learning_rate: 3e-3", "learning_rate: .inf", "train.learning_rate"),
         ("learning_rate: 3e-3", "learning_rate: 'high'", "train.learning_rate"),
         ("default_instruction: null", "default_instruction: Answer.", "fetch: give either"),

@@ -44,6 +44,7 @@ def main(given: argparse.Namespace) -> None:
     )
     from fintune.model.base import read_config
     from fintune.model.conformance import agreement_of
+    from fintune.training.prepare import plan_before
 
     # the base in the hub's cache, if any; the merged model in the workspace and DVC's cache
     check_disk(2 * size + (0 if params.base.is_folder else size), Path.cwd())
@@ -60,5 +61,6 @@ def main(given: argparse.Namespace) -> None:
         "base": f"{params.base.model}, {size / GIB:.2f} GiB",
         "computed by": str(agreement_of(read_config(params.base))),
         "device": describe_device(),
+        "training, at most": str(plan_before(params.base, params.train, params.format.max_tokens)),
     }
     print(json.dumps(summary, indent=2))

@@ -33,6 +33,7 @@ from fintune.model.adapter import (
 from fintune.model.base import load_base
 from fintune.model.likelihood import Likelihood, likelihood
 from fintune.params import Evaluate, Generation
+from fintune.processes import rank
 
 PASSAGE_TOKENS = 512
 Generate = Callable[..., list[Answer]]  # from prompts and a Decoding
@@ -74,6 +75,9 @@ def measure(
     generation: Generation,
 ) -> Measured:
     """Load the base once, and measure base, tuned model and champion by switching adapters.
+
+    All processes of the stage call this; they share the rows and the questions. Meanings of answers and the
+    harness's tasks are the first one's alone.
 
     The tuned model comes first: if `generation.decoding` is `auto`, its answers to the validation rows
     decide how all of them answer the test rows.
@@ -135,6 +139,7 @@ def measure(
         results[name] = ModelResult(scores, found, [row[0] for row in greedy], passage)
     report["samples_per_prompt"] = samples
     model.set_adapter("default")
+    first = rank() == 0
     compared = {name: states[name] for name in ("base", "tuned")}
     about = {
         "base": base.model,
@@ -150,8 +155,10 @@ def measure(
     return Measured(
         results,
         report,
-        _similarity(results, test.references, params, model.device),
-        run_harness(model, tokenizer, params.harness, compared, FEWEST_ROWS, params.seed),
+        _similarity(results, test.references, params, model.device) if first else {},
+        run_harness(model, tokenizer, params.harness, compared, FEWEST_ROWS, params.seed)
+        if first
+        else {},
         champion_fault,
         about,
     )

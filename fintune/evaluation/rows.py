@@ -1,10 +1,16 @@
 """Select the test rows to measure."""
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from fintune import paths
+from fintune.data.records import read_passages
 from fintune.evaluation.statistics import Row
+
+log = logging.getLogger("fintune")
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,20 @@ def select_rows(rows: Sequence[Row], questions: Sequence[str], max_rows: int | N
         [question for _, question in chosen],
         [sorted(set(references[question])) for _, question in chosen],
     )
+
+
+def general_passages(file: str | None) -> list[str]:
+    """Read the passages of evaluate.general_text, if any, and say if DVC does not watch it."""
+    if not file:
+        return []
+    passages = read_passages(file)
+    if passages and Path(file).resolve() != paths.GENERAL_TEXT.resolve():
+        log.warning(
+            "note: DVC does not watch evaluate.general_text: %s; after editing it run "
+            "`dvc repro --force evaluate`",
+            file,
+        )
+    return passages
 
 
 def _digest(text: str) -> bytes:

@@ -73,6 +73,7 @@ def write_card(
         dirty=tags.get("git_dirty") == "true",
         in_no_commit=tags.get("inputs_in_no_commit"),
         hardware=tags["hardware"],
+        processes=int(tags.get("processes", 1)),
         run_id=run["run_id"],
         merged=measured is not None,
         own_template=trained.template == "base",

@@ -15,6 +15,7 @@ from fintune.generation.decoding import Decoding, TokenDraw, table, uniforms
 from fintune.generation.slots import FEWEST_ROWS, MOST_ROWS, Prompt, generate_with_slots
 from fintune.model.batch import batches_by_length
 from fintune.model.conformance import fused_differs
+from fintune.processes import count, of_all, rank
 
 log = logging.getLogger("fintune")
 
@@ -40,7 +41,8 @@ def generate(
     """Generate an answer to each prompt, up to the end token.
 
     The base's own end-of-text token also ends an answer, but does not count as stopped. Each answer depends
-    on its prompt, the seed and how often the prompt came before, not on the other prompts or the batch.
+    on its prompt, the seed and how often the prompt came before, not on the other prompts or the batch. So
+    the stage's processes share the prompts.
 
     Args:
         decoding: of all prompts, or of each; they may differ in their settings alone.
@@ -59,19 +61,16 @@ def generate(
     loop = _generate_with_transformers if plain else generate_with_slots
     drawn = uniforms(prompts, decodings)
     tokens: dict[int, list[int]] = {}
-    with tqdm(total=len(prompts), desc=title, unit="answer", leave=False) as bar:
+    mine = range(rank(), len(prompts), count())
+    with tqdm(total=len(mine), desc=title, unit="answer", leave=False) as bar:
 
         def finish(i: int, new: list[int]) -> None:
             tokens[i] = new
             bar.update()
 
         rows = rows_at_once
-        while len(tokens) < len(prompts):
-            left = [
-                Prompt(i, prompt, decodings[i], drawn[i])
-                for i, prompt in enumerate(prompts)
-                if i not in tokens
-            ]
+        while len(tokens) < len(mine):
+            left = [Prompt(i, prompts[i], decodings[i], drawn[i]) for i in mine if i not in tokens]
             try:
                 loop(model, left, ends, rows, finish)
             except torch.OutOfMemoryError:
@@ -81,7 +80,8 @@ def generate(
                     raise
                 log.warning("warning: out of memory; going on with %d answers at once", rows)
                 torch.cuda.empty_cache()
-    return [to_answer(tokenizer, tokens[i], end_id) for i in range(len(prompts))]
+    found = {i: new for part in of_all(tokens) for i, new in part.items()}
+    return [to_answer(tokenizer, found[i], end_id) for i in range(len(prompts))]
 
 
 def of_each(

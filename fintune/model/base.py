@@ -30,6 +30,7 @@ def load_base(
     quantization: str,
     dtype: torch.dtype,
     on: torch.device | None = None,
+    shardable: bool = False,
 ) -> PreTrainedModel:
     """Load the base and extend its embedding and head for the new tokens.
 
@@ -38,6 +39,7 @@ def load_base(
             embedding, norms and head stay in `dtype`. `none` keeps every weight in `dtype`.
         dtype: type of the unquantized weights and of the matrix products.
         on: the device; by default the first GPU, or else the CPU.
+        shardable: hold 4-bit weights as numbers of `dtype`, several in each, which FSDP can share out.
 
     Returns:
         The model with `max(rows of the base, len(tokenizer))` rows. New rows are the mean of the base's,
@@ -50,6 +52,7 @@ def load_base(
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_storage=dtype if shardable else torch.uint8,
         )
     model: PreTrainedModel
     checked_folder(base)

@@ -43,7 +43,7 @@ class MicroBatch:
 
 def pack(rows: Sequence[TokenRow], device: torch.device) -> MicroBatch:
     """Pack rows end to end, without a device sync."""
-    lengths = _lengths(rows)
+    lengths = lengths_of(rows)
     starts = [0, *accumulate(lengths)]
     ids = torch.tensor([token for prompt, completion in rows for token in prompt + completion])
     predicting = _predicting(rows, starts[:-1])
@@ -60,7 +60,7 @@ def pack(rows: Sequence[TokenRow], device: torch.device) -> MicroBatch:
 
 def pad(rows: Sequence[TokenRow], device: torch.device) -> MicroBatch:
     """Pad rows at their ends to the longest one, without a device sync."""
-    lengths = _lengths(rows)
+    lengths = lengths_of(rows)
     width = max(lengths)
     padded = [p + c + [0] * (width - n) for (p, c), n in zip(rows, lengths, strict=True)]
     ids = torch.tensor(padded)
@@ -76,7 +76,8 @@ def pad(rows: Sequence[TokenRow], device: torch.device) -> MicroBatch:
     )
 
 
-def _lengths(rows: Sequence[TokenRow]) -> list[int]:
+def lengths_of(rows: Sequence[TokenRow]) -> list[int]:
+    """Return each row's tokens."""
     return [len(prompt) + len(completion) for prompt, completion in rows]
 
 

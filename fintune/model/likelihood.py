@@ -14,6 +14,8 @@ from fintune.model.batch import CHUNK, TokenRow, batches_by_length, pack, pad
 from fintune.model.conformance import fused_differs
 from fintune.model.fused.model import FusedModel, cached_weights_gib
 from fintune.model.plain import PlainModel
+from fintune.model.sharding import is_sharded
+from fintune.processes import count, of_all, rank
 
 TOKENS_PER_BATCH = 8192  # padding included; bounds memory, affects results only by rounding
 ROOM_GIB = 6  # reserved for a batch before weights are cached in 16 bits
@@ -51,7 +53,8 @@ def likelihood(
 ) -> Likelihood:
     """Compute the likelihood of the answers given their prompts.
 
-    Only answer positions go through the head, in chunks, so that no logits are computed for the prompts.
+    Only answer positions go through the head, in chunks, so that no logits are computed for the prompts. The
+    stage's processes share the batches of one, so that the figures do not depend on their number.
 
     Args:
         model: a causal model, with or without an adapter; left in evaluation mode.
@@ -63,9 +66,18 @@ def likelihood(
     calibration = np.zeros((BINS, 3))
     lengths = [len(prompt) + len(completion) for prompt, completion in rows]
     most = TOKENS_PER_BATCH * (2 if forward.fused else 1)
-    with tqdm(total=len(rows), desc=title, unit="row", leave=False) as bar:
-        for batch in batches_by_length(lengths, most, rows=256):
-            part = forward.lay_out([rows[i] for i in batch], model.device)
+    batches = list(batches_by_length(lengths, most, rows=256))
+    share = range(rank(), len(batches), count())
+    if is_sharded(model):  # all processes take part in each pass
+        share = range(rank(), -(-len(batches) // count()) * count(), count())
+    mine: dict[int, np.ndarray] = {}
+    total = sum(len(batches[number]) for number in share if number < len(batches))
+    with tqdm(total=total, desc=title, unit="row", leave=False) as bar:
+        for number in share:
+            if number >= len(batches):
+                forward.answer_states(forward.lay_out([rows[batches[-1][-1]]], model.device))
+                continue
+            part = forward.lay_out([rows[i] for i in batches[number]], model.device)
             states = forward.answer_states(part)
             figures = [
                 token_figures(forward.logits(chunk).float(), labels)
@@ -73,12 +85,15 @@ def likelihood(
                     states.split(CHUNK), part.targets.split(CHUNK), strict=True
                 )
             ]
-            losses, hits, confidence = np.concatenate(figures, axis=1)
-            owner = np.repeat(batch, [len(rows[i][1]) for i in batch])
-            np.add.at(nll, owner, losses)
-            np.add.at(correct, owner, hits)
-            calibration += calibration_sums(confidence, hits)
-            bar.update(len(batch))
+            mine[number] = np.concatenate(figures, axis=1)
+            bar.update(len(batches[number]))
+    found = {number: each for part in of_all(mine) for number, each in part.items()}
+    for number, batch in enumerate(batches):
+        losses, hits, confidence = found[number]
+        owner = np.repeat(batch, [len(rows[i][1]) for i in batch])
+        np.add.at(nll, owner, losses)
+        np.add.at(correct, owner, hits)
+        calibration += calibration_sums(confidence, hits)
     tokens = np.array([len(completion) for _, completion in rows], dtype=float)
     return Likelihood(nll, correct, tokens, calibration)
 
@@ -125,7 +140,7 @@ class _Forward:
         model.eval()
         self.plain, self.fused = PlainModel(model), None
         if kernels == "fused" or (kernels == "auto" and fused_differs(model) is None):
-            cache = cached_weights_gib(model) + ROOM_GIB < room_gib()
+            cache = not is_sharded(model) and cached_weights_gib(model) + ROOM_GIB < room_gib()
             dtype = base_of(model).get_output_embeddings().weight.dtype
             self.fused = FusedModel(model, dtype, cache_weights=cache, training=False)
         self.lay_out = pack if self.fused else pad

@@ -10,6 +10,7 @@ from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallbac
 from transformers.trainer_callback import ExportableState
 
 from fintune.hardware import peak_memory_gib
+from fintune.processes import count
 
 
 class StepTimer(TrainerCallback, ExportableState):
@@ -32,7 +33,10 @@ class StepTimer(TrainerCallback, ExportableState):
     def state(self) -> dict[str, dict[str, Any]]:
         """Return what a checkpoint keeps."""
         names = ("seconds", "steps", "tokens", "answer_tokens", "peak_gib", "aside")
-        return {"args": {}, "attributes": {name: getattr(self, name) for name in names}}
+        return {
+            "args": {"processes": count()},
+            "attributes": {name: getattr(self, name) for name in names},
+        }
 
     @contextmanager
     def pause(self, reason: str) -> Iterator[None]:

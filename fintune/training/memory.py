@@ -18,6 +18,7 @@ def estimate_memory_gib(
     cache_weights: bool,
     tokens: int,
     base_gib: float = 0.0,
+    shards: int = 1,
 ) -> dict[str, float]:
     """Estimate the peak memory of a training run in GiB, by part.
 
@@ -27,6 +28,7 @@ def estimate_memory_gib(
         tokens: of a micro-batch, padding included.
         base_gib: of the base's weights as loaded, if that is more than follows from the sizes: the experts
             of a mixture, which stay in 16 bits, or other layers that a Llama does not have.
+        shards: processes among which the linear layers' weights are shared out; two layers are whole at once.
     """
     s, size = model, bytes_per_value
     per_weight = NF4_BYTES if quantization == "nf4" else size
@@ -62,10 +64,12 @@ def estimate_memory_gib(
         # PEFT copies embedding and head to change two rows
         activations = tokens * kept * size // 2 + 3 * table
         adapter = s.adapter_weights * 16
+    linear = s.linear_weights * per_weight
+    if shards > 1:
+        linear = linear / shards + 2 * linear / s.layers
     dequantized = s.linear_weights * size if cache_weights else 0
     return {
-        "weights": max((s.linear_weights * per_weight + tables + norms) / GIB, base_gib)
-        + dequantized / GIB,
+        "weights": max((linear + tables + norms) / GIB, base_gib) + dequantized / GIB,
         "adapter and optimizer": adapter / GIB,  # weight, gradient and two moments in float32
         "activations": activations / GIB,
         "logits": logits / GIB,

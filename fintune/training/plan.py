@@ -37,19 +37,30 @@ class Plan:
     graphs: bool  # the passes are captured CUDA graphs
     tokens_per_pass: int
     passes: int  # for a step of the expected size
-    memory: dict[str, float]
+    memory: dict[str, float]  # of each process
+    processes: int = 1
+    sharded: bool = False
+
+    @property
+    def parallel(self) -> str:
+        """Return how the processes share the work, as train.parallel names it."""
+        return "none" if self.processes == 1 else "fsdp" if self.sharded else "ddp"
 
     @property
     def peak_gib(self) -> float:
         return sum(self.memory.values())
 
     def __str__(self) -> str:
+        passes = f"{self.passes} pass{'es' * (self.passes > 1)}"
+        if self.processes > 1:
+            passes += f" in each of {self.processes} processes"
+            passes += " that share the base," if self.sharded else ""
         parts = ", ".join(f"{name} {size:.1f}" for name, size in self.memory.items())
         return (
             f"{self.attention} attention, {self.kernels} kernels, checkpointing {self.checkpointing}, "
             f"dequantize {self.dequantize}, {'products in FP8, ' if self.fp8 else ''}"
             f"{'CUDA graphs, ' if self.graphs else ''}"
-            f"{self.passes} pass{'es' * (self.passes > 1)} of up to {self.tokens_per_pass:,} tokens a step; "
+            f"{passes} of up to {self.tokens_per_pass:,} tokens a step; "
             f"memory about {self.peak_gib:.1f} GiB ({parts})"
         )
 
@@ -65,17 +76,21 @@ def plan_execution(
     packed_differs: str | None = None,
     base_gib: float = 0.0,
     has_fp8: bool = False,
+    processes: int = 1,
+    sharded: bool = False,
 ) -> Plan:
     """Resolve each `auto` to the fastest execution whose estimate fits into the free memory.
 
     Args:
         lengths: tokens of each training row.
         bytes_per_value: of an activation, 2 or 4.
-        free_gib: memory available for training, including the base's weights.
+        free_gib: memory available for training, including the base's weights, to each process.
         unsupported: why the fused kernels do not support this base, if so.
         packed_differs: how transformers' own layers differ on packed rows, if they do.
         base_gib: of the base's weights as loaded.
         has_fp8: this GPU has FP8 products, and activations are in bfloat16.
+        processes: share the rows of each step.
+        sharded: they share the base's weights, too.
 
     Raises:
         UserError: fused kernels are required but do not support this base, varlen attention without a GPU,
@@ -106,21 +121,26 @@ def plan_execution(
     modes = ["none", "selective", "full"] if kernels == "fused" else ["none", "full"]
     if params.checkpointing != "auto":
         modes = [params.checkpointing]
-    can_cache = kernels == "fused" and params.quantization == "nf4"
+    can_cache = kernels == "fused" and params.quantization == "nf4" and not sharded
     dequantize = ["once", "always"] if can_cache else ["always"]
     if params.dequantize != "auto":
         if params.dequantize not in dequantize:
             raise UserError(
-                "train.dequantize: once: only fused kernels keep the 16-bit weights of a 4-bit base; set auto"
+                "train.dequantize: once: only fused kernels keep the 16-bit weights of a 4-bit base, "
+                "and not with fsdp; set auto"
             )
         dequantize = [params.dequantize]
     lacks = _lacks_for_fp8(model, params, kernels, has_fp8)
+    if sharded:
+        lacks = "its codes are whole in each process, and fsdp shares the base out"
     if params.products == "fp8":
         if lacks:
             raise UserError(f"train.products: fp8: {lacks}; set auto")
         dequantize = ["once"]
     step = _step_tokens(lengths, params.rows_per_step, padded=attention == "padded")
     longest = max(lengths)
+    if processes > 1:
+        step = max(math.ceil(step / processes), longest)
     if params.tokens_per_pass != "auto":
         limits = [params.tokens_per_pass]
     else:
@@ -133,13 +153,15 @@ def plan_execution(
     for mode, how, limit in itertools.product(modes, dequantize, limits):
         tokens = max(min(limit, step), min(longest, step))
         passes = math.ceil(step / tokens)
-        memory = estimate(mode, how == "once", tokens, base_gib)
+        shards = processes if sharded else 1
+        memory = estimate(mode, how == "once", tokens, base_gib, shards)
         wanted = params.products == "fp8" or (
             params.products == "auto" and model.hidden >= LEAST_HIDDEN
         )
         fp8 = wanted and not lacks and how == "once"
-        graphs = small and kernels == "fused" and mode != "full"
-        plans.append(Plan(attention, kernels, mode, how, fp8, graphs, limit, passes, memory))
+        graphs = small and kernels == "fused" and mode != "full" and not sharded
+        made = (attention, kernels, mode, how, fp8, graphs, limit, passes, memory)
+        plans.append(Plan(*made, processes, sharded))
     smallest = min(plans, key=lambda plan: plan.peak_gib)
     if smallest.memory["weights"] > free_gib:
         raise UserError(
@@ -155,6 +177,21 @@ def plan_execution(
         )
         return smallest
     return min(fitting, key=lambda plan: _time(plan, step))
+
+
+def fits_whole(
+    model: ModelSize, params: Train, longest: int, bytes_per_value: int, free_gib: float
+) -> bool:
+    """Return whether the smallest execution fits with the whole base, before it is loaded.
+
+    Args:
+        longest: tokens of the longest row.
+    """
+    kernels = "plain" if params.kernels == "plain" else "fused"
+    smallest = "full" if params.checkpointing == "auto" else params.checkpointing
+    how = (model, params.quantization, bytes_per_value, kernels, smallest)
+    once = params.dequantize == "once" or params.products == "fp8"
+    return sum(estimate_memory_gib(*how, once, longest).values()) <= SAFE_SHARE * free_gib
 
 
 def _lacks_for_fp8(model: ModelSize, params: Train, kernels: str, has_fp8: bool) -> str | None:

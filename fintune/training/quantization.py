@@ -14,6 +14,7 @@ from fintune.model.base import load_base
 from fintune.model.batch import TokenRow
 from fintune.model.likelihood import likelihood
 from fintune.params import Base, Train
+from fintune.processes import of_first, rank
 
 log = logging.getLogger("fintune")
 
@@ -43,8 +44,8 @@ def quantization_cost(
     if train.quantization != "nf4":
         return {}
     file, dtype = scratch / "quantization.json", compute_dtype(train.precision)
-    if not file.is_file():
-        if check_base(base) / GIB * dtype.itemsize / 2 > 0.8 * room_gib():
+    if not of_first(file.is_file()):
+        if of_first(check_base(base) / GIB * dtype.itemsize / 2 > 0.8 * room_gib()):
             log.info(
                 "what 4 bits cost is not measured: in 16 bits, the base does not fit into memory"
             )
@@ -61,8 +62,9 @@ def quantization_cost(
                 f"{found['quantized_base_loss']}: it has weights that are not finite, or overflows in "
                 f"train.precision: {train.precision}"
             )
-        file.write_text(json.dumps(found))
-    losses: dict[str, float] = json.loads(file.read_text())
+        if rank() == 0:
+            file.write_text(json.dumps(found))
+    losses: dict[str, float] = of_first(json.loads(file.read_text()) if rank() == 0 else {})
     before, after = losses["unquantized_base_loss"], losses["quantized_base_loss"]
     log.info("the base's loss is %.3f nats an answer token, in 4 bits %.3f", before, after)
     if after - before > LARGE:

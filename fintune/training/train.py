@@ -9,15 +9,17 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase, ProgressCallback
+from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
 from trl import SFTConfig
 
 from fintune.hardware import GIB, free_memory_gib, has_fp8, matmul_flops, peak_memory_gib
 from fintune.hub.models import check_positions
 from fintune.model.batch import TokenRow
 from fintune.model.conformance import agreement_of, fused_differs
+from fintune.model.sharding import shard, sharded_gib
 from fintune.model.sizes import ModelSize
 from fintune.params import Train
+from fintune.processes import check_same, count, of_all, of_first, rank
 from fintune.training.callbacks import CURVE, Bar, Patience, StepTimer
 from fintune.training.checkpoints import last_checkpoint, resume
 from fintune.training.curve import curve_of
@@ -53,6 +55,11 @@ class TrainingResult:
         """Return what `auto` chose of the parameters that change what is learned."""
         return {"products": "fp8"} if self.plan.fp8 else {}
 
+    @property
+    def tags(self) -> dict[str, str]:
+        """Return what the run's record says of the processes."""
+        return {"processes": str(self.plan.processes), "parallel": self.plan.parallel}
+
 
 def train(
     model: PeftModel,
@@ -63,11 +70,13 @@ def train(
     validate: Callable[[PeftModel, int], dict[str, float]],
     scratch: Path,
     on_log: Callable[[int, dict[str, float]], None],
+    sharded: bool = False,
 ) -> TrainingResult:
     """Fine-tune an adapter; resume from the last checkpoint in `scratch` if there is one.
 
-    Each optimizer step sees `rows_per_step` rows. Its loss is the mean over their answer tokens, no matter
-    how the rows are split into micro-batches and whether they are packed or padded.
+    All processes of the stage call this, with the same arguments. Each optimizer step sees `rows_per_step`
+    rows. Its loss is the mean over their answer tokens, no matter how the rows are split into processes and
+    micro-batches, and whether they are packed or padded.
 
     Args:
         model: the base with a new adapter.
@@ -78,12 +87,18 @@ def train(
             better ones.
         scratch: folder for checkpoints; the caller removes it once the adapter is safe.
         on_log: called with the step and the values measured there.
+        sharded: share the base's weights among the processes.
 
     Raises:
         UserError: a loss, a gradient or a weight is not finite.
     """
-    plan = make_plan(model, params, rows, dtype)
+    steps, per_step = total_steps(params, len(rows)), params.rows_per_step
+    log.info("%d rows, %d steps of %d rows", len(rows), steps, per_step)
+    plan = make_plan(model, params, rows, dtype, sharded)
     log.info("plan: %s", plan)
+    trainable, total = model.get_nb_trainable_parameters()
+    if sharded:
+        shard(model)
     arguments = _arguments(params, len(rows), dtype, scratch, plan)
     timer = StepTimer(on_log)
     stopping = [Patience(params.early_stopping_patience)] if params.early_stopping_patience else []
@@ -98,13 +113,15 @@ def train(
         processing_class=tokenizer,
         callbacks=[timer, *stopping],
     )
-    trainer.remove_callback(ProgressCallback)
+    for printing in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(printing)
     trainer.add_callback(Bar)
     to_float32(trainer.model)
     ceiling = matmul_flops(dtype)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    checkpoint = last_checkpoint(scratch)
+    checkpoint = of_first(last_checkpoint(scratch) if rank() == 0 else None)
+    check_same({"the checkpoints that they see": checkpoint is None or checkpoint.is_dir()})
     if not (checkpoint and resume(trainer, checkpoint)):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     check_weights(trainer.model)
@@ -113,7 +130,6 @@ def train(
     warn_of_guessing(kept["validation_loss"], vocabulary, params.learning_rate)
     history = trainer.state.log_history
     losses = [(e["step"], e["loss"]) for e in history if "loss" in e]
-    trainable, total = model.get_nb_trainable_parameters()
     flops = _size(model, params).flops(timer.tokens, timer.answer_tokens)
     return TrainingResult(
         model=trainer.model,
@@ -129,8 +145,9 @@ def train(
             "validation_seconds": timer.aside["validation"],
             "tokens_per_second": timer.tokens / timer.seconds,
             "rows_per_second": timer.steps * params.rows_per_step / timer.seconds,
-            "mfu": flops / timer.seconds / ceiling,
-            "peak_memory_gib": max(timer.peak_gib, peak_memory_gib()),
+            "mfu": flops / timer.seconds / ceiling / count(),
+            "processes": count(),
+            "peak_memory_gib": max(of_all(max(timer.peak_gib, peak_memory_gib()))),
             "predicted_memory_gib": plan.peak_gib,
             "trainable_parameters": trainable,
             "trainable_percent": 100 * trainable / total,
@@ -139,7 +156,11 @@ def train(
 
 
 def make_plan(
-    model: PeftModel, params: Train, rows: Sequence[TokenRow], dtype: torch.dtype
+    model: PeftModel,
+    params: Train,
+    rows: Sequence[TokenRow],
+    dtype: torch.dtype,
+    sharded: bool = False,
 ) -> Plan:
     """Plan the steps for this model and hardware, without allocating memory.
 
@@ -149,18 +170,25 @@ def make_plan(
     agreement = agreement_of(model.get_base_model().config)
     frozen = (p for p in model.parameters() if not p.requires_grad)
     lengths = [len(prompt) + len(completion) for prompt, completion in rows]
+    base_gib = sum(p.numel() * p.element_size() for p in frozen) / GIB
+    if sharded:
+        shared = sharded_gib(model)
+        layers = model.get_base_model().config.get_text_config().num_hidden_layers
+        base_gib += shared * (1 / count() + 2 / layers - 1)
     check_positions(model.get_base_model().config.to_dict(), max(lengths))
     return plan_execution(
         _size(model, params),
         params,
         lengths,
         dtype.itemsize,
-        free_memory_gib(),
+        min(of_all(free_memory_gib())) / (1 if torch.cuda.is_available() else count()),
         torch.cuda.is_available(),
         fused_differs(model),
         agreement.differences.get("packed rows"),
-        sum(p.numel() * p.element_size() for p in frozen) / GIB,
-        dtype == torch.bfloat16 and has_fp8(),
+        base_gib,
+        dtype == torch.bfloat16 and all(of_all(has_fp8())),
+        count(),
+        sharded,
     )
 
 
@@ -179,7 +207,7 @@ def _arguments(
 ) -> SFTConfig:
     steps = total_steps(params, rows)
     on_gpu = torch.cuda.is_available()
-    return SFTConfig(
+    arguments = SFTConfig(
         output_dir=str(scratch),
         per_device_train_batch_size=params.rows_per_step,  # the step splits them into micro-batches
         max_steps=steps,
@@ -211,6 +239,8 @@ def _arguments(
         remove_unused_columns=False,
         dataloader_pin_memory=False,  # each micro-batch is pinned separately
     )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # of several visible ones, a process uses one
+    return arguments
 
 
 def _kept(state: Any, keep: str) -> dict[str, float]:

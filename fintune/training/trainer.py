@@ -2,8 +2,8 @@
 
 import logging
 import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,11 @@ from trl import SFTTrainer
 
 from fintune.errors import UserError
 from fintune.model.attention import ATTENTION, using_attention
-from fintune.model.batch import MicroBatch, TokenRow, batches_by_length, pack, pad
+from fintune.model.batch import MicroBatch, TokenRow, batches_by_length, lengths_of, pack, pad
 from fintune.model.fused.graphs import Graphs
 from fintune.model.fused.model import FusedModel
 from fintune.model.plain import PlainModel
+from fintune.processes import add_up, count, of_first, rank
 from fintune.training.callbacks import StepTimer
 from fintune.training.divergence import FiniteSteps, check_validation
 from fintune.training.plan import Plan
@@ -40,18 +41,28 @@ def split_into_micro_batches(lengths: Sequence[int], limit: int, padded: bool) -
     """
     if padded:
         return list(batches_by_length(lengths, limit, rows=len(lengths)))
-    count = max(1, math.ceil(sum(lengths) / limit))
-    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    parts = max(1, math.ceil(sum(lengths) / limit))
     while True:
-        batches: list[list[int]] = [[] for _ in range(count)]
-        sizes = [0] * count
-        for i in longest_first:
-            least = sizes.index(min(sizes))
-            batches[least].append(i)
-            sizes[least] += lengths[i]
-        if count >= len(lengths) or max(sizes) <= max(limit, max(lengths)):
-            return [sorted(rows) for rows in batches if rows]
-        count += 1
+        batches = split_evenly(lengths, parts)
+        sizes = [sum(lengths[i] for i in rows) for rows in batches]
+        if parts >= len(lengths) or max(sizes) <= max(limit, max(lengths)):
+            return [rows for rows in batches if rows]
+        parts += 1
+
+
+def split_evenly(lengths: Sequence[int], parts: int) -> list[list[int]]:
+    """Split rows into so many parts of similar size in tokens; some are empty if there are few rows.
+
+    Returns:
+        Row indices of each part.
+    """
+    batches: list[list[int]] = [[] for _ in range(parts)]
+    sizes = [0] * parts
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        least = sizes.index(min(sizes))
+        batches[least].append(i)
+        sizes[least] += lengths[i]
+    return [sorted(rows) for rows in batches]
 
 
 class AnswerTrainer(SFTTrainer):
@@ -87,7 +98,7 @@ class AnswerTrainer(SFTTrainer):
         if plan.kernels == "fused":
             cache = plan.dequantize == "once"
             self.fused = FusedModel(self.model, dtype, plan.checkpointing, cache, fp8=plan.fp8)
-        self.longest = max(len(prompt) + len(completion) for prompt, completion in rows)
+        self.longest = max(lengths_of(rows))
         self.graphs = self._graphs()
         if self.graphs:
             self.model.zero_grad = self._zero_grad
@@ -95,12 +106,13 @@ class AnswerTrainer(SFTTrainer):
     def training_step(self, model: Any, inputs: dict[str, Any], *_: Any) -> torch.Tensor:
         """Compute the gradients of one optimizer step: the mean over the answer tokens of all its rows.
 
-        If memory runs out, the step restarts with micro-batches of half the size, as do all later ones; rows
-        and loss stay the same.
+        Each process computes its share of the rows; the sums are those of one that computes them all. If memory
+        runs out, the share restarts in micro-batches of half the size, as do all later ones, with the same loss.
         """
         rows: list[TokenRow] = inputs["step"].rows
-        answers = sum(len(completion) for _, completion in rows)
-        lengths = [len(prompt) + len(completion) for prompt, completion in rows]
+        answers, lengths = sum(len(completion) for _, completion in rows), lengths_of(rows)
+        self.step_tokens.append(sum(lengths))
+        self.timer.count(sum(lengths), answers)
         if self.fused:
             late = self.state.global_step >= COARSE * self.state.max_steps
             if late and self.fused.forward_is_in_fp8:
@@ -108,14 +120,22 @@ class AnswerTrainer(SFTTrainer):
                 self.graphs = self._graphs()
             (self.graphs or self.fused).sync_parameters()
         while True:
+            passes = self._passes(lengths)
             try:
-                loss = self._gradients(rows, lengths, answers)
+                with _random_numbers_of_each():
+                    loss = self._gradients(rows, passes, answers)
                 break
             except torch.OutOfMemoryError:
-                smaller = min(self.limit, sum(lengths)) // 2
-                if len(split_into_micro_batches(lengths, self.limit, self._padded)) == len(rows):
+                mine = [lengths[i] for members in passes for i in members]
+                smaller = min(self.limit, sum(mine)) // 2
+                if self.plan.sharded:  # the others wait in the middle of their passes
                     raise UserError(
-                        f"train: not enough memory for a single row ({max(lengths):,} tokens); set "
+                        f"train: not enough memory for {self.limit:,} tokens a pass; set "
+                        f"train.tokens_per_pass: {smaller}"
+                    ) from None
+                if len(passes) == len(mine):
+                    raise UserError(
+                        f"train: not enough memory for a single row ({max(mine):,} tokens); set "
                         "train.checkpointing: full, or a smaller format.max_tokens"
                     ) from None
                 log.warning(
@@ -126,10 +146,34 @@ class AnswerTrainer(SFTTrainer):
                 self.limit, self.graphs = smaller, None
             model.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
-        self.step_tokens.append(sum(lengths))
-        self.timer.count(sum(lengths), answers)
+        if count() > 1:
+            self._add_up(loss)
         self._loss = loss
         return loss
+
+    def _passes(self, lengths: list[int]) -> list[list[int]]:
+        """Split this process's share of a step's rows into micro-batches; return the indices of their rows.
+
+        In all passes of a sharded base every process takes part, also without rows.
+        """
+        shares = split_evenly(lengths, count()) if count() > 1 else [list(range(len(lengths)))]
+        passes = []
+        for share in shares:
+            of_share = [lengths[i] for i in share]
+            split = split_into_micro_batches(of_share, self.limit, self._padded)
+            passes.append([[share[k] for k in members] for members in split])
+        mine = passes[rank()]
+        if self.plan.sharded:
+            mine += [[]] * (max(map(len, passes)) - len(mine))
+        return mine
+
+    def _add_up(self, loss: torch.Tensor) -> None:
+        """Add up loss and gradients over the processes, in one call: an adapter's are few."""
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        for parameter in trained:
+            if parameter.grad is None:  # this process had no row
+                parameter.grad = torch.zeros_like(parameter)
+        add_up([*(p.grad for p in trained if p.grad is not None), loss])
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         """Return the gradients' norm, before the update; the loss and it must be finite."""
@@ -145,15 +189,14 @@ class AnswerTrainer(SFTTrainer):
         super().log(logs, *args, **kwargs)
 
     def _graphs(self) -> Graphs | None:
-        """Return what captures the passes, where the plan says so."""
-        if not (self.fused and self.plan.graphs) or self.fused.softcap or self.args.fp16:
-            return (
-                None  # flex attention makes its masks on the host; a scaler has factors of its own
-            )
-        return Graphs(self.fused, self.model.parameters(), self.args.train_batch_size, self.longest)
+        """Return what captures the passes; not flex attention's masks, or float16's scaled losses."""
+        if self.fused and self.plan.graphs and not (self.fused.softcap or self.args.fp16):
+            rows = self.args.train_batch_size
+            return Graphs(self.fused, self.model.parameters(), rows, self.longest)
+        return None
 
     def _zero_grad(self, set_to_none: bool = True) -> None:
-        """Leave the gradients to the graphs, which set them to zero without a walk through all modules."""
+        """Leave the gradients to the graphs, if any: a walk through all modules takes milliseconds."""
         if not self.graphs:
             type(self.model).zero_grad(self.model, set_to_none)
 
@@ -167,7 +210,9 @@ class AnswerTrainer(SFTTrainer):
     def _padded(self) -> bool:
         return self.plan.attention == "padded"
 
-    def _gradients(self, rows: list[TokenRow], lengths: list[int], answers: int) -> torch.Tensor:
+    def _gradients(
+        self, rows: list[TokenRow], passes: list[list[int]], answers: int
+    ) -> torch.Tensor:
         total = torch.zeros((), device=self.args.device)
         lay_out = pad if self._padded else pack
         plain_packed = not (self.fused or self._padded)
@@ -175,13 +220,15 @@ class AnswerTrainer(SFTTrainer):
             self.graphs.begin()
         # in the backward pass as well, where checkpointed layers are computed again
         with using_attention(self.model, ATTENTION) if plain_packed else nullcontext():
-            for members in split_into_micro_batches(lengths, self.limit, self._padded):
-                part = lay_out([rows[i] for i in members], self.args.device)
+            for members in passes:
+                part = lay_out([rows[i] for i in members or [0]], self.args.device)
                 self.largest_micro_batch = max(self.largest_micro_batch, part.ids.numel())
                 if self.graphs:
                     total += self.graphs.loss(part, 1 / answers)
                     continue
                 loss = (self._fused_loss if self.fused else self._plain_loss)(part) / answers
+                if not members:
+                    loss = loss * 0
                 self.accelerator.backward(loss)
                 total += loss.detach()
         return total
@@ -216,12 +263,27 @@ class AnswerTrainer(SFTTrainer):
         return decides and bool(super()._determine_best_metric(metrics, trial))
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Save a checkpoint in the first process; the others wait for it."""
         with self.timer.pause("checkpoint"):
-            super()._save_checkpoint(*args, **kwargs)
+            if rank() == 0:
+                super()._save_checkpoint(*args, **kwargs)
+            self.state.best_model_checkpoint = of_first(self.state.best_model_checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Save adapter and token rows only, without the whole embedding and pickled arguments."""
         self.model.save_pretrained(output_dir or self.args.output_dir, save_embedding_layers=False)
+
+
+@contextmanager
+def _random_numbers_of_each() -> Iterator[None]:
+    """Give each process other random numbers for dropout; afterwards all have the same ones again."""
+    if count() == 1:
+        yield
+        return
+    seed = int(torch.randint(2**48, ()))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed + rank())
+        yield
 
 
 @dataclass(frozen=True)

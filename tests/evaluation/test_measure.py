@@ -30,6 +30,7 @@ from fintune.model.base import load_base
 from fintune.params import Base, Evaluate, Generation, Lora, Sampler, read_params
 from fintune.registry import versions
 from fintune.registry.champion import Champion, fetch_champion
+from support.processes import in_processes
 
 ROOT = Path(__file__).parents[2]
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -196,6 +197,26 @@ def test_a_good_adapter_passes_every_rule(
     assert len(report["gate"]["rules"]) == 5
     assert [row["tuned"] for row in table].count(table[0]["tuned"]) < len(table)
     assert report["tuned"]["rouge_l"] > 0.8 > 0.2 > report["base"]["rouge_l"]
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_several_processes_measure_what_one_does(
+    number: int,
+    good: Path,
+    rows: list[dict[str, Any]],
+    passages: list[str],
+    params: Evaluate,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr("fintune.model.likelihood.TOKENS_PER_BATCH", 64)  # several batches
+    decoded = Generation(decoding="auto", max_new_tokens=8)
+
+    def work() -> Any:
+        return evaluate(good, rows, passages, params, champion=good, generation=decoded)
+
+    expected, found = work(), in_processes(number, work, tmp_path)
+    assert [each == expected for each in found] == [True] * number
 
 
 def test_a_zeroed_adapter_is_the_base_and_improves_nothing(

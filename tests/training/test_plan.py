@@ -12,7 +12,7 @@ from fintune.errors import UserError
 from fintune.model.sizes import ModelSize
 from fintune.params import Train
 from fintune.training.memory import estimate_memory_gib
-from fintune.training.plan import Plan, plan_execution
+from fintune.training.plan import Plan, fits_whole, plan_execution
 
 ROOT = Path(__file__).parents[2]
 RECIPE = Train.model_validate(
@@ -38,10 +38,36 @@ def plan(
     unsupported: str | None = None,
     size: ModelSize = SIZE,
     has_fp8: bool = False,
+    processes: int = 1,
+    sharded: bool = False,
     **changes: Any,
 ) -> Plan:
     params = RECIPE.model_copy(update=changes)
-    return plan_execution(size, params, LENGTHS, 2, free_gib, on_gpu, unsupported, has_fp8=has_fp8)
+    how: dict[str, Any] = {"has_fp8": has_fp8, "processes": processes, "sharded": sharded}
+    return plan_execution(size, params, LENGTHS, 2, free_gib, on_gpu, unsupported, **how)
+
+
+def test_processes_share_the_rows_of_a_step_and_sharded_ones_the_base() -> None:
+    alone = plan(139, tokens_per_pass=100_000)
+    two = plan(139, tokens_per_pass=100_000, processes=2)
+    assert two.memory["activations"] == pytest.approx(alone.memory["activations"] / 2, rel=0.01)
+    assert two.memory["weights"] == alone.memory["weights"]
+    assert (alone.parallel, two.parallel) == ("none", "ddp")
+    whole = plan(139, dequantize="always").memory["weights"]
+    shared = plan(139, processes=4, sharded=True)
+    tables = 2 * SIZE.vocabulary * SIZE.hidden * 2 / 2**30
+    share = 1 / 4 + 2 / SIZE.layers  # two layers are whole
+    assert shared.memory["weights"] == pytest.approx((whole - tables) * share + tables, abs=0.01)
+    assert shared.parallel == "fsdp" and shared.dequantize == "always"
+    with pytest.raises(UserError, match="not with fsdp"):
+        plan(139, processes=4, sharded=True, dequantize="once")
+    assert not plan(139, processes=4, sharded=True, has_fp8=True).fp8
+
+
+def test_a_base_is_sharded_where_the_smallest_execution_does_not_fit() -> None:
+    sixteen = RECIPE.model_copy(update={"quantization": "none"})
+    assert fits_whole(SIZE, RECIPE, 600, 2, 8.0) and not fits_whole(SIZE, RECIPE, 600, 2, 4.0)
+    assert fits_whole(SIZE, sixteen, 600, 2, 24.0) and not fits_whole(SIZE, sixteen, 600, 2, 13.0)
 
 
 def test_large_bases_are_multiplied_in_fp8_where_the_gpu_can() -> None:

@@ -30,7 +30,8 @@ from fintune.model.batch import CHUNK, MicroBatch
 from fintune.model.fused.families import make_layers
 from fintune.model.fused.layers import CheckpointedLayer, Rotary
 from fintune.model.fused.ops import functions_for
-from fintune.model.fused.projections import Seed, active_adapter
+from fintune.model.fused.projections import Seed, active_adapter, state_of
+from fintune.model.sharding import Shards, is_sharded
 
 ALIGNMENT = 64  # matrix products whose sizes or offsets are not multiples of it use slow kernels
 
@@ -90,7 +91,7 @@ def cached_weights_gib(model: Any) -> float:
     return sum(
         module.in_features * module.out_features * width / GIB
         for module in plain.get_decoder().modules()
-        if hasattr(getattr(module, "weight", None), "quant_state")
+        if state_of(module)
     )
 
 
@@ -121,6 +122,7 @@ class FusedModel:
         config, self.body = plain.config, plain.get_decoder()
         device = next(self.body.parameters()).device
         self.checkpointing = checkpointing
+        self.shards = Shards(self.body.layers) if is_sharded(model) else None
         self.layers = make_layers(
             config,
             self.body.layers,
@@ -171,12 +173,16 @@ class FusedModel:
         """
         x = self.embed(ids)
         rotary = self.angles(x, positions)
-        for layer, own in zip(self.layers, self._seeds(seed), strict=True):
+        for number, (layer, own) in enumerate(zip(self.layers, self._seeds(seed), strict=True)):
+            if self.shards:
+                x = self.shards.enter(x, number)
             if self.checkpointing == "full":
                 parameters = (*layer.of_attention, *layer.of_feed_forward)
                 x = CheckpointedLayer.apply(x, layer, packed, rotary, own, *parameters)
             else:
                 x = layer(x, packed, rotary, own)
+            if self.shards:
+                x = self.shards.leave(x, number)
         normal: Tensor = self.body.norm(x)
         return normal
 

@@ -53,7 +53,7 @@ class Projections:
         self.outputs = [base.out_features for base in self.bases]
         self.bias = _bias(self.bases, dtype)
         self.inputs: int = self.bases[0].in_features
-        self.quantized = hasattr(self.bases[0].weight, "quant_state")
+        self.quantized = state_of(self.bases[0]) is not None
         self.workspace = workspace
         tuned = [(m, active_adapter(m)) for m in modules]
         self.loras = [
@@ -80,7 +80,7 @@ class Projections:
                 kernels,  # needs Triton, which only GPU builds of torch include
             )
 
-            self.states = [kernels.NestedState.of(base.weight.quant_state) for base in self.bases]
+            self.states = [kernels.NestedState.of(state_of(base)) for base in self.bases]
         self.cached_weights: Tensor | None = None
         self.eight: Any = None  # the module fp8's Weights
         self.coarse = fp8  # the forward product is in FP8, not only that of the gradient
@@ -141,7 +141,10 @@ class Projections:
             if whole.is_cuda:
                 from fintune.model.fused.kernels import dequantize_and_add
 
-                dequantize_and_add(base.weight, self.states[i], pair, self.scaling, whole[r])
+                codes = base.weight
+                if codes.dtype != torch.uint8:  # several in a number that FSDP can share out
+                    codes = codes.view(torch.uint8)
+                dequantize_and_add(codes, self.states[i], pair, self.scaling, whole[r])
             else:
                 weight = _dequantize(base)
                 if pair:
@@ -242,7 +245,7 @@ def _bias(bases: Sequence[Any], dtype: torch.dtype) -> Tensor | None:
         return None
     return torch.cat(
         [
-            base.weight.new_zeros(base.out_features, dtype=dtype)
+            torch.zeros(base.out_features, dtype=dtype, device=base.weight.device)
             if base.bias is None
             else base.bias.detach().to(dtype)
             for base in bases
@@ -254,13 +257,18 @@ def _slices(sizes: Sequence[int]) -> list[slice]:
     return [slice(a, b) for a, b in pairwise([0, *accumulate(sizes)])]
 
 
+def state_of(module: Any) -> Any:
+    """Return the quantization state of a layer with 4-bit weights, else None; a sharded weight has none."""
+    weight = getattr(module, "weight", None)
+    return getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
+
+
 def _dequantize(base: Any) -> Tensor:
     """Dequantize to float32 on a CPU, where bitsandbytes repacks weights that evaluation has used."""
-    weight = base.weight
-    if getattr(weight.quant_state, "packing_format_for_cpu", False):
+    weight, state = base.weight, state_of(base)
+    if getattr(state, "packing_format_for_cpu", False):
         from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
-        weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(
-            weight.data, weight.quant_state
-        )
-    return dequantize_4bit(weight.data, weight.quant_state).float()
+        weight.data, state = _convert_weight_packed_for_cpu_inverse(weight.data, state)
+        weight.quant_state = state
+    return dequantize_4bit(weight.data, state).float()

@@ -1,0 +1,134 @@
+"""Load what a training needs: tokens, tokenizer and the base with a new adapter."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from fintune.data.prompt import Tokenizer, encode, load_tokenizer, template_of
+from fintune.errors import UserError
+from fintune.hardware import (
+    check_disk,
+    compute_dtype,
+    describe_device,
+    free_memory_gib,
+    has_fp8,
+)
+from fintune.hub.models import check_base
+from fintune.model.adapter import add_adapter, describe_adapter
+from fintune.model.base import load_base, read_config
+from fintune.model.batch import TokenRow
+from fintune.model.conformance import agreement_of
+from fintune.model.sizes import ModelSize
+from fintune.params import Base, Train
+from fintune.processes import count, number_here, of_all
+from fintune.training.memory import estimate_memory_gib
+from fintune.training.plan import Plan, fits_whole, plan_execution
+from fintune.training.quantization import quantization_cost
+
+log = logging.getLogger("fintune")
+
+ROOM = 0.8  # of the free memory, for a base that is loaded whole before it is shared out
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `train` takes; `tokens` by split, and `cost`, what four bits cost."""
+
+    model: PeftModel
+    tokenizer: Tokenizer
+    tokens: dict[str, list[TokenRow]]
+    dtype: torch.dtype
+    cost: dict[str, float]
+    sharded: bool  # the processes are to share the base's weights
+
+
+def prepare(
+    base: Base, params: Train, rows: dict[str, list[dict[str, Any]]], scratch: Path
+) -> Prepared:
+    """Encode the rows, check the disk space, and load the base with a new adapter.
+
+    Args:
+        rows: of the splits `train` and `validation`.
+        scratch: the training's folder.
+    """
+    tokenizer = load_tokenizer(base, params.end_token, template_of(rows["train"]))
+    tokens = {
+        split: [encode(tokenizer, row["prompt"], row["completion"]) for row in part]
+        for split, part in rows.items()
+    }
+    dtype = compute_dtype(params.precision)
+    log.info("device: %s", describe_device())
+    check_disk(2 * check_base(base), Path.cwd())
+    cost = quantization_cost(base, params, tokenizer, tokens["validation"], scratch)
+    parallel, on = _parallel(base, params, tokens["train"], dtype)
+    loaded = load_base(base, tokenizer, params.quantization, dtype, on, parallel == "fsdp")
+    model = add_adapter(loaded, tokenizer, params.lora, params.seed)
+    log.info("trainable: %s", describe_adapter(model))
+    return Prepared(model, tokenizer, tokens, dtype, cost, parallel == "fsdp")
+
+
+def plan_before(base: Base, params: Train, longest: int) -> Plan:
+    """Plan the steps on this machine before the base is loaded, as if all rows had the greatest length.
+
+    Raises:
+        UserError: as `plan_execution` raises.
+    """
+    config, dtype = read_config(base), compute_dtype(params.precision)
+    size, agreement = ModelSize.of(config, params.lora), agreement_of(config)
+    processes, on_gpu = number_here(params.wanted_processes), torch.cuda.is_available()
+    free = free_memory_gib() / (1 if on_gpu else processes)
+    parallel = _chosen(size, params, longest, dtype, free) if processes > 1 else "none"
+    return plan_execution(
+        size,
+        params,
+        [longest] * params.rows_per_step,
+        dtype.itemsize,
+        free,
+        on_gpu,
+        None if agreement.fused else f"a base of type {config.model_type}",
+        agreement.differences.get("packed rows"),
+        has_fp8=dtype == torch.bfloat16 and has_fp8(),
+        processes=processes,
+        sharded=parallel == "fsdp",
+    )
+
+
+def _chosen(
+    size: ModelSize, params: Train, longest: int, dtype: torch.dtype, free_gib: float
+) -> str:
+    """Return how several processes share the work: `ddp` where the whole base fits, else `fsdp`."""
+    if params.parallel != "auto":
+        return params.parallel
+    return "ddp" if fits_whole(size, params, longest, dtype.itemsize, free_gib) else "fsdp"
+
+
+def _parallel(
+    base: Base, params: Train, rows: list[TokenRow], dtype: torch.dtype
+) -> tuple[str, torch.device | None]:
+    """Decide whether processes share the base, and where to load it: on the CPU if it is too large.
+
+    Raises:
+        UserError: the validation would need the whole base.
+    """
+    if count() == 1:
+        return "none", None
+    size = ModelSize.of(read_config(base), params.lora)
+    longest = max(len(prompt) + len(completion) for prompt, completion in rows)
+    free = min(of_all(free_memory_gib())) / (1 if torch.cuda.is_available() else count())
+    parallel = _chosen(size, params, longest, dtype, free)
+    log.info("parallel: %s", parallel)
+    if parallel != "fsdp":
+        return parallel, None
+    if params.keep == "best_answers":
+        raise UserError(
+            "train.keep: best_answers: the base is shared among the processes (fsdp), which answer no "
+            "questions then; set best_loss or last"
+        )
+    weights = estimate_memory_gib(
+        size, params.quantization, dtype.itemsize, "fused", "full", False, longest
+    )["weights"]
+    return parallel, None if weights < ROOM * free else torch.device("cpu")
