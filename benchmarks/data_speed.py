@@ -60,6 +60,7 @@ def main() -> None:
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "command": " ".join(["python", "benchmarks/data_speed.py", *sys.argv[1:]]),
             "machine": f"{os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB",
+            "load_average": [round(load, 1) for load in os.getloadavg()],
             "versions": {
                 "python": platform.python_version(),
                 **{n: version(n) for n in ("numpy", "pyarrow", "tokenizers", "pandas", "datasets")},
