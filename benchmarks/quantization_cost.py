@@ -27,9 +27,9 @@ from ruamel.yaml import YAML
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fintune.data.prompt import encode, end_token_id, load_tokenizer
-from fintune.data.records import select_records
+from fintune.data.sources import fetch_records
 from fintune.data.splitting import split_rows
-from fintune.data.tables import read_source
+from fintune.data.tables import SPLITS, read_rows
 from fintune.errors import UserError
 from fintune.evaluation.measure import ModelResult
 from fintune.evaluation.rows import Chosen
@@ -158,13 +158,17 @@ def vary(params: Params, **changes: Any) -> Params:
 
 def read_splits(params: Params, tokenizer: Any) -> dict[str, list[dict[str, Any]]]:
     """Read the formatted rows of train, validation and test, the last cut to `evaluate.max_rows`."""
-    fetch, columns = params.fetch, params.fetch.columns.model_dump()
-    selection = (columns, fetch.default_instruction, fetch.invalid_rows, fetch.source)
-    records, _ = select_records(read_source(fetch.source), *selection)
-    splits, _, _ = split_rows(records, params.split)
-    rows = {
-        name: format_rows(tokenizer, part, params.format, name)[0] for name, part in splits.items()
-    }
+    with tempfile.TemporaryDirectory() as name:
+        raw, split, target = (
+            Path(name) / part for part in ("raw/qa.parquet", "split", "formatted")
+        )
+        fetch_records(params.fetch, raw)
+        split_rows(raw, split, params.split)
+        rows = {}
+        for each in SPLITS:
+            source, formatted = split / f"{each}.parquet", target / f"{each}.parquet"
+            format_rows(tokenizer, source, formatted, params.format, each)
+            rows[each] = read_rows(formatted)
     return rows | {"test": rows["test"][: params.evaluate.max_rows]}
 
 

@@ -4,16 +4,15 @@ import hashlib
 
 from fintune import paths
 from fintune.data.sources import fetch_records
-from fintune.data.tables import write_rows
 from fintune.params import read_params
 from fintune.stage import run, write_json
 
 
 def main() -> None:
     params = read_params().fetch
-    records, about = fetch_records(params)
-    write_rows(paths.RAW_ROWS, records)
-    digest = hashlib.sha256(paths.RAW_ROWS.read_bytes()).hexdigest()
+    about = fetch_records(params, paths.RAW_ROWS)
+    with paths.RAW_ROWS.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     origin = {key: about[key] for key in ("source", "revision", "license")}
     write_json(paths.MANIFEST, origin | {"sha256": digest} | about)
 

@@ -6,9 +6,9 @@ import sys
 from typing import Any
 
 from fintune import paths
-from fintune.data.formatting import format_rows, schema_of
+from fintune.data.formatting import format_rows
 from fintune.data.prompt import describe_layout, load_tokenizer
-from fintune.data.tables import SPLITS, read_rows, write_rows
+from fintune.data.tables import SPLITS
 from fintune.errors import UserError
 from fintune.hub.models import KNOWN, check_base, check_positions, read_config_file
 from fintune.params import read_params
@@ -26,9 +26,8 @@ def main() -> None:
     log.info("%s", describe_layout(tokenizer))
     report = {}
     for split in SPLITS:
-        given = read_rows(paths.rows(paths.SPLIT, split))
-        rows, report[split] = format_rows(tokenizer, given, params.format, split)
-        write_rows(paths.rows(paths.FORMATTED, split), rows, schema_of(rows))
+        source, target = (paths.rows(each, split) for each in (paths.SPLIT, paths.FORMATTED))
+        report[split] = format_rows(tokenizer, source, target, params.format, split)
         log.info("%s: %s", split, report[split])
     write_json(paths.FORMAT_METRICS, report)
 

@@ -4,18 +4,15 @@ import json
 
 from fintune import paths
 from fintune.data.splitting import describe_splits, split_rows
-from fintune.data.tables import SPLITS, read_rows, write_rows
+from fintune.data.tables import SPLITS
 from fintune.params import read_params
 from fintune.stage import log, run, write_json
 
 
 def main() -> None:
     params = read_params().split
-    rows = read_rows(paths.RAW_ROWS)
-    splits, dropped, groups = split_rows(rows, params)
-    for name, part in splits.items():
-        write_rows(paths.rows(paths.SPLIT, name), part)
-    counts = describe_splits({name: read_rows(paths.rows(paths.SPLIT, name)) for name in SPLITS})
+    dropped, groups = split_rows(paths.RAW_ROWS, paths.SPLIT, params)
+    counts = describe_splits(paths.SPLIT)
     fetched = json.loads(paths.MANIFEST.read_text(encoding="utf-8"))
     report = {
         **counts,
@@ -25,7 +22,7 @@ def main() -> None:
     }
     write_json(paths.SPLIT_METRICS, report)
     shares = ", ".join(f"{counts[name]['rows']} {name}" for name in SPLITS)
-    log.info("%d rows: %s; left out: %s", len(rows), shares, dropped)
+    log.info("%d rows: %s; left out: %s", fetched["rows"], shares, dropped)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import re
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from fintune.data.parsing import Row
+from fintune.data.unpacking import Row
 from fintune.errors import UserError, brief
 
 # what a template that asks for the date is told; else equal data would differ from day to day

@@ -1,18 +1,21 @@
 """Download a source from a URL: with a progress bar, and a limit on silence, not on length."""
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from fintune.data.parsing import source_limit, too_large
+from fintune.data.unpacking import source_limit, too_large
 from fintune.errors import RecordError, brief
 
 SILENCE = 60.0  # seconds without a byte until a transfer is given up
 
 
-def download(url: str) -> bytes:
-    """Download what any URL leads to that fsspec opens.
+@contextmanager
+def downloaded(url: str) -> Iterator[Path]:
+    """Download what any URL leads to that fsspec opens, to a file for the time of the block.
 
     Raises:
         RecordError: the transfer failed; the message says why.
@@ -42,11 +45,11 @@ def download(url: str) -> bytes:
         try:
             system, path = fsspec.url_to_fs(url, **options)
             system.get_file(path, str(file), callback=bar)
-            return file.read_bytes()
         except RecordError:
             raise
         except Exception as error:  # each protocol raises its own library's errors
             raise RecordError(f"{url}: {_reason(error)}") from error
+        yield file
 
 
 def _reason(error: Exception) -> str:

@@ -2,22 +2,30 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Literal
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import pyarrow as pa
-from tqdm.auto import tqdm
+from numpy.typing import NDArray
 
 from fintune.data.chat import WAY_OUT, Refused
-from fintune.data.parsing import Row
 from fintune.data.prompt import (
+    RESPONSE,
+    RESPONSE_END,
     SPECIAL_TOKENS,
     Tokenizer,
     encode,
     encode_text,
+    has_own_template,
+    prompt_token_ids,
     render_row,
 )
 from fintune.data.records import warn_of_dropped
-from fintune.data.tables import COLUMNS, optional_columns
+from fintune.data.stream import batches, open_rows, ordered, writer
+from fintune.data.tables import COLUMNS
+from fintune.data.unpacking import Row
 from fintune.data.words import sentence_ends, word_ends
 from fintune.errors import UserError, brief
 from fintune.params import Format
@@ -26,13 +34,14 @@ LONGEST_WORD = 40  # characters
 # Characters of a text that are read, and at least so many for each token of max_tokens: what is beyond would
 # not fit, as no token but white space is as long. Tokenizing 10 MB takes gigabytes.
 READ, READ_A_TOKEN = 100_000, 64
+AT_ONCE = 1_024  # rows
 
 
-def schema_of(rows: list[Row]) -> dict[str, pa.DataType]:
+def schema_of(given: pa.Schema) -> pa.Schema:
     """Return the columns of formatted rows and their types; `result` and `kind` only where rows have them."""
-    optional = [name for name in optional_columns(rows) if name not in ("split", "group", "turns")]
+    optional = [name for name in ("result", "kind") if name in given.names]
     texts = (*COLUMNS, *optional, "prompt", "completion")
-    return {**dict.fromkeys(texts, pa.string()), "tokens": pa.int32()}
+    return pa.schema([*((name, pa.string()) for name in texts), ("tokens", pa.int32())])
 
 
 def format_row(
@@ -57,6 +66,17 @@ def format_row(
     Raises:
         Refused: the base's chat template refuses the row, or changes its answer.
     """
+    rendered, event = _render(tokenizer, row, max_tokens, overlong)
+    if rendered is None:
+        return None, event
+    (counts,) = count_tokens(tokenizer, [rendered[:2]])
+    return _fit(tokenizer, row, rendered, counts, max_tokens, overlong)
+
+
+def _render(
+    tokenizer: Tokenizer, row: Row, max_tokens: int, overlong: str
+) -> tuple[tuple[str, str, str] | None, str | None]:
+    """Return a row's prompt and completion, and as much of the answer as is read; or why it is dropped."""
     if any(token in row[column] for column in COLUMNS for token in SPECIAL_TOKENS):
         return None, "special_token"
     read = max(READ, READ_A_TOKEN * max_tokens)
@@ -65,11 +85,22 @@ def format_row(
     whole = row["output"][:read]
     if len(whole) < len(row["output"]) and overlong == "drop":
         return None, "too_long"
-    prompt, completion = render_row(tokenizer, row, whole)
-    prompt_ids, completion_ids = encode(tokenizer, prompt, completion)
+    return (*render_row(tokenizer, row, whole), whole), None
+
+
+def _fit(
+    tokenizer: Tokenizer,
+    row: Row,
+    rendered: tuple[str, str, str],
+    counts: tuple[int, int],
+    max_tokens: int,
+    overlong: str,
+) -> tuple[Row | None, str | None]:
+    """Return a row of so many tokens, its answer cut if need be, or why it is dropped."""
+    prompt, completion, whole = rendered
     happened = None
-    room = max_tokens - len(prompt_ids) - 1  # one for the end token
-    while (over := len(prompt_ids) + len(completion_ids) - max_tokens) > 0:
+    room = max_tokens - counts[0] - 1  # one for the end token
+    while (over := sum(counts) - max_tokens) > 0:
         if overlong == "drop":
             return None, "too_long"
         room -= over if happened else 0  # a template's white space takes some of it
@@ -79,14 +110,42 @@ def format_row(
             return None, "prompt_too_long" if room < 1 or ends else "no_word_end"
         happened = "truncated"
         prompt, completion = render_row(tokenizer, row, answer)
-        prompt_ids, completion_ids = encode(tokenizer, prompt, completion)
-    formatted = {
-        **{name: text for name, text in row.items() if name != "turns"},
-        "prompt": prompt,
-        "completion": completion,
-        "tokens": len(prompt_ids) + len(completion_ids),
+        (counts,) = count_tokens(tokenizer, [(prompt, completion)])
+    kept = {name: text for name, text in row.items() if name != "turns"}
+    return kept | {"prompt": prompt, "completion": completion, "tokens": sum(counts)}, happened
+
+
+def count_tokens(tokenizer: Tokenizer, rows: Sequence[tuple[str, str]]) -> list[tuple[int, int]]:
+    """Return how many tokens `encode` makes of the prompt and completion of each row, many at once.
+
+    Raises:
+        Refused: the base's tokenizer makes a special token of a text.
+    """
+    if has_own_template(tokenizer):
+        return [(len(one), len(other)) for one, other in (encode(tokenizer, *row) for row in rows)]
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    opening = len(prompt_token_ids(tokenizer)[:1])
+    prompts = list(
+        dict.fromkeys(prompt for prompt, _ in rows)
+    )  # a question often has several answers
+    bodies = [prompt.removesuffix(RESPONSE) if opening else prompt for prompt in prompts]
+    added = backend.encode("a").special_tokens_mask
+    appended = next((i for i, is_added in enumerate(reversed(added)) if not is_added), len(added))
+    before = {
+        prompt: len(encoded) - appended + opening * prompt.endswith(RESPONSE)
+        for prompt, encoded in zip(prompts, backend.encode_batch_fast(bodies), strict=True)
     }
-    return formatted, happened
+    answers = [completion.removesuffix(RESPONSE_END) for _, completion in rows]
+    encoded_answers = backend.encode_batch_fast(answers, add_special_tokens=False)
+    return [
+        (before[prompt], len(encoded) + (answer != completion))
+        for (prompt, completion), answer, encoded in zip(
+            rows, answers, encoded_answers, strict=True
+        )
+    ]
 
 
 def _cut(tokenizer: Tokenizer, text: str, room: int) -> str:
@@ -98,73 +157,126 @@ def _cut(tokenizer: Tokenizer, text: str, room: int) -> str:
     )
     head = text[: encoded["offset_mapping"][:room][-1][1]]
     sentences = [end for end in sentence_ends(head) if end > len(head) / 2]
-    for end in [*reversed(sentences), *reversed(word_ends(text, len(head)))]:
-        # A prefix encoded alone can take one token more than within the text.
-        if len(encode_text(tokenizer, head[:end])) <= room:
-            return head[:end]
+    # A prefix encoded alone can take one token more than within the text.
+    for ends in (lambda: sentences, lambda: word_ends(text, len(head))):
+        for end in reversed(ends()):
+            if len(encode_text(tokenizer, head[:end])) <= room:
+                return head[:end]
     return ""
 
 
+class Formatted(NamedTuple):
+    """A batch of formatted rows, and what became of the others."""
+
+    rows: pa.RecordBatch
+    events: Counter[str]
+    examples: list[str]  # of dropped rows
+    reason: str  # a chat template's, for refusing a row
+
+
+def format_batch(batch: pa.RecordBatch, tokenizer: Tokenizer, params: Format) -> Formatted:
+    """Format some rows; their tokens are counted together."""
+    rows, rendered, found, reason = batch.to_pylist(), [], [], ""
+    for row in rows:
+        try:
+            rendered.append(_render(tokenizer, row, params.max_tokens, params.overlong))
+        except Refused as refused:
+            rendered.append((None, "template"))
+            reason = str(refused)
+    counts = iter(count_tokens(tokenizer, [texts[:2] for texts, _ in rendered if texts]))
+    for row, (texts, event) in zip(rows, rendered, strict=True):
+        formatted: Row | None = None
+        if texts:
+            try:
+                formatted, event = _fit(
+                    tokenizer, row, texts, next(counts), params.max_tokens, params.overlong
+                )
+            except Refused as refused:
+                event, reason = "template", str(refused)
+        found.append((formatted, event))
+    examples = [
+        f"{brief(row['input'], 60)!r} "
+        + (
+            f"fails: the base's chat template {reason}"
+            if event == "template"
+            else f"is {str(event).replace('_', ' ')}"
+        )
+        for row, (formatted, event) in zip(rows, found, strict=True)
+        if not formatted
+    ]
+    kept = [formatted for formatted, _ in found if formatted]
+    schema = schema_of(batch.schema)
+    return Formatted(
+        pa.RecordBatch.from_pylist(kept, schema=schema),
+        Counter(event for _, event in found if event),
+        examples,
+        reason,
+    )
+
+
 def format_rows(
-    tokenizer: Tokenizer, rows: list[Row], params: Format, split: str
-) -> tuple[list[Row], dict[str, Any]]:
-    """Format the rows of one split.
+    tokenizer: Tokenizer, source: Path, target: Path, params: Format, split: str
+) -> dict[str, Any]:
+    """Format the rows of one split, from one table to another.
 
     Returns:
-        The rows that fit; and their token counts, with the rows truncated and dropped, by reason.
+        The token counts of the rows that fit, with the rows truncated and dropped, by reason.
 
     Raises:
         UserError: no row is left.
     """
-    kept, events, examples, reason = [], Counter[str](), [], ""
-    for row in tqdm(rows, desc=f"format {split}", unit="row", leave=False):
-        try:
-            formatted, event = format_row(tokenizer, row, params.max_tokens, params.overlong)
-        except Refused as refused:
-            formatted, event, reason = None, "template", str(refused)
-        if formatted:
-            kept.append(formatted)
-        if event:
-            events[event] += 1
-        if not formatted:
-            said = f"is {str(event).replace('_', ' ')}"
-            said = f"fails: the base's chat template {reason}" if event == "template" else said
-            examples.append(f"{brief(row['input'], 60)!r} {said}")
-    warn_of_dropped(f"format {split}", examples, len(rows))
+    file = open_rows(source, COLUMNS)
+    count = file.metadata.num_rows
+    events, examples, reason = Counter[str](), list[str](), ""
+    tokens = [np.empty(0, np.int32)]
+    work = partial(format_batch, tokenizer=tokenizer, params=params)
+    with writer(target, schema_of(file.schema_arrow)) as write:
+        for done in ordered(work, batches(file, None, f"format {split}", AT_ONCE)):
+            write(pa.Table.from_batches([done.rows]))
+            tokens.append(done.rows.column("tokens").to_numpy())
+            events += done.events
+            examples = [*examples, *done.examples][:3]
+            reason = done.reason or reason
+        kept = np.concatenate(tokens)
+        _check_kept(len(kept), count, events, reason, params, split)
+    warn_of_dropped(f"format {split}", count - len(kept), examples, count)
+    truncated = events.pop("truncated", 0)
+    return {
+        **describe_tokens(kept),
+        "rows_truncated": truncated,
+        "rows_dropped": count - len(kept),
+        "dropped": dict(sorted(events.items())),
+    }
+
+
+def _check_kept(
+    kept: int, count: int, events: Counter[str], reason: str, params: Format, split: str
+) -> None:
     if not kept and set(events) <= {"too_long", "prompt_too_long"}:
         raise UserError(
             f"format: no {split} row fits into format.max_tokens: {params.max_tokens}; raise it"
         )
     if not kept and set(events) == {"template"}:
         raise UserError(
-            f"format: no {split} row is left of {len(rows)}: the base's chat template {reason}; {WAY_OUT}"
+            f"format: no {split} row is left of {count}: the base's chat template {reason}; {WAY_OUT}"
         )
     if not kept:
         raise UserError(
-            f"format: no {split} row is left of {len(rows)}; dropped: {dict(events)}; special_token: a "
+            f"format: no {split} row is left of {count}; dropped: {dict(events)}; special_token: a "
             f"text holds {' or '.join(SPECIAL_TOKENS)}, which frame the answer; mend the source"
         )
-    truncated = events.pop("truncated", 0)
-    return kept, {
-        **describe_tokens([row["tokens"] for row in kept]),
-        "rows_truncated": truncated,
-        "rows_dropped": len(rows) - len(kept),
-        "dropped": dict(sorted(events.items())),
-    }
 
 
-def describe_tokens(tokens: Sequence[int]) -> dict[str, float]:
+def describe_tokens(tokens: NDArray[np.int32]) -> dict[str, float]:
     """Summarise token counts: rows, total, p50, p95, p99 and max."""
-    import numpy as np
-
-    if not tokens:
+    if not len(tokens):
         return {"rows": 0, "tokens": 0}
     p50, p95, p99 = (float(q) for q in np.percentile(tokens, [50, 95, 99]))
     return {
         "rows": len(tokens),
-        "tokens": sum(tokens),
+        "tokens": int(tokens.sum(dtype=np.int64)),
         "p50": p50,
         "p95": p95,
         "p99": p99,
-        "max": max(tokens),
+        "max": int(tokens.max()),
     }

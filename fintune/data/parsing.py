@@ -1,33 +1,39 @@
-"""Parse the bytes of a table: parquet, JSON, JSON Lines, CSV or TSV.
+"""Read a table piece by piece: parquet, JSON, JSON Lines, CSV or TSV.
 
-Numbers in JSON stay as they are written. Only the chosen columns are returned, and of parquet only those are
-read.
+Numbers in JSON stay as they are written. Of parquet, CSV and TSV only the chosen columns are read. A JSON
+list is read as a whole.
 """
 
 import csv
-import gzip
 import io
 import json
-import math
-import os
-import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fintune.data.stream import BATCH
+from fintune.data.unpacking import (
+    Piece,
+    Row,
+    explained,
+    lines_of,
+    source_limit,
+    text_of,
+    too_large,
+    unpacked,
+    whole_text,
+)
 from fintune.errors import RecordError, brief
 
 LINES = (".jsonl", ".ndjson", ".jsonlines")
 SEPARATED = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
 FORMATS = (".parquet", ".json", *LINES, *SEPARATED)
 PACKED = (".gz", ".zst")
-LIMIT, LIMIT_GIB = "FINTUNE_SOURCE_GIB", 8  # the variable, and the limit without it
-
-Row = dict[str, Any]
-Choice = Callable[[list[str]], Collection[str]]  # of the names of columns
 
 
 def suffix_of(name: str) -> tuple[str, ...]:
@@ -38,79 +44,73 @@ def suffix_of(name: str) -> tuple[str, ...]:
     return next((end for end in FORMATS if stem.endswith(end)), ""), packed
 
 
-def parse(content: bytes, name: str, choose: Choice) -> list[Row]:
-    """Parse a table; its beginning says whether it is compressed, its name the format.
+class Pieces(NamedTuple):
+    """A table that is read piece by piece, as often as need be.
+
+    `names` are those of its columns; of JSON Lines of the first piece, and `is_sure` is false.
+    """
+
+    names: list[str]
+    is_sure: bool
+    read: Callable[[Collection[str]], Iterator[Piece]]  # given the columns to read
+
+
+def open_table(path: Path, name: str) -> Pieces:
+    """Open a table; its beginning says whether it is compressed, its name the format.
 
     Without a known ending, the beginning says whether it is parquet, a JSON list or JSON Lines.
-
-    Args:
-        choose: returns the columns to read, given those that there are.
 
     Raises:
         RecordError: the content is malformed, or two columns have one name; the message begins with the
             line, where there are lines.
     """
     format_ = suffix_of(name)[0]
-    try:
-        content = _unpacked(content)
-        format_ = format_ or _format_of(content, name)
+    with explained(format_):
+        format_ = format_ or _format_of(path, name)
+    with explained(format_):
         if format_ == ".parquet":
-            return _parquet(content, choose)
-        text = content.decode("utf-8-sig")
+            return _parquet(path)
         if format_ in SEPARATED:
-            return _separated(text, SEPARATED[format_], choose)
-        return _chosen(list(_json_rows(text, format_ in LINES)), choose)
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise RecordError(f"line {line}: not UTF-8; save the file in that encoding") from None
-    except (OSError, EOFError, zlib.error, ValueError, ArithmeticError, pa.ArrowException) as error:
-        raise RecordError(
-            f": not a readable {format_[1:] or 'compressed'} table: {brief(error)}"
-        ) from None
+            return _separated(path, SEPARATED[format_])
+        if format_ in LINES:
+            first = next(lines_of(path, format_), Piece(b"", 1))
+            return Pieces(names_of(rows_in(first)), False, lambda wanted: lines_of(path, format_))
+        return in_memory(list(_json_rows(whole_text(path))))
 
 
-def source_limit() -> int:
-    """Return the bytes that a source may have, unpacked, from `FINTUNE_SOURCE_GIB`.
-
-    Raises:
-        RecordError: that is no number above 0.
-    """
-    given = os.environ.get(LIMIT, str(LIMIT_GIB))
-    try:
-        gib = float(given)
-    except ValueError:
-        gib = 0.0
-    if not 0 < gib < math.inf:
-        raise RecordError(f"{LIMIT}: {given!r} is no number of GiB above 0")
-    return int(gib * 2**30)
-
-
-def too_large(what: str) -> RecordError:
-    """Return the error of a source beyond the limit."""
-    gib = source_limit() / 2**30
-    return RecordError(
-        f": {what} more than {gib:.3g} GiB; if that is right, set {LIMIT} to a larger number"
+def in_memory(rows: list[Row]) -> Pieces:
+    """Return rows in pieces."""
+    return Pieces(
+        names_of(rows),
+        True,
+        lambda wanted: (Piece(rows[i : i + BATCH]) for i in range(0, len(rows), BATCH)),
     )
 
 
-def _unpacked(content: bytes) -> bytes:
-    """Unpack gzip or zstd, up to the limit."""
-    limit = source_limit()
-    if content.startswith(b"\x1f\x8b"):
-        with gzip.open(io.BytesIO(content)) as unpacking:
-            plain = unpacking.read(limit + 1)
-    elif content.startswith(b"\x28\xb5\x2f\xfd"):
-        with pa.CompressedInputStream(pa.BufferReader(content), "zstd") as stream:
-            plain = stream.read(limit + 1)
-    else:
-        return content
-    if len(plain) > limit:
-        raise too_large("unpacked, it has")
-    return plain
+def names_of(rows: Iterable[Row]) -> list[str]:
+    """Return the names of all columns of some rows."""
+    return list(dict.fromkeys(name for row in rows for name in row))
 
 
-def _format_of(content: bytes, name: str) -> str:
-    start = content[:1000].removeprefix(b"\xef\xbb\xbf").lstrip()
+def rows_in(piece: Piece) -> list[Row]:
+    """Return the rows of a piece.
+
+    Raises:
+        RecordError: a line is malformed.
+    """
+    if isinstance(piece.content, pa.Table):
+        with explained(".parquet"):
+            rows: list[Row] = piece.content.to_pylist()
+            return rows
+    if not isinstance(piece.content, bytes):
+        return piece.content
+    with explained(LINES[0]):
+        return list(_json_lines(text_of(piece), piece.line))
+
+
+def _format_of(path: Path, name: str) -> str:
+    with unpacked(path) as read:
+        start = read(1000).removeprefix(b"\xef\xbb\xbf").lstrip()
     for beginning, format_ in ((b"PAR1", ".parquet"), (b"{", ".jsonl"), (b"[", ".json")):
         if start.startswith(beginning):
             return format_
@@ -126,63 +126,94 @@ def _refuse_twins(names: Iterable[str], place: str) -> None:
         raise RecordError(f"{place}: two columns have the name {brief(twins[0])!r}; rename one")
 
 
-def _parquet(content: bytes, choose: Choice) -> list[Row]:
-    file = pq.ParquetFile(pa.BufferReader(content))
-    names = file.schema_arrow.names
+def _parquet(path: Path) -> Pieces:
+    with path.open("rb") as file:
+        is_plain = file.read(4) == b"PAR1"
+    source: Any = path
+    if not is_plain:
+        with unpacked(path) as read:
+            source = pa.BufferReader(read(source_limit() + 1))
+    file_ = pq.ParquetFile(source)
+    names = file_.schema_arrow.names
     _refuse_twins(names, "")
-    wanted = choose(names)
-    groups = (file.metadata.row_group(i) for i in range(file.metadata.num_row_groups))
+    groups = (file_.metadata.row_group(i) for i in range(file_.metadata.num_row_groups))
     if sum(group.total_byte_size for group in groups) > source_limit():
         raise too_large("unpacked, it has")
-    table = file.read(columns=[name for name in names if name in wanted])
-    rows: list[Row] = table.to_pylist()
-    return rows
+
+    def read_batches(wanted: Collection[str]) -> Iterator[Piece]:
+        with explained(".parquet"):
+            columns = [name for name in names if name in wanted]
+            for batch in file_.iter_batches(BATCH, columns=columns, use_threads=False):
+                yield Piece(pa.Table.from_batches([batch]))
+
+    return Pieces(names, True, read_batches)
 
 
-def _separated(text: str, separator: str, choose: Choice) -> list[Row]:
+def _separated(path: Path, separator: str) -> Pieces:
     csv.field_size_limit(2**31 - 1)
-    first = text.partition("\n")[0]
+    first = text_of(next(lines_of(path, ".csv"), Piece(b"", 1))).partition("\n")[0]
     if separator == "," and "," not in first and ";" in first:
         separator = ";"  # as spreadsheets write it where the comma is in numbers
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    rows, begun = [], 1
+    found = _values(path, separator)
+    header = next(found, (1, []))[1]
+    found.close()
+    _refuse_twins(header, "line 1")
+
+    def read(wanted: Collection[str]) -> Iterator[Piece]:
+        places = [place for place, name in enumerate(header) if name in wanted]
+        names = [header[place] for place in places]
+        rows: list[Row] = []
+        with explained(".csv"):
+            for line, values in islice(_values(path, separator), 1, None):
+                if values and len(values) != len(header):
+                    raise RecordError(
+                        f"line {line}: not as many values as the header has names, {len(values)} "
+                        f"and {len(header)}: {brief(separator.join(values))}"
+                    )
+                if values:
+                    rows.append(dict(zip(names, [values[place] for place in places], strict=True)))
+                if len(rows) == BATCH:
+                    yield Piece(rows)
+                    rows = []
+            yield Piece(rows)
+
+    return Pieces(header, True, read)
+
+
+def _values(path: Path, separator: str) -> Generator[tuple[int, list[str]], None, None]:
+    """Yield the line where each row of values begins, and the values."""
+    lines = (
+        line for piece in lines_of(path, ".csv") for line in io.StringIO(text_of(piece), newline="")
+    )
+    reader, begun = csv.reader(lines, delimiter=separator, strict=True), 1
     try:
-        header = next(reader, [])
-        _refuse_twins(header, "line 1")
-        wanted = choose(header)
-        begun = reader.line_num + 1
         for values in reader:
-            if values and len(values) != len(header):
-                raise RecordError(
-                    f"line {begun}: not as many values as the header has names, {len(values)} "
-                    f"and {len(header)}: {brief(separator.join(values))}"
-                )
-            if values:
-                rows.append({n: v for n, v in zip(header, values, strict=True) if n in wanted})
+            yield begun, values
             begun = reader.line_num + 1
     except csv.Error as error:
         raise RecordError(
             f"line {begun}: {brief(error)}; a quote within a quoted value is written twice"
         ) from None
-    return rows
 
 
-def _json_rows(text: str, by_line: bool) -> Iterator[Row]:
-    """Yield the objects of a JSON list, or of JSON Lines under either name."""
-    if not by_line:
-        try:
-            loaded = _load(text)
-        except json.JSONDecodeError as error:
-            if not text.lstrip().startswith("{") or "\n" not in text.strip():
-                raise
-            if error.msg != "Extra data":
-                raise RecordError(f"line {error.lineno}: not JSON: {error.msg}") from None
-        else:
-            if not isinstance(loaded, list) or not all(isinstance(row, dict) for row in loaded):
-                raise RecordError(": a JSON source is a list of objects, or one object a line")
-            yield from loaded
-            return
-    for number, line in enumerate(text.split("\n"), start=1):
+def _json_rows(text: str) -> Iterator[Row]:
+    """Yield the objects of a JSON list, or of JSON Lines under its name."""
+    try:
+        loaded = _load(text)
+    except json.JSONDecodeError as error:
+        if not text.lstrip().startswith("{") or "\n" not in text.strip():
+            raise
+        if error.msg != "Extra data":
+            raise RecordError(f"line {error.lineno}: not JSON: {error.msg}") from None
+        yield from _json_lines(text, 1)
+        return
+    if not isinstance(loaded, list) or not all(isinstance(row, dict) for row in loaded):
+        raise RecordError(": a JSON source is a list of objects, or one object a line")
+    yield from loaded
+
+
+def _json_lines(text: str, begin: int) -> Iterator[Row]:
+    for number, line in enumerate(text.split("\n"), start=begin):
         if not line.strip():
             continue
         try:
@@ -217,8 +248,3 @@ def _object(pairs: list[tuple[str, Any]]) -> Row:
         twin = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
         raise RecordError(f": an object has two keys {brief(twin)!r}; rename one")
     return found
-
-
-def _chosen(rows: list[Row], choose: Choice) -> list[Row]:
-    wanted = choose(list(dict.fromkeys(name for row in rows for name in row)))
-    return [{name: value for name, value in row.items() if name in wanted} for row in rows]

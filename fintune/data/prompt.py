@@ -10,7 +10,7 @@ import os
 from typing import Any, Literal
 
 from fintune.data import chat
-from fintune.data.parsing import Row
+from fintune.data.unpacking import Row
 from fintune.errors import UserError
 from fintune.params import Base
 

@@ -1,11 +1,11 @@
 """Questions in a normalised spelling: the unit of the split and of the references."""
 
+import re
 import unicodedata
-from functools import lru_cache
 
 import regex
 
-from fintune.data.parsing import Row
+from fintune.data.unpacking import Row
 
 SPELLINGS = str.maketrans("−×⋅∙÷⁄∕٪", "-***///%")
 THOUSANDS = regex.compile(r"(?<=\d),(?=\d{3})")
@@ -24,12 +24,24 @@ KEPT = (
 DROPPED = regex.compile(rf"(?V1)(?:(?!{KEPT}).)+", regex.DOTALL)
 
 
+# Among these characters only letters and digits count; a mark before a digit may be a sign.
+UNUSUAL = re.compile(r"[^A-Za-z0-9\s?!'\":;&_@,.()/‘’“”–—-]|[.,]\d|-(?![A-Za-z]{2})|/\(|\)[/-]")
+USUAL = str.maketrans(dict.fromkeys("?!'\":;&_@,.()/‘’“”–—-", " "))
+
+
+class _Spellings(dict[int, str]):
+    """Compatible spellings of characters, found once."""
+
+    def __missing__(self, code: int) -> str:
+        self[code] = _plain_character(chr(code))
+        return self[code]
+
+
 def questions_of(rows: list[Row]) -> list[str]:
     """Return the normalised question of each row."""
     return [normalize_question(row["input"]) for row in rows]
 
 
-@lru_cache(maxsize=2**20)  # the split asks several times
 def normalize_question(text: str) -> str:
     """Fold differences that do not change a question: case, white space, punctuation, Unicode variants.
 
@@ -39,8 +51,13 @@ def normalize_question(text: str) -> str:
     single letters; `/` is the operator that is left out. Letters keep their marks: in many scripts these are
     the vowels.
     """
-    text = "".join(_plain_character(c) for c in unicodedata.normalize("NFC", text))
-    text = unicodedata.normalize("NFKC", text.casefold()).translate(SPELLINGS)
+    if not UNUSUAL.search(text):
+        return " ".join(text.lower().translate(USUAL).split()) or "?"
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text).translate(SPELLED)
+    text = text.casefold()
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text).translate(SPELLINGS)
     text = SPACES.sub("", THOUSANDS.sub("", text))
     kept = DROPPED.sub(" ", text).split() or regex.sub(r"\p{P}", " ", text).split()
     return " ".join(kept) or "?"
@@ -58,3 +75,6 @@ def _plain_character(character: str) -> str:
         for c in text
         if c.isspace() or unicodedata.category(c) not in ("Cf", "Cc")
     )
+
+
+SPELLED = _Spellings()

@@ -11,8 +11,8 @@ import json
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from fintune.data.parsing import Row
 from fintune.data.tables import COLUMNS, OPTIONAL
+from fintune.data.unpacking import Row
 from fintune.errors import RecordError
 from fintune.params import Source
 

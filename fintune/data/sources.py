@@ -1,19 +1,26 @@
 """Sources of rows: a file, a URL or a hub data set."""
 
-import hashlib
 import logging
 import os
-from collections import Counter
+import shutil
+from collections import Counter, deque
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+from tqdm.auto import tqdm
+
 from fintune import paths
-from fintune.data.parsing import Row
-from fintune.data.questions import normalize_question
-from fintune.data.records import select_records
-from fintune.data.shapes import Columns, describe, hint, recognise
-from fintune.data.tables import is_table_file, read_source
-from fintune.errors import UserError
+from fintune.data.parsing import Pieces, names_of, rows_in
+from fintune.data.selection import SCHEMA, Rules, Selected, check_selected, select_records
+from fintune.data.shapes import describe, hint, recognise
+from fintune.data.stream import BATCH, ordered, spool, unspool, writer
+from fintune.data.tables import COLUMNS, is_table_file, opened, placed
+from fintune.data.unpacking import Piece, Row
+from fintune.errors import RecordError, UserError
 from fintune.hub.datasets import read_dataset
 from fintune.params import Fetch, Source
 
@@ -22,43 +29,116 @@ log = logging.getLogger("fintune")
 WATCHED = (paths.DEMO_ASSETS, paths.OWN_DATA)
 
 
-def fetch_records(params: Fetch) -> tuple[list[Row], dict[str, Any]]:
-    """Read all sources.
+def fetch_records(params: Fetch, target: Path) -> dict[str, Any]:
+    """Read all sources, and write their records to a table.
 
     Returns:
-        Their records, and the manifest's entries: source, revision and license (of several, in one text
-        each, and `sources` with an entry of each), `rows_read`, `rows` and `dropped` by reason.
+        The manifest's entries: source, revision and license (of several, in one text each, and `sources` with
+        an entry of each), `rows_read`, `rows` and `dropped` by reason.
 
     Raises:
         UserError: a source cannot be read, or holds no record.
     """
-    records: list[Row] = []
-    entries = []
-    for part in (params, *params.more):
-        rows, columns, way_out, origin = read_rows_of(part)
-        found, dropped = select_records(
-            rows,
-            columns,
-            part.default_instruction,
-            params.invalid_rows,
-            part.source,
-            part.turns,
-            way_out,
-        )
-        taken = [row for row in found if _is_taken(row, part.share)]
-        if len(taken) < len(found):
-            dropped["beyond_share"] = len(found) - len(taken)
-        read = len(taken) + sum(dropped.values())  # of a conversation, each answer that is learned
-        log.info("%s: %d rows, %d kept, dropped: %s", part.source, read, len(taken), dropped or 0)
-        entries.append({**origin, "rows_read": read, "rows": len(taken), "dropped": dropped})
-        records += taken
-    return records, entries[0] if len(entries) == 1 else _joined(entries)
+    folder = target.parent
+    scratch = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        entries, present = [], set[str]()
+        for number, part in enumerate((params, *params.more)):
+            entry, columns = _fetch(part, params.invalid_rows, scratch / str(number))
+            entries.append(entry)
+            present |= columns
+        names = [name for name in SCHEMA.names if name in present]
+        with writer(target, pa.schema([SCHEMA.field(name) for name in names])) as write:
+            for number in range(len(entries)):
+                for batch in unspool(scratch / str(number)):
+                    write(pa.Table.from_batches([batch]).select(names))
+    finally:
+        shutil.rmtree(scratch)
+    return entries[0] if len(entries) == 1 else _joined(entries)
 
 
-def _is_taken(row: Row, share: float) -> bool:
-    """Return whether a record is in the share, which depends on its question alone."""
-    digest = hashlib.sha256(f"share {normalize_question(row['input'])}".encode()).digest()
-    return share == 1 or int.from_bytes(digest[:8]) / 2**64 < share
+def _fetch(part: Source, invalid_rows: Any, path: Path) -> tuple[dict[str, Any], set[str]]:
+    """Write a source's records to a file; return its entry of the manifest, and the columns that they have.
+
+    What holds for all rows is assumed from the first ones, and the source read again where that was wrong:
+    its columns, and which instructions come with an input.
+    """
+    with _opened(part) as (table, origin):
+        try:
+            columns = recognise(table.names, part)
+        except RecordError:
+            if table.is_sure:
+                raise
+            columns = recognise(names_of(_rows(table)), part)
+        while True:
+            rules = Rules(
+                columns,
+                part.default_instruction,
+                invalid_rows,
+                part.source,
+                part.turns,
+                part.share,
+            )
+            told = select_all(table, rules, path)
+            names = table.names if table.is_sure else list(told.names)
+            if not told.rows or columns == (better := recognise(names, part)):
+                break
+            columns = better
+        if columns != part.columns.model_dump():
+            log.info("%s: recognised as %s", part.source, describe(columns))
+        dropped = check_selected(told, part.source, hint(names, columns))
+    read = told.kept + sum(dropped.values())  # of a conversation, each answer that is learned
+    log.info("%s: %d rows, %d kept, dropped: %s", part.source, read, told.kept, dropped or 0)
+    counts = {"rows_read": read, "rows": told.kept, "dropped": dropped}
+    return {"source": part.source, **origin, **counts}, {*COLUMNS, *told.present}
+
+
+def _rows(table: Pieces) -> Iterator[Row]:
+    for piece in table.read(()):
+        yield from rows_in(piece)
+
+
+def select_all(table: Pieces, rules: Rules, path: Path) -> Selected:
+    """Write the records of a table to a file, in a pool of processes.
+
+    Which instructions come with an input is known at the end, and the table read again where it matters.
+    """
+    told = _select(table, rules, path)
+    if not_alone := told.alone & told.asked:
+        told = _select(table, rules._replace(not_alone=frozenset(not_alone)), path)
+    return told
+
+
+def _select(table: Pieces, rules: Rules, path: Path) -> Selected:
+    """Select a source's records in a pool of processes."""
+    told = Selected()
+    wanted = {name for name in rules.columns.values() if name is not None}
+    pieces: deque[Piece] = deque()
+
+    def read() -> Iterator[Piece]:
+        for piece in table.read(wanted):
+            pieces.append(piece)
+            yield piece
+
+    bar = tqdm(desc="fetch", unit="row", leave=False)
+    with spool(path, SCHEMA) as write, bar:
+        for found in ordered(partial(_selected, rules=rules), read()):
+            piece = pieces.popleft()
+            # an error is told with the number of its row, which is known here alone
+            some, records = found or select_records(rows_in(piece), rules, told.rows)
+            write(records)
+            told.add(some)
+            bar.update(some.rows)
+    return told
+
+
+def _selected(piece: Piece, rules: Rules) -> tuple[Selected, pa.RecordBatch] | None:
+    try:
+        return select_records(rows_in(piece), rules)
+    except RecordError:
+        return None
 
 
 def _joined(entries: list[dict[str, Any]]) -> dict[str, Any]:
@@ -77,39 +157,23 @@ def _joined(entries: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def read_rows_of(params: Source) -> tuple[list[Row], Columns, str, dict[str, Any]]:
-    """Read the rows of `fetch.source`, with the columns that hold what records are made of.
+@contextmanager
+def _opened(part: Source) -> Iterator[tuple[Pieces, dict[str, Any]]]:
+    """Open `fetch.source`.
 
     Returns:
-        The rows; which of their columns hold what; what to set if none can be used; and the source's manifest
-        entry: `source`, and `revision` and `license` for a hub data set (else None).
+        Its table; and of a hub data set the `revision` and `license` (else None).
 
     Raises:
         UserError: the source is not a file, a URL or a hub id, or is a URL with credentials.
     """
-    source, columns, present = params.source, {}, []
-
-    def choose(names: list[str]) -> set[str]:
-        present.extend(names)
-        columns.update(recognise(names, params))
-        return {name for name in columns.values() if name is not None}
-
-    rows, origin = _read(params, choose)
-    if columns and columns != params.columns.model_dump():
-        log.info("%s: recognised as %s", source, describe(columns))
-    return rows, columns, hint(present, columns), {"source": source, **origin}
-
-
-def _read(params: Source, choose: Any) -> tuple[list[Row], dict[str, Any]]:
-    source = params.source
-    unpinned = {"revision": None, "license": None}
+    source, unpinned = part.source, {"revision": None, "license": None}
     if "://" in source:
         log.warning(
             "note: DVC does not notice when %s changes; run `dvc repro --force fetch` to fetch it again",
             source,
         )
-        return read_source(source, choose), unpinned
-    if os.path.lexists(source) or is_table_file(source):
+    elif os.path.lexists(source) or is_table_file(source):
         real = Path(os.path.realpath(source))
         if not any(real.is_relative_to(os.path.realpath(watched)) for watched in WATCHED):
             log.warning(
@@ -118,7 +182,20 @@ def _read(params: Source, choose: Any) -> tuple[list[Row], dict[str, Any]]:
                 source,
                 paths.OWN_DATA,
             )
-        return read_source(source, choose), unpinned
-    if source.count("/") != 1 or source.startswith((".", "~", "/")):
+    elif source.count("/") != 1 or source.startswith((".", "~", "/")):
         raise UserError(f"fetch.source: {source}: no such file, and neither a URL nor a hub id")
-    return read_dataset(source, params.revision, params.config, params.split, choose)
+    else:
+        dataset, origin = read_dataset(source, part.revision, part.config, part.split)
+        with placed(source):
+            yield _hub_table(dataset), origin
+        return
+    with opened(source) as table:
+        yield table, unpinned
+
+
+def _hub_table(dataset: Any) -> Pieces:
+    def read(wanted: Collection[str]) -> Iterator[Piece]:
+        chosen = dataset.select_columns([each for each in dataset.column_names if each in wanted])
+        return map(Piece, chosen.with_format("arrow").iter(BATCH))
+
+    return Pieces(dataset.column_names, True, read)

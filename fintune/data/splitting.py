@@ -6,78 +6,218 @@ split follows from its member with the smallest hash.
 
 Rows that the source assigns to validation or test stay there. A group of similar questions that it
 assigns to several splits goes to the one held out most, without its rows of the others.
+
+In memory are hashes, and the different questions; texts pass through in batches.
 """
 
 import hashlib
 import json
 import logging
-import re
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from types import MappingProxyType
+import os
+import shutil
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from fintune.data.ordering import inputs_of, without_duplicates, write_in_order
 from fintune.data.prompt import render_prompt
 from fintune.data.questions import normalize_question
-from fintune.data.records import warn_of_dropped
+from fintune.data.records import hash_of, warn_of_dropped
+from fintune.data.similar import Forest, group_similar
+from fintune.data.stream import batches, open_rows, ordered, spool, unspool
 from fintune.data.tables import COLUMNS, SPLITS
 from fintune.errors import UserError, brief
 from fintune.params import Split
+from fintune.paths import rows as rows_of
 
 log = logging.getLogger("fintune")
 
-PERMUTATIONS = 128
-SHINGLE = 5
 LARGE = 0.1  # of the rows; a group with more is told
-Row = dict[str, Any]
+NEXT = "\nInput: "  # within an instruction or an input, two rows can have one prompt
+HASHES = ("order", "row", "row_too", "leader", "side", "asked", "prompt", "group")
+KEYS = {**dict.fromkeys(HASHES, np.uint64), "given": np.int8, "assigned": np.bool_}
+TEXTS = pa.schema([("text", pa.string())])
+Numbers = NDArray[Any]
 
 
-def split_rows(
-    rows: list[Row], params: Split
-) -> tuple[dict[str, list[Row]], dict[str, int], dict[str, int]]:
-    """Assign every row to train, validation or test.
+def split_rows(source: Path, folder: Path, params: Split) -> tuple[dict[str, int], dict[str, int]]:
+    """Assign every row of a table to train, validation or test, and write these.
 
     Args:
-        rows: records with `instruction`, `input` and `output`; the question is `input`. `split` is
+        source: records with `instruction`, `input` and `output`; the question is `input`. `split` is
             where the source puts a row; the fractions are drawn from rows that it puts nowhere or in train.
+        folder: where the rows of each split are written, in hash order.
 
     Returns:
-        The rows of each split in hash order, and the number of rows left out, by reason:
-        `held_out_question` (the source puts the same or a similar question in a split held out more) and
-        `duplicate` (all three texts equal another row's); and the number of `groups` of similar questions,
-        and the rows of the largest.
+        The number of rows left out, by reason: `held_out_question` (the source puts the same or a similar
+        question in a split held out more) and `duplicate` (all three texts equal another row's); and the
+        number of `groups` of similar questions, and the rows of the largest.
 
     Raises:
         UserError: a split would be empty.
     """
-    given: dict[str, str] = {}  # of each question the split held out most
-    for row in rows:
-        question = normalize_question(row["input"])
-        given[question] = max(given.get(question, "train"), _given(row), key=SPLITS.index)
-    asked = _asked(rows)
-    similarity = params.near_duplicate_similarity
-    groups = group_questions(sorted(given), similarity, _linked(rows, asked), asked)
-    side, leaders = {}, {}
-    for group in groups:
-        held_out = max((given[question] for question in group), key=SPLITS.index)
-        leader = min(group, key=lambda question: _digest("leader", question))
-        place = int.from_bytes(_digest(f"side {params.seed}", leader)[:8]) / 2**64
-        drawn = _side(place, params) if held_out == "train" else held_out
-        for question in group:
-            given[question], side[question], leaders[question] = held_out, drawn, leader
-    kept = [row for row in rows if _given(row) == given[normalize_question(row["input"])]]
-    examples = [
-        f"{brief(row['input'], 60)!r} is held out"
-        for row in rows
-        if _given(row) != given[normalize_question(row["input"])]
+    file = open_rows(source, COLUMNS)
+    if not file.metadata.num_rows:
+        raise UserError(f"split: {source} has no rows")
+    scratch = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        keys = _read_keys(file, params.seed, scratch / "texts")
+        question, group = _group(keys, params.near_duplicate_similarity, scratch)
+        side, held_out, leader = _draw(keys, group[question], params)
+        kept = keys["given"] == held_out
+        warn_of_dropped(
+            "split",
+            len(kept) - int(kept.sum()),
+            (
+                f"{brief(text, 60)!r} is held out"
+                for text in inputs_of(file, np.flatnonzero(~kept)[:3])
+            ),
+            len(kept),
+        )
+        order = np.flatnonzero(kept)
+        order = order[np.lexsort((keys["row"][order], keys["order"][order], side[order]))]
+        unique = without_duplicates(file, keys, order)
+        counts = np.bincount(side[unique], minlength=len(SPLITS))
+        _check_counts(counts, params, len(group), len(np.unique(group)))
+        sizes = np.bincount(group[question[unique]], minlength=len(group))
+        leaders = leader[np.isin(group[question], np.flatnonzero(sizes == sizes.max()))]
+        (example,) = inputs_of(file, leaders[[keys["leader"][leaders].argmin()]])
+        groups = {"groups": int((sizes > 0).sum()), "largest_group_rows": int(sizes.max())}
+        _warn_of_shares(
+            counts, params, groups, normalize_question(example), bool(keys["assigned"].any())
+        )
+        write_in_order(file, unique, counts, [rows_of(folder, each) for each in SPLITS], scratch)
+        left_out = {
+            "duplicate": len(order) - len(unique),
+            "held_out_question": len(kept) - len(order),
+        }
+        return left_out, groups
+    finally:
+        shutil.rmtree(scratch)
+
+
+def _read_keys(file: pq.ParquetFile, seed: int, texts: Path) -> dict[str, Numbers]:
+    """Return what is known of each row without its texts; write the texts by which questions are compared."""
+    present = [
+        name for name in (*COLUMNS, "split", "group", "turns") if name in file.schema_arrow.names
     ]
-    warn_of_dropped("split", examples, len(rows))
-    # sorted, so that the order of the rows does not decide which of two duplicates' results is kept
-    unique = {tuple(row[key] for key in COLUMNS): row for row in sorted(kept, key=str)}
-    splits: dict[str, list[Row]] = {name: [] for name in SPLITS}
-    for _, row in sorted(unique.items(), key=lambda item: _order(item[0], params.seed)):
-        splits[side[normalize_question(row["input"])]].append(row)
-    empty = [name for name, part in splits.items() if not part]
+    found, begin = (
+        {name: np.zeros(file.metadata.num_rows, dtype) for name, dtype in KEYS.items()},
+        0,
+    )
+    with spool(texts, TEXTS) as write:
+        work = ordered(partial(_keys, seed=seed), batches(file, present, "split: hash"))
+        for keys, compared in work:
+            write(compared)
+            for name, values in keys.items():
+                if values.any():  # else no memory is taken
+                    found[name][begin : begin + len(values)] = values
+            begin += len(compared)
+    return found
+
+
+def _keys(batch: pa.RecordBatch, seed: int) -> tuple[dict[str, Numbers], pa.RecordBatch]:
+    """Return hashes of each row: what makes two rows equal, or their questions, or joins them; 0 is none.
+
+    Conversations are compared by what the user said: the answers of one assistant, and a transcript's
+    labels, are alike.
+    """
+    hashes, texts = [], []
+    for row in batch.to_pylist():
+        question = compared = normalize_question(row["input"])
+        asked = prompt = group = 0
+        if row.get("turns"):
+            said = [text for role, text in json.loads(row["turns"]) if role == "user"]
+            compared = normalize_question("\n".join(said))
+            asked = hash_of("asked", compared)
+        if NEXT in row["instruction"] or NEXT in row["input"]:  # else no other row has this prompt
+            prompt = hash_of("prompt", render_prompt(row["instruction"], row["input"]))
+        if row.get("group"):
+            group = hash_of("group", row["group"])
+        texts_of_row = "\x00".join(("row", *(row[name] for name in COLUMNS)))
+        digest = hashlib.sha256(texts_of_row.encode("utf-8", "surrogatepass")).digest()
+        hashes.append(
+            (
+                hash_of(f"order {seed}", question),
+                int.from_bytes(digest[:8]),
+                int.from_bytes(digest[8:16]),
+                hash_of("leader", question),
+                hash_of(f"side {seed}", question),
+                *(asked, prompt, group),
+                SPLITS.index(row.get("split") or "train"),
+                bool(row.get("split")),
+            )
+        )
+        texts.append(compared)
+    columns = zip(KEYS, zip(*hashes, strict=True), strict=True)
+    keys: dict[str, Numbers] = {n: np.array(values, KEYS[n]) for n, values in columns}
+    return keys, pa.record_batch([pa.array(texts, pa.string())], schema=TEXTS)
+
+
+def _group(
+    keys: dict[str, Numbers], similarity: float | None, scratch: Path
+) -> tuple[Numbers, Numbers]:
+    """Return the question of each row, and the group of each question, both as numbers from 0."""
+    order = np.lexsort((keys["asked"], keys["asked"] == 0, keys["order"]))
+    ordered_keys = keys["order"][order]
+    new = np.concatenate(([True], ordered_keys[1:] != ordered_keys[:-1]))
+    first = order[new]  # a row of each question, of a conversation if there is one
+    places = np.argsort(np.argsort(first))
+    question = np.empty(len(order), np.int32)
+    question[order] = places[np.cumsum(new) - 1]
+    first.sort()
+    forest = Forest(len(first))
+    asked = np.zeros_like(keys["asked"])
+    asked[first] = keys["asked"][first]
+    for linking in (keys["prompt"], keys["group"], asked):
+        rows = np.flatnonzero(linking)
+        rows = rows[np.argsort(linking[rows], kind="stable")]
+        same = linking[rows[1:]] == linking[rows[:-1]]
+        forest.join(question[rows[1:][same]], question[rows[:-1][same]])
+    if similarity is not None:
+        group_similar(_texts_of(scratch / "texts", first), len(first), similarity, forest, scratch)
+    (scratch / "texts").unlink()
+    return question, forest.roots(np.arange(len(first)))
+
+
+def _texts_of(path: Path, rows: Numbers) -> Iterator[pa.Array]:
+    """Yield the texts of some rows, in ascending order."""
+    begin = 0
+    for batch in unspool(path):
+        low, high = np.searchsorted(rows, (begin, begin + batch.num_rows))
+        yield batch.column("text").take(pa.array(rows[low:high] - begin))
+        begin += batch.num_rows
+
+
+def _draw(
+    keys: dict[str, Numbers], group: Numbers, params: Split
+) -> tuple[Numbers, Numbers, Numbers]:
+    """Return of each row the split of its group, the split where the source holds it out most, and a row of
+    the group's leader, its question with the smallest hash."""
+    order = np.lexsort((keys["leader"], group))
+    new = np.concatenate(([True], group[order][1:] != group[order][:-1]))
+    number = np.empty(len(group), np.int32)  # of the group, from 0
+    number[order] = np.cumsum(new) - 1
+    leader = order[new]
+    held_out = np.zeros(len(leader), np.int8)
+    np.maximum.at(held_out, number, keys["given"])
+    place = keys["side"][leader] / 2.0**64
+    test, validation = params.test_fraction or 0, params.validation_fraction or 0
+    drawn = np.select([place < test, place < test + validation], [2, 1], 0)
+    side = np.where(held_out == 0, drawn, held_out).astype(np.int8)
+    return side[number], held_out[number], leader[number]
+
+
+def _check_counts(counts: Numbers, params: Split, questions: int, groups: int) -> None:
+    empty = [name for name, count in zip(SPLITS, counts, strict=True) if not count]
     for name in empty:
         if name != "train" and getattr(params, f"{name}_fraction") is None:
             raise UserError(
@@ -86,185 +226,55 @@ def split_rows(
             )
     if empty:
         raise UserError(
-            f"split: {' and '.join(empty)} would be empty: {len(side)} different questions in "
-            f"{len(groups)} groups are too few for these fractions; raise them, or bring more questions"
+            f"split: {' and '.join(empty)} would be empty: {questions} different questions in "
+            f"{groups} groups are too few for these fractions; raise them, or bring more questions"
         )
-    left_out = {"duplicate": len(kept) - len(unique), "held_out_question": len(rows) - len(kept)}
-    sizes = Counter(
-        leaders[normalize_question(row["input"])] for part in splits.values() for row in part
-    )
-    leader, largest = max(sizes.items(), key=lambda item: (item[1], item[0]))
-    _warn_of_shares(splits, params, len(sizes), largest, leader)
-    return splits, left_out, {"groups": len(sizes), "largest_group_rows": largest}
 
 
 def _warn_of_shares(
-    splits: dict[str, list[Row]], params: Split, groups: int, largest: int, leader: str
+    counts: Numbers, params: Split, groups: dict[str, int], example: str, assigned: bool
 ) -> None:
     """Warn of a group with much of the data, and of splits that are far from what was asked."""
-    total = sum(map(len, splits.values()))
-    assigned = any(row.get("split") for part in splits.values() for row in part)
+    total, largest = int(counts.sum()), groups["largest_group_rows"]
     asked = {"validation": params.validation_fraction, "test": params.test_fraction}
     told = []
     for name, share in asked.items():
-        got = len(splits[name]) / total
+        got = counts[SPLITS.index(name)] / total
         if share and not assigned and abs(got - share) > max(0.05, share / 2):
             told.append(f"{name} has {got:.0%} of the rows where {share:.0%} were asked")
     if largest > LARGE * total:
         told.append(
-            f"one group of similar questions has {largest} of {total} rows, as {brief(leader, 80)!r}; raise "
+            f"one group of similar questions has {largest} of {total} rows, as {brief(example, 80)!r}; raise "
             "split.near_duplicate_similarity, or set it to null to keep only equal questions together"
         )
     elif told:
-        told.append(f"{groups} groups of similar questions are too few for even shares")
+        told.append(f"{groups['groups']} groups of similar questions are too few for even shares")
     if told:
         log.warning("warning: split: %s", "; ".join(told))
 
 
-def _asked(rows: list[Row]) -> dict[str, str]:
-    """Return what the user said in each conversation.
-
-    Conversations are compared by it: the answers of one assistant, and a transcript's labels, are alike.
-    """
-    found: dict[str, str] = {}
-    for row in rows:
-        if row.get("turns"):
-            said = [text for role, text in json.loads(row["turns"]) if role == "user"]
-            asked = normalize_question("\n".join(said))
-            question = normalize_question(row["input"])
-            found[question] = min(found.get(question, asked), asked)
-    return found
-
-
-def _linked(rows: list[Row], asked: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Yield pairs of questions that are asked in one group of the source, by one prompt or in equal words."""
-    first: dict[tuple[str, str], str] = {}
-    for row in rows:
-        question = normalize_question(row["input"])
-        keys = [("prompt", render_prompt(row["instruction"], row["input"]))]
-        keys += [("group", row["group"])] if row.get("group") else []
-        keys += [("asked", asked[question])] if question in asked else []
-        for key in keys:
-            if first.setdefault(key, question) != question:
-                yield first[key], question
-
-
-def _given(row: Row) -> str:
-    """Return the split that the source assigns to a row."""
-    return str(row.get("split") or "train")
-
-
-def _side(place: float, params: Split) -> str:
-    test = params.test_fraction or 0
-    if place < test:
-        return "test"
-    if place < test + (params.validation_fraction or 0):
-        return "validation"
-    return "train"
-
-
-def _order(texts: tuple[str, ...], seed: int) -> tuple[bytes, bytes]:
-    """Return a sort key: questions in hash order, and each question's answers in hash order."""
-    return _digest(f"order {seed}", normalize_question(texts[1])), _digest("row", *texts)
-
-
-def _digest(salt: str, *texts: str) -> bytes:
-    return hashlib.sha256("\x00".join((salt, *texts)).encode("utf-8", "surrogatepass")).digest()
-
-
-def group_questions(
-    questions: list[str],
-    similarity: float | None,
-    linked: Iterable[tuple[str, str]] = (),
-    asked: Mapping[str, str] = MappingProxyType({}),
-) -> list[list[str]]:
-    """Group normalized questions that are similar or linked, directly or transitively.
-
-    Two questions are similar when the Jaccard similarity of their five-character shingles is at least
-    `similarity` and they contain the same numbers: "a loan of $5,000" and "a loan of $9,000" have
-    different answers. MinHash and locality-sensitive hashing propose the pairs among questions with the same
-    numbers (Broder 1997), and each pair is then checked exactly.
-
-    Args:
-        questions: distinct, normalized, sorted.
-        similarity: 0.5 to 1, or None to keep every question on its own.
-        linked: pairs of questions that belong together for another reason.
-        asked: by what a question is compared, if not by itself.
-    """
-    place = {question: i for i, question in enumerate(questions)}
-    parent = list(range(len(questions)))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    for one, other in linked:
-        parent[root(place[one])] = root(place[other])
-    alike = defaultdict(list)
-    compared = [asked.get(question, question) for question in questions]
-    for i, question in enumerate(compared):
-        numbers = Counter(re.findall(r"\d[\d.]*", question))
-        alike[tuple(sorted(numbers.items()))].append(i)
-    for places in alike.values():
-        if similarity is not None and len(places) > 1:
-            _join_similar([compared[i] for i in places], places, similarity, parent, root)
-    members = defaultdict(list)
-    for i, question in enumerate(questions):
-        members[root(i)].append(question)
-    return list(members.values())
-
-
-def _join_similar(
-    questions: list[str],
-    places: list[int],
-    similarity: float,
-    parent: list[int],
-    root: Callable[[int], int],
-) -> None:
-    """Join those of some questions that are similar, by their places among all."""
-    from datasketch import MinHash, MinHashLSH
-
-    shingles = [_shingles(question) for question in questions]
-    sketches = MinHash.bulk(
-        [[shingle.encode() for shingle in sorted(each)] for each in shingles],
-        num_perm=PERMUTATIONS,
-        seed=1,
-    )
-    # Below `similarity`: a missed pair would leak, while surplus pairs are rejected below.
-    index = MinHashLSH(threshold=max(0.3, similarity - 0.15), num_perm=PERMUTATIONS)
-    for i, sketch in enumerate(sketches):
-        for j in index.query(sketch):
-            one, other = root(places[i]), root(places[j])
-            if one != other and _jaccard(shingles[i], shingles[j]) >= similarity:
-                parent[one] = other
-        index.insert(i, sketch)
-
-
-def _shingles(question: str) -> set[str]:
-    padded = f" {question} "
-    return {padded[i : i + SHINGLE] for i in range(max(1, len(padded) - SHINGLE + 1))}
-
-
-def _jaccard(a: set[str], b: set[str]) -> float:
-    return len(a & b) / len(a | b)
-
-
-def describe_splits(splits: dict[str, list[Row]]) -> dict[str, Any]:
-    """Count the rows and questions of each split, and the questions in more than one split."""
-    questions = {
-        name: {normalize_question(row["input"]) for row in rows} for name, rows in splits.items()
-    }
-    seen = Counter(question for part in questions.values() for question in part)
+def describe_splits(folder: Path) -> dict[str, Any]:
+    """Count the rows and questions of each split as written, and the questions in more than one split."""
+    rows, questions = {}, {}
+    for name in SPLITS:
+        file = open_rows(rows_of(folder, name), COLUMNS)
+        rows[name] = file.metadata.num_rows
+        hashed = ordered(_questions, batches(file, ["input"], f"split: count {name}"))
+        questions[name] = np.unique(np.concatenate([*hashed, np.empty(0, np.uint64)]))
+    _, seen = np.unique(np.concatenate([*questions.values()]), return_counts=True)
     return {
         **{
             name: {
-                "rows": len(rows),
+                "rows": rows[name],
                 "questions": len(questions[name]),
-                "share": len(rows) / max(1, sum(map(len, splits.values()))),
+                "share": rows[name] / max(1, sum(rows.values())),
             }
-            for name, rows in splits.items()
+            for name in SPLITS
         },
-        "overlapping_questions": sum(count > 1 for count in seen.values()),
+        "overlapping_questions": int((seen > 1).sum()),
     }
+
+
+def _questions(batch: pa.RecordBatch) -> Numbers:
+    texts = batch.column("input").to_pylist()
+    return np.array([hash_of("question", normalize_question(text)) for text in texts], np.uint64)

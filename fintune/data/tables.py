@@ -1,19 +1,23 @@
 """Tables of rows: read a source in any supported format; read and write parquet between stages."""
 
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fintune.data.download import download
-from fintune.data.parsing import Choice, Row, parse, source_limit, suffix_of, too_large
-from fintune.errors import RecordError, brief
+from fintune.data.download import downloaded
+from fintune.data.parsing import Pieces, names_of, open_table, rows_in, suffix_of
+from fintune.data.stream import open_rows
+from fintune.data.unpacking import Row, source_limit, too_large
+from fintune.errors import RecordError
 
 COLUMNS = ("instruction", "input", "output")
 OPTIONAL = ("result", "kind", "split", "group", "turns")
+Choice = Callable[[list[str]], Collection[str]]  # of the names of columns
 SPLITS = ("train", "validation", "test")
 
 
@@ -22,36 +26,66 @@ def is_table_file(source: str) -> bool:
     return bool(suffix_of(source)[0])
 
 
-def read_source(source: str, choose: Choice = set) -> list[Row]:
-    """Read a table from a local file or any URL that fsspec opens; the extension gives the format.
-
-    Args:
-        choose: returns the names of the columns to read, given those that there are; by default all.
+@contextmanager
+def opened(source: str) -> Iterator[Pieces]:
+    """Open a table in a local file or at any URL that fsspec opens; the extension gives the format.
 
     Raises:
         RecordError: the file is missing, its format is unknown, a line is malformed (the message gives
             its number), or the transfer failed.
     """
-    name = source
-    if "://" in source:
-        address = source.split("::")[0]  # fsspec's chains begin with the file itself
-        name = urlsplit(address).path or address
-        content = download(source)
-    else:
-        try:
-            if not stat.S_ISREG(mode := Path(source).stat().st_mode) and not stat.S_ISDIR(mode):
-                raise RecordError(
-                    f"{source}: a pipe, a socket or a device, which may never end; give a file"
-                )
-            if Path(source).stat().st_size > source_limit():
-                raise RecordError(f"{source}{too_large('it has')}")
-            content = Path(source).read_bytes()
-        except OSError as error:
-            raise RecordError(f"{source}: cannot be read: {error.strerror or error}") from error
+    with ExitStack() as stack:
+        name, path = source, Path(source)
+        if "://" in source:
+            address = source.split("::")[0]  # fsspec's chains begin with the file itself
+            name = urlsplit(address).path or address
+            path = stack.enter_context(downloaded(source))
+        else:
+            _check_file(path)
+        with placed(source):
+            yield open_table(path, name)
+
+
+@contextmanager
+def placed(source: str) -> Iterator[None]:
+    """Name the source in errors that begin with a line, or with what follows a name."""
     try:
-        return parse(content, name, choose)
+        yield
     except RecordError as error:
-        raise RecordError(f"{source}{'' if str(error).startswith(':') else ' '}{error}") from None
+        said = str(error)
+        if not said.startswith((":", "line ")):
+            raise
+        raise RecordError(f"{source}{'' if said.startswith(':') else ' '}{said}") from None
+
+
+def _check_file(path: Path) -> None:
+    try:
+        if not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode):
+            raise RecordError(
+                f"{path}: a pipe, a socket or a device, which may never end; give a file"
+            )
+        if path.stat().st_size > source_limit():
+            raise RecordError(f"{path}{too_large('it has')}")
+        path.open("rb").close()
+    except OSError as error:
+        raise RecordError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def read_source(source: str, choose: Choice = set) -> list[Row]:
+    """Read a table as a whole.
+
+    Args:
+        choose: returns the names of the columns to read, given those that there are; by default all.
+
+    Raises:
+        RecordError: as `opened` does.
+    """
+    with opened(source) as table:
+        wanted = choose(table.names) if table.is_sure else ()
+        rows = [row for piece in table.read(wanted) for row in rows_in(piece)]
+        if not table.is_sure:
+            wanted = choose(names_of(rows))
+        return [{name: value for name, value in row.items() if name in wanted} for row in rows]
 
 
 def read_rows(path: Path, columns: Iterable[str] = COLUMNS) -> list[Row]:
@@ -60,17 +94,7 @@ def read_rows(path: Path, columns: Iterable[str] = COLUMNS) -> list[Row]:
     Raises:
         RecordError: the file is missing or lacks one of the columns.
     """
-    try:
-        table = pq.read_table(path)
-    except FileNotFoundError:
-        raise RecordError(
-            f"{path}: not found; `dvc repro` makes it, `dvc pull` fetches it"
-        ) from None
-    except (OSError, pa.ArrowException) as error:
-        raise RecordError(f"{path}: not a parquet table: {brief(error)}") from None
-    missing = [name for name in columns if name not in table.column_names]
-    if missing:
-        raise RecordError(f"{path}: no column {', '.join(missing)}; `dvc repro` makes it anew")
+    table = open_rows(path, columns).read()
     rows: list[Row] = table.to_pylist()
     return rows
 

@@ -2,11 +2,11 @@
 
 import itertools
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from fintune.errors import RecordError, UserError, brief
+from fintune.errors import UserError, brief
 from fintune.hub.client import (
     card_metadata,
     check_snapshot,
@@ -22,16 +22,15 @@ def read_dataset(
     revision: str | None,
     config: str | None,
     split: str,
-    choose: Callable[[list[str]], Collection[str]],
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+) -> tuple[Any, dict[str, Any]]:
     """Download one split of a hub data set, or read it from the local cache.
 
     Args:
         config: which of its configurations; None if it has only one.
-        choose: returns the names of the columns to read, given those that there are.
 
     Returns:
-        The rows, and their origin: `revision`, the commit hash, and the `license` in the card.
+        The rows, as a `datasets.Dataset`, and their origin: `revision`, the commit hash, and the `license` in
+        the card.
 
     Raises:
         UserError: no revision is set, or the hub refuses, is unreachable or fails midway; interrupted
@@ -64,13 +63,7 @@ def read_dataset(
         raise UserError(
             f"fetch: {name} at {commit}, split {split!r}: {brief(cause, 600)}{hint}"
         ) from error
-    try:
-        wanted = choose(dataset.column_names)
-    except RecordError as error:
-        raise RecordError(f"{name}{error}") from None
-    chosen = dataset.select_columns([each for each in dataset.column_names if each in wanted])
-    rows: list[dict[str, Any]] = chosen.to_list()
-    return rows, {"revision": commit, "license": stated_license(Path(folder))}
+    return dataset, {"revision": commit, "license": stated_license(Path(folder))}
 
 
 def _commit(name: str, revision: str | None) -> str:

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from fintune.data import chat
-from fintune.data.formatting import format_row, format_rows
+from fintune.data.formatting import format_row
 from fintune.data.prompt import (
     RESPONSE_END,
     add_chat_template,
@@ -28,6 +28,7 @@ from fintune.data.prompt import (
 from fintune.errors import UserError
 from fintune.generation.tuned import prompt_tokens
 from fintune.params import Base, Format
+from support.rows import format_rows
 
 CHATML = (
     "{%- if messages[0].role != 'system' %}{{- '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fintune.data import download as module
-from fintune.data.download import download
+from fintune.data.download import downloaded
 from fintune.data.tables import read_source
 from fintune.errors import RecordError
 
@@ -71,15 +71,21 @@ def test_a_url_s_path_names_the_format(address: str) -> None:
     ],
 )
 def test_a_failure_is_told_with_its_reason(address: str, name: str, reason: str) -> None:
-    with pytest.raises(RecordError, match=f"{address}/{name}: .*{reason}"):
-        download(f"{address}/{name}")
+    with (
+        pytest.raises(RecordError, match=f"{address}/{name}: .*{reason}"),
+        downloaded(f"{address}/{name}"),
+    ):
+        pass
 
 
 def test_a_refused_port_is_told_as_such() -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as server:
         port = server.server_port
-    with pytest.raises(RecordError, match=r"no connection: .*check the address"):
-        download(f"http://127.0.0.1:{port}/qa.csv")
+    with (
+        pytest.raises(RecordError, match=r"no connection: .*check the address"),
+        downloaded(f"http://127.0.0.1:{port}/qa.csv"),
+    ):
+        pass
 
 
 def test_silence_ends_a_transfer_and_its_length_does_not(
@@ -93,8 +99,11 @@ def test_silence_ends_a_transfer_and_its_length_does_not(
     monkeypatch.setattr(
         fsspec, "url_to_fs", lambda url, **options: given.append(options) or plain(url, **options)
     )
-    with pytest.raises(RecordError, match=r"nothing came for 0\.3 seconds"):
-        download(f"{address}/silent")
+    with (
+        pytest.raises(RecordError, match=r"nothing came for 0\.3 seconds"),
+        downloaded(f"{address}/silent"),
+    ):
+        pass
     assert given[0]["client_kwargs"]["timeout"].total is None
 
 
@@ -102,7 +111,10 @@ def test_a_stream_without_end_is_left_at_the_limit(
     address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FINTUNE_SOURCE_GIB", "0.001")
-    with pytest.raises(
-        RecordError, match=r"/endless: it sends more than 0\.001 GiB; .*FINTUNE_SOURCE_GIB"
+    with (
+        pytest.raises(
+            RecordError, match=r"/endless: it sends more than 0\.001 GiB; .*FINTUNE_SOURCE_GIB"
+        ),
+        downloaded(f"{address}/endless"),
     ):
-        download(f"{address}/endless")
+        pass

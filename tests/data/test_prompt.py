@@ -4,6 +4,8 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 from tokenizers.processors import TemplateProcessing
 
@@ -16,7 +18,8 @@ from fintune.data.prompt import (
     render_completion,
     render_prompt,
 )
-from fintune.data.tables import read_rows, write_rows
+from fintune.data.stream import writer
+from fintune.data.tables import read_rows
 
 ROW = {
     "instruction": "Answer briefly.",
@@ -169,14 +172,16 @@ def test_the_optional_columns_are_no_texts_of_the_prompt(tokenizer: Any, tmp_pat
     plain, _ = format_row(tokenizer, ROW, 200, "truncate")
     assert plain is not None
     for row, names in ((formatted, ["result", "kind"]), (plain, [])):
-        write_rows(tmp_path / "rows.parquet", [row], schema_of([row]))
+        given = pa.schema([(name, pa.string()) for name in row])
+        with writer(tmp_path / "rows.parquet", schema_of(given)) as write:
+            write(pa.Table.from_pylist([row], schema=schema_of(given)))
         (stored,) = read_rows(tmp_path / "rows.parquet")
         assert list(stored) == [*ROW, *names, "prompt", "completion", "tokens"]
         assert stored == {key: row[key] for key in stored}
 
 
 def test_token_counts() -> None:
-    counts = describe_tokens([10, 20, 30, 40])
+    counts = describe_tokens(np.array([10, 20, 30, 40]))
     expected = {"rows": 4, "tokens": 100, "p50": 25, "p95": 38.5, "p99": 39.7, "max": 40}
     assert counts == pytest.approx(expected)
     assert describe_tokens([]) == {"rows": 0, "tokens": 0}
@@ -187,9 +192,11 @@ def test_of_a_huge_text_only_the_beginning_is_read(
 ) -> None:
     """It formats as its beginning does, is kept as the reference, and is not tokenized as a whole."""
     seen = []
-    plain = formatting.encode
+    plain = formatting.count_tokens
     monkeypatch.setattr(
-        formatting, "encode", lambda *texts: seen.append(len("".join(texts[1:]))) or plain(*texts)
+        formatting,
+        "count_tokens",
+        lambda to, rows: seen.append(len("".join(rows[0]))) or plain(to, rows),
     )
     sentence = "It pays 5 % a year. "
     huge, long = (ROW | {"output": sentence * count} for count in (500_000, 4_000))

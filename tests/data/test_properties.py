@@ -5,7 +5,9 @@ import csv
 import gzip
 import io
 import json
+import tempfile
 import unicodedata
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -16,15 +18,14 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from fintune.data.formatting import format_row
-from fintune.data.parsing import parse
 from fintune.data.prompt import SPECIAL_TOKENS, encode, render_completion, render_prompt
 from fintune.data.questions import normalize_question
-from fintune.data.records import select_records
 from fintune.data.shapes import recognise
-from fintune.data.splitting import split_rows
+from fintune.data.tables import read_source
 from fintune.errors import RecordError, UserError
 from fintune.params import Source, Split, read_params
 from support.project import ROOT
+from support.rows import select_records, split_rows
 
 NAMES = ("instruction", "input", "output", "messages", "question", "answer", "", "İ", "x\n")
 SIGNS = ",;\"'\n\r\t\\{}[]:0\ufeff\x00#\u200b</s><s><pad>### \U0001f600\u0e01\u4e2d\u0301"
@@ -68,10 +69,17 @@ def written(rows: list[dict[str, str]]) -> dict[str, bytes]:
     }
 
 
+def parse(content: bytes, name: str) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        path.write_bytes(content)
+        return read_source(str(path))
+
+
 def read(content: bytes, name: str) -> list[dict[str, Any]] | None:
     """Parse a table; None where it is refused, in words that fit a screen."""
     try:
-        rows = parse(content, name, set)
+        rows = parse(content, name)
     except RecordError as error:
         assert 0 < len(str(error)) < 600 and "\n" not in str(error)
         return None
@@ -105,7 +113,7 @@ def test_a_damaged_table_is_read_or_refused_in_words(data: st.DataObject) -> Non
 def test_a_table_is_the_same_in_every_format(rows: list[dict[str, str]]) -> None:
     """Of CSV, a line's end within a text is what the file has; a row of empty texts is no empty line."""
     for ending, content in written(rows).items():
-        assert parse(content, f"table.{ending}", set) == rows, ending
+        assert parse(content, f"table.{ending}") == rows, ending
 
 
 @given(

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from fintune.data.records import select_records
 from fintune.data.shapes import recognise
 from fintune.errors import RecordError
 from fintune.params import Columns, Fetch
+from support.rows import select_records
 
 NAMED = {"instruction": "instruction", "input": "input", "output": "output"}
 OPENAI = [

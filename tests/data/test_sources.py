@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from fintune.data.sources import fetch_records
 from fintune.errors import RecordError
 from fintune.params import Fetch
+from support.rows import fetch_records
 
 FIRST = {
     "revision": None,

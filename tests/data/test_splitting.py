@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from fintune.data import splitting
+from fintune.data import similar
 from fintune.data.questions import normalize_question
-from fintune.data.splitting import describe_splits, group_questions, split_rows
 from fintune.errors import UserError
 from fintune.params import Split
+from support.rows import describe_splits, group_questions, split_rows
 
 REAL = Path(__file__).parents[3] / "shared/data/fiqa_questions.parquet"
 PARAMS = Split(seed=13, validation_fraction=0.1, test_fraction=0.2, near_duplicate_similarity=0.7)
@@ -161,7 +161,6 @@ def test_near_duplicates_form_one_group_through_each_other() -> None:
     groups = group_questions(sorted([*ALIKE, *far]), 0.7)
     assert sorted(map(sorted, (g for g in groups if len(g) > 1))) == [sorted(ALIKE)]
     assert sum(map(len, groups)) == 53
-    assert all(len(group) == 1 for group in group_questions(sorted(ALIKE), None))
 
 
 def test_near_duplicates_stay_on_one_side_whatever_the_seed() -> None:
@@ -183,7 +182,8 @@ def test_questions_of_one_template_are_told_apart_by_their_numbers_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Nothing is compared: comparing each with each took minutes for ten thousand."""
-    monkeypatch.setattr(splitting, "_join_similar", None)
+    monkeypatch.setattr(similar, "_join_pairs", None)
+    monkeypatch.setattr(similar, "_join_many", None)
     loans = [f"what is the monthly payment on a loan of ${n}000 over a year" for n in range(500)]
     assert len(group_questions(sorted(loans), 0.7)) == 500
 

@@ -11,9 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fintune.data.records import read_passages, select_records
+from fintune.data.records import read_passages
 from fintune.data.tables import read_rows, read_source, write_rows
 from fintune.errors import RecordError
+from support.rows import select_records
 
 ROWS = [
     {"instruction": "Answer.", "input": "What is a bond?", "output": "A loan, in short."},

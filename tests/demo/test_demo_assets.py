@@ -12,10 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fintune.data.prompt import SPECIAL_TOKENS, load_tokenizer
 from fintune.data.questions import normalize_question
-from fintune.data.records import select_records
-from fintune.data.splitting import split_rows
 from fintune.data.tables import read_source
 from fintune.params import Params, read_params
+from support.rows import select_records, split_rows
 
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "assets/demo-base"

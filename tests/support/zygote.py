@@ -28,7 +28,7 @@ from typing import Any
 SOCKET = "FINTUNE_TEST_ZYGOTE"
 LIBRARIES = (
     *("accelerate", "aiohttp", "alembic.command", "bitsandbytes.functional", "celery", "datasets"),
-    *("datasketch", "dvc.cli", "dvc.commands.repro", "dvc.repo.experiments", "dvc_http", "dvc_s3"),
+    *("dvc.cli", "dvc.commands.repro", "dvc.repo.experiments", "dvc_http", "dvc_s3"),
     *(
         "filelock",
         "git",

@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from fintune.data.prompt import has_own_template
 from fintune.errors import UserError
 from fintune.export.gguf.llama_cpp import INSTALL
 from fintune.export.gguf.tokenizer import adds_space, is_sentencepiece, pieces, splitting
@@ -177,11 +178,28 @@ def _run(folder: Path, file: Path, kind: str, name: str) -> None:
 
     def with_settings(path: Path | None = None) -> None:
         _add_settings(writer, folder, model.hparams)
+        if _lacks_beginning(folder):
+            writer.add_add_bos_token(False)
         write(path)
 
     logging.getLogger("gguf.gguf_writer").setLevel(logging.ERROR)  # keys are set anew
     writer.write_header_to_file = with_settings
     model.write()
+
+
+def _lacks_beginning(folder: Path) -> bool:
+    """Return whether prompts of the base's own chat template begin without the token that starts a text.
+
+    Its tokenizer may put one before any other text, as llama.cpp then would before a prompt.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not has_own_template(tokenizer) or tokenizer.bos_token is None:
+        return False
+    asked = [{"role": "user", "content": "a"}]
+    prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    return not str(prompt).startswith(tokenizer.bos_token)
 
 
 def _set_pieces(model: Any, leading_space: bool) -> None:

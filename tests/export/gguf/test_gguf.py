@@ -17,11 +17,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fintune.data.prompt import (
     RESPONSE,
+    as_typed,
     encode,
     end_token_id,
     has_special_token,
     load_tokenizer,
     render_prompt,
+    render_row,
 )
 from fintune.errors import UserError
 from fintune.export.gguf import convert, llama_cpp
@@ -220,6 +222,35 @@ def test_the_file_says_what_the_folder_says(merged: Path, tmp_path: Path) -> Non
     assert dict(zip(said, found, strict=True)) == said
     for token in ("<response>", "<response|end>", "</s>"):
         assert types[tokens.index(token)] == gguf.TokenType.CONTROL
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_prompts_of_the_base_s_own_template_are_the_same_tokens(
+    begins: bool, merged: Path, tmp_path: Path
+) -> None:
+    """Also where the tokenizer begins texts with a token that its template writes, or does not."""
+    folder = shutil.copytree(merged, tmp_path / "chat")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.bos_token_id in tokenizer("")["input_ids"]
+    tokenizer.chat_template = "{{ bos_token }}" * begins + CHATML
+    tokenizer.save_pretrained(folder)
+    rows = [render_row(tokenizer, row, row["output"]) for row in questions()[:5]]
+    texts = {
+        as_typed(tokenizer, *row): [*prompt, *answer]
+        for row in rows
+        for prompt, answer in [encode(tokenizer, *row)]
+    }
+    (path,) = export_gguf(folder, tmp_path, "demo", ["f16"])
+    check_tokens(path, texts)
+    (adds,) = fields(path, "tokenizer.ggml.add_bos_token")
+    assert adds == begins
+    assert all((tokens[0] == tokenizer.bos_token_id) == begins for tokens in texts.values())
 
 
 ROPE = {"rope_theta": 1000.0}
