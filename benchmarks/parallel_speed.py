@@ -101,7 +101,8 @@ def job(name: str, number: int, given: argparse.Namespace) -> dict[str, Any]:
             "--steps", str(given.steps), "--out", str(out),
         ]  # fmt: skip
         # NVLink multicast is not everywhere that NVLink is
-        environment = {"NCCL_NVLS_ENABLE": "0", "OMP_NUM_THREADS": "4"} | os.environ
+        environment = {"NCCL_NVLS_ENABLE": "0", "OMP_NUM_THREADS": "4", "GLOO_SOCKET_IFNAME": "lo"}
+        environment |= os.environ
         ended = subprocess.run(command, env=environment, capture_output=True, text=True)
         if out.is_file():
             found: dict[str, Any] = json.loads(out.read_text())

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fintune import stage
 from fintune.stage import run, whole_folder
 from support.project import ROOT
 
@@ -165,3 +166,18 @@ def test_no_compiled_code_is_fetched_from_the_hub(tmp_path: Path) -> None:
         )
         assert file.exists() == called, done.stderr
         assert called or done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("visible", "place", "expected"),
+    [(None, "1", "1"), ("4,6", "1", "6"), ("GPU-a,GPU-b", "0", "GPU-a"), ("3", "1", "3")],
+)
+def test_one_of_several_processes_sees_its_gpu_alone(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, place: str, expected: str
+) -> None:
+    """Where a launcher has hidden the others already, as Slurm can, the one that is left."""
+    monkeypatch.setattr(os, "environ", {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": place})
+    if visible:
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible
+    stage._take_place()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == expected

@@ -48,6 +48,8 @@ def shard(model: Any) -> None:
         whole = {weight for weight in layer.parameters() if weight not in sharded}
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
     model.to(device())
+    if hasattr(base_of(model), "hf_device_map"):
+        base_of(model).hf_device_map = {"": device()}  # accelerate trusts it
     free_memory()
 
 
