@@ -106,8 +106,8 @@ class AnswerTrainer(SFTTrainer):
     def training_step(self, model: Any, inputs: dict[str, Any], *_: Any) -> torch.Tensor:
         """Compute the gradients of one optimizer step: the mean over the answer tokens of all its rows.
 
-        Each process computes its share of the rows; the sums are those of one that computes them all. If memory
-        runs out, the share restarts in micro-batches of half the size, as do all later ones, with the same loss.
+        Each process computes its share of the rows; the sums are those of one that computes all. If memory
+        runs out, the share restarts in micro-batches of half the size, as do all later ones.
         """
         rows: list[TokenRow] = inputs["step"].rows
         answers, lengths = sum(len(completion) for _, completion in rows), lengths_of(rows)
