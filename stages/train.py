@@ -6,8 +6,7 @@ from typing import Any
 
 from fintune import paths
 from fintune.data.prompt import template_of
-from fintune.data.records import usual_instruction
-from fintune.data.tables import read_rows
+from fintune.data.tables import read_columns, read_rows, usual_instruction
 from fintune.evaluation.validation import validator
 from fintune.hardware import hardware
 from fintune.lineage import project_root
@@ -33,23 +32,23 @@ def main() -> None:
         return
     root = project_root()
     client = connect(root) if rank() == 0 else None
-    rows = {split: read_rows(path, ["instruction", "prompt"]) for split, path in INPUTS.items()}
+    validation = read_rows(INPUTS["validation"], ["instruction", "prompt"])
     sections = {"base": params.base.model_dump(), "train": params.train.model_dump()}
     learned = sections | {"train": params.train.model_dump(exclude=PLACE)}
     scratch = root / paths.SCRATCH / fingerprint(list(INPUTS.values()), learned)
     check_same({"data, parameters or code": scratch.name})
     if client is None:
-        fine_tune(params, rows, scratch, lambda *_: None)
+        fine_tune(params, validation, scratch, lambda *_: None)
         return
     name = f"{Path(params.base.model).name} r{params.train.lora.r} lr{params.train.learning_rate:g}"
     with runs.training_run(scratch, name, runs.sweep_run(client, root)) as (run_id, live):
         run_record = runs.describe_run(run_id, sections, hardware(), Path.cwd())
         for split, path in INPUTS.items():
             context = "training" if split == "train" else split
-            runs.log_table(run_id, rows[split], split, context, path)
-        result = fine_tune(params, rows, scratch, live.add)
+            runs.log_table(run_id, read_columns(path), split, context, path)
+        result = fine_tune(params, validation, scratch, live.add)
         with whole_folder(paths.ADAPTER) as folder:
-            said = usual_instruction(rows["train"]), template_of(rows["train"])
+            said = usual_instruction(INPUTS["train"]), template_of(validation)
             trained = learned["train"] | result.computed
             write_adapter(result.model, folder, params.base, trained, *said)
         write_json(paths.TRAIN_METRICS, result.metrics)
@@ -64,19 +63,19 @@ def main() -> None:
 
 def fine_tune(
     params: Params,
-    rows: dict[str, list[dict[str, Any]]],
+    validation: list[dict[str, Any]],
     scratch: Path,
     on_log: Callable[[int, dict[str, float]], None],
 ) -> TrainingResult:
     """Load the base and train the adapter; each process does."""
-    ready = prepare(params.base, params.train, rows, scratch)
+    ready = prepare(params.base, params.train, INPUTS["train"], validation, scratch)
     result = train(
         ready.model,
         ready.tokenizer,
         ready.tokens["train"],
         params.train,
         ready.dtype,
-        validate=validator(params.train, ready.tokenizer, rows["validation"], ready.tokens),
+        validate=validator(params.train, ready.tokenizer, validation, ready.tokens),
         scratch=scratch,
         on_log=on_log,
         sharded=ready.sharded,

@@ -4,7 +4,6 @@ import datetime
 import decimal
 import hashlib
 import logging
-from collections import Counter
 from collections.abc import Iterable
 from itertools import islice
 from typing import Any
@@ -120,12 +119,6 @@ def read_passages(source: str) -> list[str]:
     if not rows:
         raise RecordError(f"{source}: no rows")
     return [row["text"] for row in rows]
-
-
-def usual_instruction(rows: list[Row]) -> str:
-    """Return the most frequent instruction; of equally frequent ones, the first in the alphabet."""
-    counts = Counter(row["instruction"] for row in rows)
-    return str(min(counts, key=lambda text: (-counts[text], text)))
 
 
 def text_fault(value: Any) -> str | None:

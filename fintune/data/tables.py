@@ -7,6 +7,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fintune.data.download import downloaded
@@ -97,6 +98,20 @@ def read_rows(path: Path, columns: Iterable[str] = COLUMNS) -> list[Row]:
     table = open_rows(path, columns).read()
     rows: list[Row] = table.to_pylist()
     return rows
+
+
+def read_columns(
+    path: Path, columns: Iterable[str] = ("instruction", "input", "output")
+) -> pa.Table:
+    """Read columns of a table that an earlier stage wrote, without a Python object for each value."""
+    names = list(columns)
+    return open_rows(path, names).read(names)
+
+
+def usual_instruction(path: Path) -> str:
+    """Return a table's most frequent instruction; of equally frequent ones, the first in the alphabet."""
+    counts = pc.value_counts(read_columns(path, ["instruction"])["instruction"]).to_pylist()
+    return str(min(counts, key=lambda each: (-each["counts"], each["values"]))["values"])
 
 
 def optional_columns(rows: list[Row]) -> list[str]:

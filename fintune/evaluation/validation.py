@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from fintune.data.prompt import end_token_id
 from fintune.evaluation.scores import Question, measure_of, result_of, score
 from fintune.generation.decoding import Decoding
 from fintune.generation.generate import generate
-from fintune.model.batch import TokenRow
+from fintune.model.batch import TokenRow, lengths_of
 from fintune.model.likelihood import likelihood
 from fintune.params import Train
 from fintune.training.train import total_steps
@@ -33,7 +33,7 @@ def validator(
     params: Train,
     tokenizer: Any,
     rows: list[dict[str, Any]],
-    tokens: dict[str, list[TokenRow]],
+    tokens: Mapping[str, Sequence[TokenRow]],
 ) -> Callable[[Any, int], dict[str, float]]:
     """Return what measures the model at a validation, as `train` takes it.
 
@@ -63,7 +63,7 @@ class _Answers:
         params: Train,
         tokenizer: Any,
         rows: Sequence[dict[str, Any]],
-        tokens: dict[str, list[TokenRow]],
+        tokens: Mapping[str, Sequence[TokenRow]],
     ) -> None:
         """Choose the questions and the validations at which they are asked: as many as the time allows.
 
@@ -73,7 +73,7 @@ class _Answers:
         """
         validation, trained = tokens["validation"], tokens["train"]
         limit = min(MOST_TOKENS, max(len(completion) for _, completion in validation))
-        row = sum(len(p) + len(c) for p, c in trained) / len(trained)
+        row = sum(lengths_of(trained)) / len(trained)
         between = params.validate_every_steps * params.rows_per_step * row  # tokens
         waiting = limit * LATENCY if torch.cuda.is_available() else 0
         every = max(1, math.ceil(waiting / (TIME_SHARE * between)))

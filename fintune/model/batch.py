@@ -3,13 +3,38 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from fintune.model.attention import PackedSequences
 
 TokenRow = tuple[list[int], list[int]]  # prompt ids, completion ids
 CHUNK = 1024  # answer tokens whose logits are in memory at once
+STORED = pa.schema(dict.fromkeys(("prompt", "completion"), pa.list_(pa.int32())))
+
+
+class TokenRows(Sequence[TokenRow]):
+    """Token rows in a memory-mapped Arrow stream with the columns `STORED`; those in use are in memory."""
+
+    def __init__(self, path: Path) -> None:
+        table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+        self._columns = table["prompt"], table["completion"]
+        sizes = (pc.list_value_length(column) for column in self._columns)
+        self.lengths: list[int] = pc.add(*sizes).to_pylist()
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, place: Any) -> Any:
+        """Return a row, or a list of those in a slice."""
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        prompt, completion = (column[place].as_py() for column in self._columns)
+        return prompt, completion
 
 
 def batches_by_length(lengths: Sequence[int], tokens: int, rows: int) -> Iterator[list[int]]:
@@ -78,6 +103,8 @@ def pad(rows: Sequence[TokenRow], device: torch.device) -> MicroBatch:
 
 def lengths_of(rows: Sequence[TokenRow]) -> list[int]:
     """Return each row's tokens."""
+    if isinstance(rows, TokenRows):
+        return rows.lengths
     return [len(prompt) + len(completion) for prompt, completion in rows]
 
 

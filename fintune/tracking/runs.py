@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import pyarrow as pa
 from mlflow.entities import Param as MlflowParam
 from mlflow.entities import RunTag
 from mlflow.tracking import MlflowClient
@@ -228,12 +229,11 @@ def _or_later(action: Callable[..., Any], *arguments: Any) -> None:
 
 
 def log_table(
-    run_id: str, rows: list[dict[str, Any]], name: str, context: str, source: Path
+    run_id: str, rows: pa.Table | list[dict[str, Any]], name: str, context: str, source: Path
 ) -> None:
     """Log a table as an input of the run: its digest, columns and path, not its rows."""
-    import pandas as pd
-
-    frame = pd.DataFrame(rows)[["instruction", "input", "output"]]
+    table = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(rows)
+    frame = table.select(["instruction", "input", "output"]).to_pandas()
     with warnings.catch_warnings(), _active(run_id):
         warnings.simplefilter("ignore")  # MLflow has two readers for a local file
         mlflow.log_input(mlflow.data.from_pandas(frame, source=str(source), name=name), context)

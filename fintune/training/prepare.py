@@ -1,14 +1,18 @@
 """Load what a training needs: tokens, tokenizer and the base with a new adapter."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 from peft import PeftModel
 
 from fintune.data.prompt import Tokenizer, encode, load_tokenizer, template_of
+from fintune.data.stream import batches, open_rows, ordered, spool
 from fintune.errors import UserError
 from fintune.hardware import (
     check_disk,
@@ -20,17 +24,18 @@ from fintune.hardware import (
 from fintune.hub.models import check_base
 from fintune.model.adapter import add_adapter, describe_adapter
 from fintune.model.base import load_base, read_config
-from fintune.model.batch import TokenRow
+from fintune.model.batch import STORED, TokenRow, TokenRows, lengths_of
 from fintune.model.conformance import agreement_of
 from fintune.model.sizes import ModelSize
 from fintune.params import Base, Train
-from fintune.processes import count, number_here, of_all
+from fintune.processes import count, number_here, of_all, of_first, rank
 from fintune.training.memory import estimate_memory_gib
 from fintune.training.plan import Plan, fits_whole, plan_execution
 from fintune.training.quantization import quantization_cost
 
 log = logging.getLogger("fintune")
 
+TOKENS = "train.arrow"  # in the training's folder
 ROOM = 0.8  # of the free memory, for a base that is loaded whole before it is shared out
 
 
@@ -40,25 +45,26 @@ class Prepared:
 
     model: PeftModel
     tokenizer: Tokenizer
-    tokens: dict[str, list[TokenRow]]
+    tokens: dict[str, Sequence[TokenRow]]
     dtype: torch.dtype
     cost: dict[str, float]
     sharded: bool  # the processes are to share the base's weights
 
 
 def prepare(
-    base: Base, params: Train, rows: dict[str, list[dict[str, Any]]], scratch: Path
+    base: Base, params: Train, training: Path, validation: list[dict[str, Any]], scratch: Path
 ) -> Prepared:
     """Encode the rows, check the disk space, and load the base with a new adapter.
 
     Args:
-        rows: of the splits `train` and `validation`.
+        training: the table of the training rows, which are not held in memory.
+        validation: the validation rows.
         scratch: the training's folder.
     """
-    tokenizer = load_tokenizer(base, params.end_token, template_of(rows["train"]))
-    tokens = {
-        split: [encode(tokenizer, row["prompt"], row["completion"]) for row in part]
-        for split, part in rows.items()
+    tokenizer = load_tokenizer(base, params.end_token, template_of(validation))
+    tokens: dict[str, Sequence[TokenRow]] = {
+        "train": encode_table(tokenizer, training, scratch / TOKENS),
+        "validation": [encode(tokenizer, row["prompt"], row["completion"]) for row in validation],
     }
     dtype = compute_dtype(params.precision)
     log.info("device: %s", describe_device())
@@ -69,6 +75,27 @@ def prepare(
     model = add_adapter(loaded, tokenizer, params.lora, params.seed)
     log.info("trainable: %s", describe_adapter(model))
     return Prepared(model, tokenizer, tokens, dtype, cost, parallel == "fsdp")
+
+
+def encode_table(tokenizer: Tokenizer, source: Path, target: Path) -> TokenRows:
+    """Encode a table of formatted rows to a file, in the first process; return its rows."""
+    if rank() == 0:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        rows = batches(
+            open_rows(source, ["prompt", "completion"]), ["prompt", "completion"], "tokens"
+        )
+        with spool(target, STORED) as write:
+            for encoded in ordered(partial(_encode_batch, tokenizer), rows):
+                write(encoded)
+    of_first(None)  # the others wait for the file
+    return TokenRows(target)
+
+
+def _encode_batch(tokenizer: Tokenizer, batch: pa.RecordBatch) -> pa.RecordBatch:
+    texts = zip(*(batch[name].to_pylist() for name in STORED.names), strict=True)
+    encoded = [encode(tokenizer, prompt, completion) for prompt, completion in texts]
+    columns = [pa.array(ids, STORED.field(0).type) for ids in zip(*encoded, strict=True)]
+    return pa.record_batch(columns, schema=STORED)
 
 
 def plan_before(base: Base, params: Train, longest: int) -> Plan:
@@ -107,7 +134,7 @@ def _chosen(
 
 
 def _parallel(
-    base: Base, params: Train, rows: list[TokenRow], dtype: torch.dtype
+    base: Base, params: Train, rows: Sequence[TokenRow], dtype: torch.dtype
 ) -> tuple[str, torch.device | None]:
     """Decide whether processes share the base, and where to load it: on the CPU if it is too large.
 
@@ -117,7 +144,7 @@ def _parallel(
     if count() == 1:
         return "none", None
     size = ModelSize.of(read_config(base), params.lora)
-    longest = max(len(prompt) + len(completion) for prompt, completion in rows)
+    longest = max(lengths_of(rows))
     free = min(of_all(free_memory_gib())) / (1 if torch.cuda.is_available() else count())
     parallel = _chosen(size, params, longest, dtype, free)
     log.info("parallel: %s", parallel)

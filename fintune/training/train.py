@@ -14,7 +14,7 @@ from trl import SFTConfig
 
 from fintune.hardware import GIB, free_memory_gib, has_fp8, matmul_flops, peak_memory_gib
 from fintune.hub.models import check_positions
-from fintune.model.batch import TokenRow
+from fintune.model.batch import TokenRow, lengths_of
 from fintune.model.conformance import agreement_of, fused_differs
 from fintune.model.sharding import shard, sharded_gib
 from fintune.model.sizes import ModelSize
@@ -169,7 +169,7 @@ def make_plan(
     """
     agreement = agreement_of(model.get_base_model().config)
     frozen = (p for p in model.parameters() if not p.requires_grad)
-    lengths = [len(prompt) + len(completion) for prompt, completion in rows]
+    lengths = lengths_of(rows)
     base_gib = sum(p.numel() * p.element_size() for p in frozen) / GIB
     if sharded:
         shared = sharded_gib(model)
