@@ -36,8 +36,11 @@ from fintune.export.gguf.llama_cpp import (
     llama_cpp_loss,
     llama_cpp_tokens,
 )
+from fintune.export.gguf.ollama import write_modelfile
 from fintune.export.gguf.tokenizer import LLAMA_3_PATTERN
 from fintune.export.verify import write_gguf
+from fintune.generation.decoding import SETTINGS
+from fintune.model.adapter import AdapterInfo
 from fintune.model.base import load_base, load_plain
 from fintune.model.likelihood import likelihood
 from fintune.params import Base
@@ -685,3 +688,21 @@ def test_a_missing_package_is_named(
 def test_an_unknown_kind_is_refused(merged: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="q4_k: no such kind; there are f16, q8_0"):
         export_gguf(merged, tmp_path, "demo", ["q4_k"])
+
+
+@pytest.mark.parametrize("instruction", ["", "Answer in one sentence."])
+def test_ollama_reads_the_base_s_own_template_from_the_file(
+    tmp_path: Path, instruction: str
+) -> None:
+    """Its Modelfile names none, and a system message only where the rows had an instruction."""
+    decoding = {**dict.fromkeys(SETTINGS, 1.0), "max_new_tokens": 64}
+    base = Base(model="base", revision=None)
+    own, seed = (
+        AdapterInfo(base, {"end_token": "base"}, instruction, template)
+        for template in ("base", "seed")
+    )
+    lines = write_modelfile(tmp_path / "m.gguf", own, decoding, "<|im_end|>").read_text()
+    assert "TEMPLATE" not in lines
+    assert ("SYSTEM" in lines) is bool(instruction)
+    assert "PARAMETER stop <|im_end|>\n" in lines
+    assert "TEMPLATE" in write_modelfile(tmp_path / "m.gguf", seed, decoding, "x").read_text()
