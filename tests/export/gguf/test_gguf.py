@@ -696,7 +696,7 @@ def test_ollama_reads_the_base_s_own_template_from_the_file(
 ) -> None:
     """Its Modelfile names none, and a system message only where the rows had an instruction."""
     decoding = {**dict.fromkeys(SETTINGS, 1.0), "max_new_tokens": 64}
-    base = Base(model="base", revision=None)
+    base = Base(model=str(tmp_path), revision=None)
     own, seed = (
         AdapterInfo(base, {"end_token": "base"}, instruction, template)
         for template in ("base", "seed")
