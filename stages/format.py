@@ -1,5 +1,6 @@
 """Render every row as prompt and completion, fit it to the token limit and count its tokens."""
 
+import json
 import os
 import subprocess
 import sys
@@ -40,11 +41,12 @@ def check_type(config: dict[str, Any]) -> None:
     """
     if config.get("model_type") in KNOWN:
         return
-    found = subprocess.run(
-        [sys.executable, "-m", "fintune", "check"], stderr=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-m", "fintune", "check", "--only", "base", "--json"]
+    found = subprocess.run(command, capture_output=True, text=True)
     if found.returncode:
-        raise UserError(found.stderr.rpartition("error: ")[2].strip())
+        said = json.loads(found.stdout)["findings"] if found.stdout else []
+        problems = [each["said"] for each in said if each["status"] == "problem"]
+        raise UserError("\n".join(problems) or found.stderr.strip())
 
 
 def leave_torch_out() -> None:

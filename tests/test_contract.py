@@ -28,7 +28,7 @@ LOCK = ROOT / "requirements.lock"
 ORDER = (
     *("errors", "params", "paths", "metrics", "lineage", "integrity", "hardware", "stage"),
     *("processes", "hub", "data", "model", "tracking", "registry", "merging", "training"),
-    *("generation", "evaluation", "export", "commands", "__main__"),
+    *("generation", "evaluation", "export", "forecast", "commands", "__main__"),
 )
 SHOWN_ELSEWHERE = {
     "fintune/errors.py",

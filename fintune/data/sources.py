@@ -65,7 +65,7 @@ def _fetch(part: Source, invalid_rows: Any, path: Path) -> tuple[dict[str, Any],
     What holds for all rows is assumed from the first ones, and the source read again where that was wrong:
     its columns, and which instructions come with an input.
     """
-    with _opened(part) as (table, origin):
+    with opened_source(part) as (table, origin):
         try:
             columns = recognise(table.names, part)
         except RecordError:
@@ -158,7 +158,7 @@ def _joined(entries: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 @contextmanager
-def _opened(part: Source) -> Iterator[tuple[Pieces, dict[str, Any]]]:
+def opened_source(part: Source) -> Iterator[tuple[Pieces, dict[str, Any]]]:
     """Open `fetch.source`.
 
     Returns:

@@ -34,7 +34,7 @@ def connect(root: Path) -> MlflowClient:
         UserError: the address is none that MLflow has; the server does not respond, or refuses access; the
             file is broken.
     """
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{paths.MLFLOW_DATABASE}"
+    uri = _given_uri()
     _check_address(uri)
     local = uri.startswith("sqlite:///") and not uri.startswith("sqlite:////")
     if uri.startswith("http"):
@@ -46,6 +46,30 @@ def connect(root: Path) -> MlflowClient:
             uri = sqlite_uri(root / path) + mark + options
         mlflow.set_tracking_uri(uri)
         return _client(root, uri, local)
+
+
+def check_store(root: Path) -> str:
+    """Ask MLflow's store for its experiments, and change nothing; return what it is, in words.
+
+    Raises:
+        UserError: as `connect`.
+    """
+    uri = _given_uri()
+    _check_address(uri)
+    if uri.startswith("sqlite:///"):
+        file = root / uri.removeprefix("sqlite:///").partition("?")[0]
+        return f"{file}{'' if file.is_file() else ', which the training makes'}"
+    if uri.startswith("http"):
+        _ask_server(uri)
+    try:
+        MlflowClient(uri).search_experiments(max_results=1)
+    except Exception as error:  # each store raises its own library's errors
+        raise UserError(explain_store(error, uri)) from None
+    return f"{shown(uri)} responds"
+
+
+def _given_uri() -> str:
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{paths.MLFLOW_DATABASE}"
 
 
 @contextmanager
