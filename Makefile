@@ -10,7 +10,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 help:
 	@awk -F ' *## ' '/^[a-z]+:.*## / { sub(/:.*/, "", $$1); printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
-demo: repository $(BIN)/ready  ## the whole pipeline on the demo: minutes on two CPU cores
+demo: repository $(BIN)/ready  ## the whole pipeline on the demo: minutes on two cores
 	python -m fintune check
 	dvc repro
 	python -m fintune results
@@ -22,7 +22,7 @@ repository:
 test: $(BIN)/ready  ## the tests
 	python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-check: $(BIN)/ready  ## lint, format, types of the code; of a run: python -m fintune check
+check: $(BIN)/ready  ## lint, format and types of the code; for a run: fintune check
 	ruff check .
 	ruff format --check .
 	mypy

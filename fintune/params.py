@@ -341,6 +341,10 @@ class Evaluate(Section):
     seed: Seed
     gate: Gate
 
+    def champion_of(self, registered: str) -> str | None:
+        """Return the model whose champion is measured; `registered` is the one that is exported."""
+        return registered if self.champion == "registered" else self.champion
+
     @model_validator(mode="after")
     def _rules_have_something_to_judge(self) -> "Evaluate":
         if self.general_text is None and self.gate.max_forgetting is not None:
@@ -405,6 +409,18 @@ def read_params(path: Path = PARAMS_FILE) -> Params:
         problems = [_describe(problem) for problem in error.errors()]
     lines = "\n".join(f"  {line}" for line in problems)
     raise UserError(f"{path}: {len(problems)} problem{'s' * (len(problems) > 1)}\n{lines}")
+
+
+def read_name(path: Path = PARAMS_FILE) -> str | None:
+    """Return merge_export.registered_model, after which MLflow's experiment is named; None without it.
+
+    The experiment is where things are logged, not what is computed, so no stage depends on it.
+    """
+    with contextlib.suppress(UserError):
+        section = _load(path).get("merge_export")
+        name = section.get("registered_model") if isinstance(section, dict) else None
+        return name if isinstance(name, str) else None
+    return None
 
 
 def read_valid_sections(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from fintune import paths
-from fintune.data.formatting import format_rows
+from fintune.data.formatting import format_rows, tokens_told
 from fintune.data.prompt import describe_layout, load_tokenizer
 from fintune.data.tables import SPLITS
 from fintune.errors import UserError
@@ -29,7 +29,7 @@ def main() -> None:
     for split in SPLITS:
         source, target = (paths.rows(each, split) for each in (paths.SPLIT, paths.FORMATTED))
         report[split] = format_rows(tokenizer, source, target, params.format, split)
-        log.info("%s: %s", split, report[split])
+        log.info("%s: %s", split, tokens_told(report[split]))
     write_json(paths.FORMAT_METRICS, report)
 
 

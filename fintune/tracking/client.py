@@ -12,9 +12,10 @@ from mlflow.tracking import MlflowClient
 
 from fintune import paths
 from fintune.errors import ANOTHER_STORE, UserError, explain_store, shown
+from fintune.params import read_name
 from fintune.tracking.database import prepare_database, sqlite_uri
 
-EXPERIMENT = "financial-qa"
+UNNAMED = "fintune"  # the experiment where no params.yaml names it
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # the default retries for minutes
 os.environ.setdefault("MLFLOW_ENABLE_ASYNC_LOGGING", "false")
 for noisy in ("alembic", "mlflow", "sqlalchemy"):
@@ -28,7 +29,7 @@ def connect(root: Path) -> MlflowClient:
 
     `MLFLOW_TRACKING_URI` names a server or database. Without it, or with a relative SQLite path, the file
     is at the project's root, even for experiments that DVC runs in a temporary folder.
-    `MLFLOW_EXPERIMENT_NAME` names the experiment.
+    `MLFLOW_EXPERIMENT_NAME` names the experiment, else merge_export.registered_model does.
 
     Raises:
         UserError: the address is none that MLflow has; the server does not respond, or refuses access; the
@@ -68,6 +69,11 @@ def check_store(root: Path) -> str:
     return f"{shown(uri)} responds"
 
 
+def experiment_name() -> str:
+    """Return the name of MLflow's experiment."""
+    return os.environ.get("MLFLOW_EXPERIMENT_NAME") or read_name() or UNNAMED
+
+
 def _given_uri() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{paths.MLFLOW_DATABASE}"
 
@@ -82,7 +88,7 @@ def store_lock(root: Path) -> Iterator[None]:
 
 
 def _client(root: Path, uri: str, local: bool) -> MlflowClient:
-    name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
+    name = experiment_name()
     try:
         client = MlflowClient()
         if client.get_experiment_by_name(name) is None:
