@@ -25,6 +25,7 @@ from fintune.data.tables import COLUMNS, is_table_file, opened, placed
 from fintune.data.unpacking import Piece, Row
 from fintune.errors import RecordError, UserError
 from fintune.hub.datasets import read_dataset
+from fintune.lineage import project_root
 from fintune.params import Fetch, Source
 from fintune.stage import write_text
 
@@ -179,6 +180,12 @@ def opened_source(part: Source) -> Iterator[tuple[Pieces, dict[str, Any]]]:
         UserError: the source is not a file, a URL or a hub id, or is a URL with credentials.
     """
     source, unpinned = part.source, {"revision": None, "license": None}
+    if not os.path.lexists(source) and (project_root() / source).exists():
+        raise UserError(
+            f"fetch.source: {source}: not in this copy of the project, where DVC runs queued and temporary "
+            f"experiments: it holds what git and DVC know. `git add` it (or `dvc add` it and `git "
+            "add` the .dvc file), then queue the experiment again; `dvc exp run` alone finds it as it is"
+        )
     if "://" in source:
         log.warning(
             "note: DVC does not notice when %s changes; run `dvc repro --force fetch` to fetch it again",

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fintune.data import selection, sources
-from fintune.errors import RecordError
+from fintune.errors import RecordError, UserError
 from fintune.params import Fetch
 from support.rows import fetch_records
 
@@ -131,6 +131,22 @@ def test_rows_that_are_dropped_are_listed_with_their_reason(
         ("b.jsonl", "1", "a: missing", "Why?"),
     ]
     assert sum(about["dropped"].values()) == 5
+
+
+def test_a_queued_experiment_says_why_it_lacks_a_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DVC runs it in a copy of what git knows."""
+    (tmp_path / "data/source").mkdir(parents=True)
+    (tmp_path / "data/source/a.csv").write_text("q,a\nWhy?,So.\n")
+    copy = tmp_path / ".dvc/tmp/exps/tmpab"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    given = {**FIRST, "source": "data/source/a.csv", "more": [], "invalid_rows": "drop"}
+    with pytest.raises(UserError, match=r"queued and temporary experiments.*`git add` it"):
+        fetch_records(Fetch.model_validate(given))
+    monkeypatch.chdir(tmp_path)
+    assert len(fetch_records(Fetch.model_validate(given))[0]) == 1
 
 
 @pytest.mark.parametrize(("mark", "name"), [(";", "semicolons"), ("\t", "tabs"), ("|", "bars")])

@@ -28,7 +28,7 @@ def test_a_chat_base_is_trained_judged_and_exported_in_its_own_layout(
     refused = project.stage("format", check=False)
     assert "has no chat template; set format.template: seed" in refused.stderr
     checked = project.run("python", "-m", "fintune", "check", check=False)
-    assert checked.returncode and "problem  layers      base.model: " in checked.stdout
+    assert checked.returncode and "problem  layers      format.template: " in checked.stdout
 
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(project / "base")
