@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gpu", help="a kind of GPU to forecast, such as h100; default: this machine"
     )
     parser.add_argument("--gpu-memory", type=_positive, metavar="GB", help="default: as published")
-    parser.add_argument("--gpus", type=int, choices=range(1, 9), default=1, metavar="N")
+    parser.add_argument("--gpus", type=int, choices=range(1, 9), metavar="N")
     parser.add_argument("--price-per-hour", type=_positive, metavar="PRICE", help="of the machine")
     parser.add_argument(
         "--only", choices=("base",), help="check parameters and base alone, as format does"

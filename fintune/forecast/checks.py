@@ -10,15 +10,19 @@ from typing import Any, Literal
 
 from fintune.data.prompt import load_tokenizer
 from fintune.errors import UserError, explain, first_line
+from fintune.evaluation.harness import task_manager
+from fintune.evaluation.rows import general_passages
 from fintune.export.gguf.convert import check_convertible
 from fintune.export.gguf.llama_cpp import require_packages
+from fintune.export.signature import signing_key
 from fintune.forecast.workload import Sample, sources_of, take_sample
+from fintune.generation.vllm import find_vllm
 from fintune.hardware import size_text
 from fintune.hub.models import check_base, check_positions, read_config_file
 from fintune.lineage import in_no_commit, lacks_repository
 from fintune.model.base import read_config
 from fintune.model.conformance import agreement_of
-from fintune.params import Base, Fetch, Format, MergeExport, Train
+from fintune.params import Base, Evaluate, Fetch, Format, MergeExport, Train
 from fintune.paths import DVC_CONFIG
 
 Status = Literal["ok", "warning", "problem"]
@@ -98,6 +102,26 @@ def check_layout(base: Base, format_: Format, train: Train, export: MergeExport)
         require_packages()
         check_convertible(config, tokenizer)
     return tokenizer, str(agreement_of(read_config(base)))
+
+
+def check_evaluation(evaluate: Evaluate) -> str:
+    """Check the program that answers, the harness, the general text and the signing key; say which are used.
+
+    Raises:
+        UserError: one of them is not there, or cannot be used.
+    """
+    used = [f"engine {evaluate.engine}"]
+    if evaluate.engine == "vllm":
+        find_vllm()
+    if evaluate.harness.tasks:
+        task_manager(evaluate.harness)
+        used.append(f"harness tasks {', '.join(evaluate.harness.tasks)}")
+    if passages := general_passages(evaluate.general_text):
+        used.append(f"{len(passages)} passages of {evaluate.general_text}")
+    if evaluate.embedding:
+        model = Base(model=evaluate.embedding.model, revision=evaluate.embedding.revision)
+        used.append(f"embeddings of {base_weights(model)[1]}")
+    return ", ".join([*used, *["signed"] * (signing_key() is not None)])
 
 
 def check_sources(fetch: Fetch, root: Path) -> tuple[Sample, str]:

@@ -8,6 +8,7 @@ from fintune.errors import UserError
 from fintune.forecast.checks import (
     Findings,
     base_weights,
+    check_evaluation,
     check_layout,
     check_repository,
     check_room,
@@ -63,6 +64,8 @@ def check_run(
         return
     if "fetch" in sections:
         found.check("data", look_at_sources)
+    if "evaluate" in sections:
+        found.check("evaluation", lambda: check_evaluation(sections["evaluate"]))
     found.check("tracking", lambda: check_store(root))
     found.check("repository", lambda: check_repository(root))
     if not train:
@@ -109,9 +112,9 @@ def check_run(
 
 def _machine(given: argparse.Namespace, precision: str) -> Machine:
     if given.gpu:
-        return known_machine(given.gpu.lower(), given.gpu_memory, given.gpus, precision)
-    if given.gpu_memory:
-        raise UserError("--gpu-memory: of which GPU? give --gpu as well")
+        return known_machine(given.gpu.lower(), given.gpu_memory, given.gpus or 1, precision)
+    if given.gpu_memory or given.gpus:
+        raise UserError("--gpu-memory and --gpus: of which GPU? give --gpu as well")
     return this_machine(precision)
 
 
@@ -127,7 +130,10 @@ def _rows(known: dict[str, Any], about: dict[str, Any], sections: dict[str, Any]
 
 def _time(run: Run, about: dict[str, Any], seconds: Any) -> str:
     total = sum(seconds.values())
-    about["seconds"] = {**{name: round(each, 1) for name, each in seconds.items()}, "in all": total}
+    about["seconds"] = {
+        **{name: round(each, 1) for name, each in seconds.items()},
+        "in all": round(total, 1),
+    }
     listed = ", ".join(f"{name} {as_time(each)}" for name, each in seconds.items())
     said = f"about {as_time(total)} in all: {listed}"
     if not run.machine.on_gpu and total > 86400:

@@ -56,6 +56,7 @@ def test_everything_is_reported_not_the_first_failure_alone(
         ("weight_decay: 0.0", "weight_decay: none\n  epoch: 2"),
         ("model: base", "model: nowhere/base"),
         ("source: assets/demo-questions.jsonl", "source: data/source/none.csv"),
+        ("general_text: assets/general-text.jsonl", "general_text: none.jsonl"),
     ):
         assert old in text
         text = text.replace(old, new)
@@ -64,7 +65,7 @@ def test_everything_is_reported_not_the_first_failure_alone(
     wrong = of(report, "problem")
     assert status == 1
     assert f"{recipe}: 3 problems" in wrong["parameters"] and "train.epoch" in wrong["parameters"]
-    assert "No such file" in wrong["data"]
+    assert "No such file" in wrong["data"] and "none.jsonl" in wrong["evaluation"]
     assert "no MLflow server responds" in wrong["tracking"]
     assert "repository" in of(report, "ok")
 
