@@ -1,15 +1,16 @@
-# make demo: the whole pipeline on the embedded demo.  make test: the tests.  make check: lint, format, types.
-# make audit: known vulnerabilities of the pinned packages, asked of a public database.
-# make experiments: those on this commit, with the columns that matter.
-# Each sets up .venv when it is missing or requirements.lock has changed.
+# `make` alone lists the targets, from the comments beside them. Each sets up .venv when it is missing or
+# requirements.lock has changed.
 
 PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo repository test check audit experiments lock
+.PHONY: help demo repository test check audit experiments lock
 
-demo: repository $(BIN)/ready
+help:
+	@awk -F ' *## ' '/^[a-z]+:.*## / { sub(/:.*/, "", $$1); printf "make %-12s %s\n", $$1, $$2 }' Makefile
+
+demo: repository $(BIN)/ready  ## the whole pipeline on the demo: minutes on two cores
 	python -m fintune check
 	dvc repro
 	python -m fintune results
@@ -18,20 +19,20 @@ demo: repository $(BIN)/ready
 repository:
 	@test -e .git || grep -qsE '^ *no_scm *= *true' .dvc/config .dvc/config.local || { echo "error: $(CURDIR) is not a git repository, which DVC wants: clone the project, or run \`git init && git add . && git commit -m start\`; without git: write \`no_scm = true\` under [core] in .dvc/config" >&2; exit 1; }
 
-test: $(BIN)/ready
+test: $(BIN)/ready  ## the tests
 	python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-check: $(BIN)/ready
+check: $(BIN)/ready  ## lint, format and types of the code; for a run: fintune check
 	ruff check .
 	ruff format --check .
 	mypy
 
 # AUDIT: other options of pip-audit, such as --ignore-vuln ID or another database.
-audit: $(BIN)/ready
+audit: $(BIN)/ready  ## known vulnerabilities of the packages, by a public database
 	pip-audit --requirement requirements.lock --no-deps --disable-pip --progress-spinner off $(AUDIT)
 
 # Without the pattern the table has more than 40 columns, most of them hashes and counts.
-experiments: $(BIN)/ready
+experiments: $(BIN)/ready  ## those on this commit, with the columns that matter
 	dvc exp show --only-changed --no-pager --drop '^(?!Experiment$$|validation_loss$$|tuned\.(loss|rouge_l|stop_rate)$$|(fetch|split|format|train|evaluate|merge_export)\.|base\.(model|revision)$$)'
 
 $(BIN)/ready: requirements.lock
@@ -41,7 +42,7 @@ $(BIN)/ready: requirements.lock
 	touch $@
 
 # Resolve pyproject.toml's dependencies anew and write what was installed, without addresses.
-lock:
+lock:  ## requirements.lock anew, from pyproject.toml
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet $$($(PYTHON) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(*p["dependencies"], *p["optional-dependencies"]["dev"], *p["optional-dependencies"]["harness"])')

@@ -35,7 +35,7 @@ def hardware() -> str:
 def describe_device() -> str:
     """Name the hardware and the dtype that `precision: auto` selects on it."""
     if not torch.cuda.is_available():
-        return f"no GPU: {hardware()}, float32; right for the demo, hours or days for a 7B model"
+        return f"no GPU: {hardware()}, float32; right for the demo; a 7B model takes weeks"
     if torch.cuda.is_bf16_supported():
         return f"{hardware()}, bfloat16"
     return f"{hardware()}, float16 with loss scaling (no bfloat16 here)"
@@ -95,12 +95,13 @@ def check_disk(needed_bytes: int, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise UserError(
-            f"{folder.resolve()}: {_size(free)} free and about {_size(needed_bytes)} needed; "
+            f"{folder.resolve()}: {size_text(free)} free and about {size_text(needed_bytes)} needed; "
             "make room (dvc gc -w removes outputs of other experiments from the cache)"
         )
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
+    """Write a number of bytes in a unit that a person would use."""
     return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:.1f} MiB"
 
 

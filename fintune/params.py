@@ -4,6 +4,7 @@ No value has a default. `read_params` validates the whole file at every stage an
 problem at once, so a typo in `train` is found before `fetch` runs.
 """
 
+import contextlib
 import difflib
 import re
 import typing
@@ -340,6 +341,10 @@ class Evaluate(Section):
     seed: Seed
     gate: Gate
 
+    def champion_of(self, registered: str) -> str | None:
+        """Return the model whose champion is measured; `registered` is the one that is exported."""
+        return registered if self.champion == "registered" else self.champion
+
     @model_validator(mode="after")
     def _rules_have_something_to_judge(self) -> "Evaluate":
         if self.general_text is None and self.gate.max_forgetting is not None:
@@ -393,11 +398,46 @@ class Params(Section):
 def read_params(path: Path = PARAMS_FILE) -> Params:
     """Read and validate the whole parameter file.
 
-    Like DVC, this parses with ruamel.yaml, so the `3e-05` that `dvc exp run -S` writes is a number.
-
     Raises:
         UserError: the file is missing, is not YAML, or has a wrong key, type or value; every problem is
             listed on its own line, with its dotted key.
+    """
+    raw = _load(path)
+    try:
+        return Params.model_validate(raw)
+    except ValidationError as error:
+        problems = [_describe(problem) for problem in error.errors()]
+    lines = "\n".join(f"  {line}" for line in problems)
+    raise UserError(f"{path}: {len(problems)} problem{'s' * (len(problems) > 1)}\n{lines}")
+
+
+def read_name(path: Path = PARAMS_FILE) -> str | None:
+    """Return merge_export.registered_model, after which MLflow's experiment is named; None without it.
+
+    The experiment is where things are logged, not what is computed, so no stage depends on it.
+    """
+    with contextlib.suppress(UserError):
+        section = _load(path).get("merge_export")
+        name = section.get("registered_model") if isinstance(section, dict) else None
+        return name if isinstance(name, str) else None
+    return None
+
+
+def read_valid_sections(path: Path) -> dict[str, Any]:
+    """Read the sections that are valid by themselves; `check` looks at them, whatever the others hold."""
+    found = {}
+    for name, given in _load(path).items():
+        field = Params.model_fields.get(name)
+        with contextlib.suppress(ValidationError):
+            if field and isinstance(field.annotation, type):
+                found[name] = field.annotation.model_validate(given)
+    return found
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """Load a parameter file.
+
+    Like DVC, this parses with ruamel.yaml, so the `3e-05` that `dvc exp run -S` writes is a number.
     """
     try:
         raw = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
@@ -410,12 +450,7 @@ def read_params(path: Path = PARAMS_FILE) -> Params:
         raise UserError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: empty or not a mapping; begin with `cp recipes/demo.yaml {path}`")
-    try:
-        return Params.model_validate(raw)
-    except ValidationError as error:
-        problems = [_describe(problem) for problem in error.errors()]
-    lines = "\n".join(f"  {line}" for line in problems)
-    raise UserError(f"{path}: {len(problems)} problem{'s' * (len(problems) > 1)}\n{lines}")
+    return raw
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

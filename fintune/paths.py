@@ -14,6 +14,7 @@ OWN_DATA = DATA / "source"
 RAW = DATA / "raw"
 RAW_ROWS = RAW / "qa.parquet"
 MANIFEST = RAW / "manifest.json"
+DROPPED = RAW / "dropped.csv"
 SPLIT = DATA / "split"
 FORMATTED = DATA / "formatted"
 

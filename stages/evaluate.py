@@ -44,10 +44,11 @@ def main() -> None:
     test = select_rows(stored, questions_of(stored), params.max_rows)
     held_out = read_rows(VALIDATION, COLUMNS)
     validation = select_rows(held_out, questions_of(held_out), None)
+    name = params.champion_of(everything.merge_export.registered_model)
     passages = general_passages(params.general_text)
     with tempfile.TemporaryDirectory() as folder:
         ours = (paths.RUN, paths.ADAPTER)
-        champion = fetch_champion(client, params.champion, *ours, Path(folder)) if client else None
+        champion = fetch_champion(client, name, *ours, Path(folder)) if client else None
         adapters = (paths.ADAPTER, of_first(champion.folder if champion else None))
         measured = measure(*adapters, test, validation, passages, params, everything.generation)
     if client is None or champion is None:

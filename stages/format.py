@@ -1,12 +1,13 @@
 """Render every row as prompt and completion, fit it to the token limit and count its tokens."""
 
+import json
 import os
 import subprocess
 import sys
 from typing import Any
 
 from fintune import paths
-from fintune.data.formatting import format_rows
+from fintune.data.formatting import format_rows, tokens_told
 from fintune.data.prompt import describe_layout, load_tokenizer
 from fintune.data.tables import SPLITS
 from fintune.errors import UserError
@@ -28,7 +29,7 @@ def main() -> None:
     for split in SPLITS:
         source, target = (paths.rows(each, split) for each in (paths.SPLIT, paths.FORMATTED))
         report[split] = format_rows(tokenizer, source, target, params.format, split)
-        log.info("%s: %s", split, report[split])
+        log.info("%s: %s", split, tokens_told(report[split]))
     write_json(paths.FORMAT_METRICS, report)
 
 
@@ -40,11 +41,12 @@ def check_type(config: dict[str, Any]) -> None:
     """
     if config.get("model_type") in KNOWN:
         return
-    found = subprocess.run(
-        [sys.executable, "-m", "fintune", "check"], stderr=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-m", "fintune", "check", "--only", "base", "--json"]
+    found = subprocess.run(command, capture_output=True, text=True)
     if found.returncode:
-        raise UserError(found.stderr.rpartition("error: ")[2].strip())
+        said = json.loads(found.stdout)["findings"] if found.stdout else []
+        problems = [each["said"] for each in said if each["status"] == "problem"]
+        raise UserError("\n".join(problems) or found.stderr.strip())
 
 
 def leave_torch_out() -> None:

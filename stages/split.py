@@ -3,6 +3,7 @@
 import json
 
 from fintune import paths
+from fintune.data.records import counted
 from fintune.data.splitting import describe_splits, split_rows
 from fintune.data.tables import SPLITS
 from fintune.params import read_params
@@ -22,7 +23,7 @@ def main() -> None:
     }
     write_json(paths.SPLIT_METRICS, report)
     shares = ", ".join(f"{counts[name]['rows']} {name}" for name in SPLITS)
-    log.info("%d rows: %s; left out: %s", fetched["rows"], shares, dropped)
+    log.info("%d rows: %s; left out: %s", fetched["rows"], shares, counted(dropped))
 
 
 if __name__ == "__main__":

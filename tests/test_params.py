@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fintune.errors import UserError
-from fintune.params import read_params
+from fintune.params import read_name, read_params
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "recipes/demo.yaml"
@@ -159,9 +159,9 @@ def test_sections_cannot_be_changed() -> None:
     ("edits", "told"),
     [
         ([("general_text: assets/general-text.jsonl", "general_text: null")], "general_text is null"),
-        ([("champion: financial-qa", "champion: null")], "champion is null"),
+        ([("champion: registered", "champion: null")], "champion is null"),
         ([("embedding: null", "embedding: {model: a/b, revision: main}")], "evaluate.embedding: model: a/b"),
-        ([("champion: financial-qa", "champion: a/b")], "evaluate.champion: "),
+        ([("champion: registered", "champion: a/b")], "evaluate.champion: "),
         ([("tasks: []", "task: []")], "evaluate.harness.task: unknown key; did you mean tasks?"),
         ([("max_forgetting: 0.5", "max_forgetting: -1")], "evaluate.gate.max_forgetting: "),
     ],
@@ -177,7 +177,7 @@ def test_a_rule_and_what_it_judges_may_both_be_null(tmp_path: Path) -> None:
         tmp_path,
         ("general_text: assets/general-text.jsonl", "general_text: null"),
         ("max_forgetting: 0.5", "max_forgetting: null"),
-        ("champion: financial-qa", "champion: null"),
+        ("champion: registered", "champion: null"),
         ("max_loss_above_champion: 0.05", "max_loss_above_champion: null"),
     )
     assert read_params(path).evaluate.gate.max_forgetting is None
@@ -204,3 +204,14 @@ def test_a_model_whose_versions_could_not_be_named_is_refused(tmp_path: Path, na
     """NAME@ALIAS and NAME/VERSION name a version."""
     path = changed(tmp_path, ("registered_model: financial-qa", f"registered_model: '{name}'"))
     assert "merge_export.registered_model: " in problems(path) and name in problems(path)
+
+
+def test_one_name_is_followed_by_champion_and_experiment(tmp_path: Path) -> None:
+    path = changed(tmp_path, ("registered_model: financial-qa", "registered_model: shop-faq"))
+    params = read_params(path)
+    assert params.evaluate.champion_of(params.merge_export.registered_model) == "shop-faq"
+    assert read_name(path) == "shop-faq"
+    other = read_params(changed(tmp_path, ("champion: registered", "champion: rival")))
+    assert other.evaluate.champion_of("shop-faq") == "rival"
+    (tmp_path / "cut.yaml").write_text("merge_export: [")
+    assert read_name(tmp_path / "cut.yaml") is None is read_name(tmp_path / "none.yaml")

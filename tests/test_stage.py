@@ -1,6 +1,8 @@
 """Starting a stage or command, and writing its files."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 import venv
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fintune import stage
+from fintune.__main__ import COMMANDS
 from fintune.stage import run, whole_folder
 from support.project import ROOT
 
@@ -60,6 +63,40 @@ def test_another_interpreter_goes_on_in_the_environment(
         done = start(bare_python, folder, *arguments)
         assert f"going on with {python}" in done.stderr
         assert expected in done.stdout + done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in ROOT.glob("stages/[!_]*.py")))
+def test_a_stage_that_is_asked_or_misspelled_explains_itself_and_starts_nothing(
+    name: str, tmp_path: Path
+) -> None:
+    """In a folder without params.yaml, where a stage that starts fails."""
+    asked = start(Path(sys.executable), tmp_path, "-m", f"stages.{name}", "--help")
+    assert asked.returncode == 0 and not asked.stderr
+    assert asked.stdout.startswith(f"usage: python -m stages.{name}") and len(asked.stdout) > 130
+    wrong = start(Path(sys.executable), tmp_path, "-m", f"stages.{name}", "--epochs", "3")
+    assert wrong.returncode == 2 and "error: --epochs: a stage takes no arguments" in wrong.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_that_is_asked_or_misspelled_starts_nothing(name: str, tmp_path: Path) -> None:
+    asked = start(Path(sys.executable), tmp_path, "-m", "fintune", name, "--help")
+    assert asked.returncode == 0 and asked.stdout.startswith(f"usage: python -m fintune {name}")
+    wrong = start(Path(sys.executable), tmp_path, "-m", "fintune", name, "--no-such-thing")
+    said = wrong.stderr.splitlines()[-1]  # argparse names an argument that is missing first
+    assert wrong.returncode == 2 and ("--no-such-thing" in said or "are required" in said)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_make_alone_lists_its_targets_and_starts_nothing(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    done = subprocess.run(["make"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    lines = done.stdout.splitlines()
+    assert [line.split()[1] for line in lines] == [
+        each for each in targets if each not in ("help", "repository")
+    ]
+    assert max(map(len, lines)) <= 80 and [path.name for path in tmp_path.iterdir()] == ["Makefile"]
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027])

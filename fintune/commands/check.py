@@ -1,66 +1,68 @@
-"""Check parameters, base model, device and disk space before running the pipeline.
+"""Check all that a run needs, and say what it takes: memory, time, disk, money.
 
-    python -m fintune check
+    python -m fintune check                                  # params.yaml, on this machine
+    python -m fintune check recipes/mistral-7b.yaml --gpu h100 --price-per-hour 2.50
+    python -m fintune check --gpu a100 --gpu-memory 40 --gpus 2 --json
 
-Nothing is changed. Of a base on the hub only its configuration is downloaded, and its tokenizer if GGUF
-files or its chat template are wanted. How the base will be computed is held against its family's own
-forward on a tiny model.
+Nothing is changed, and nothing computed but a matrix product. Of a base on the hub only its configuration
+and tokenizer are downloaded; a source is read as `fetch` reads it. An H100's speed is measured, other GPUs
+are scaled from it. Downloads are not in the time. The exit status is 1 if something would fail.
 """
 
 import argparse
 import json
+import logging
+import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from fintune.data.prompt import load_tokenizer
-from fintune.export.gguf.convert import check_convertible
-from fintune.export.gguf.llama_cpp import require_packages
-from fintune.hub.models import check_base, check_positions, read_config_file
-from fintune.lineage import lacks_repository, project_root
-from fintune.params import read_params
-from fintune.paths import DVC_CONFIG
-from fintune.stage import log
+from fintune.errors import UserError
+from fintune.lineage import project_root
+from fintune.params import PARAMS_FILE, read_params, read_valid_sections
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add no arguments: everything is in params.yaml."""
+    """Add the arguments for the recipe, the machine and the price."""
+    parser.add_argument("recipe", metavar="RECIPE", nargs="?", type=Path, default=PARAMS_FILE)
+    parser.add_argument(
+        "--gpu", help="a kind of GPU to forecast, such as h100; default: this machine"
+    )
+    parser.add_argument("--gpu-memory", type=_positive, metavar="GB", help="default: as published")
+    parser.add_argument("--gpus", type=int, choices=range(1, 9), metavar="N")
+    parser.add_argument("--price-per-hour", type=_positive, metavar="PRICE", help="of the machine")
+    parser.add_argument(
+        "--only", choices=("base",), help="check parameters and base alone, as format does"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, not a table")
 
 
 def main(given: argparse.Namespace) -> None:
-    """Run the checks and print a summary."""
-    params = read_params()
-    size = check_base(params.base)
-    config = read_config_file(params.base)
-    check_positions(config, params.format.max_tokens)
-    template = params.format.template
-    if params.merge_export.gguf or template == "base":
-        tokenizer = load_tokenizer(params.base, params.train.end_token, template)
-    if params.merge_export.gguf:
-        require_packages()
-        check_convertible(config, tokenizer)
-    from fintune.hardware import (  # imports torch, which takes seconds
-        GIB,
-        check_disk,
-        describe_device,
-    )
-    from fintune.model.base import read_config
-    from fintune.model.conformance import agreement_of
-    from fintune.training.prepare import plan_before
+    """Run the checks, and print what they found."""
+    from fintune.forecast.checks import Findings, table  # these import torch, which takes seconds
+    from fintune.forecast.report import check_run
 
-    # the base in the hub's cache, if any; the merged model in the workspace and DVC's cache
-    check_disk(2 * size + (0 if params.base.is_folder else size), Path.cwd())
-    if lacking := lacks_repository(project_root()):
-        log.warning(
-            "warning: %s is not a git repository, without which `dvc repro` refuses to run: clone the "
-            "project, or run `git init && git add -A && git commit -m start`; without git, write "
-            "`no_scm = true` under [core] in %s",
-            *(project_root(), DVC_CONFIG[0]),
-        )
-    summary = {
-        **({"repository": "none; dvc repro refuses to run"} if lacking else {}),
-        "parameters": "valid",
-        "base": f"{params.base.model}, {size / GIB:.2f} GiB",
-        "computed by": str(agreement_of(read_config(params.base))),
-        "device": describe_device(),
-        "training, at most": str(plan_before(params.base, params.train, params.format.max_tokens)),
-    }
-    print(json.dumps(summary, indent=2))
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # of rows that format would cut
+    found, about = Findings(), dict[str, Any]()
+    found.check(
+        "parameters", lambda: f"{given.recipe}: {'valid' * bool(read_params(given.recipe))}"
+    )
+    try:
+        sections = read_valid_sections(given.recipe)
+    except UserError:
+        sections = {}
+    check_run(found, about, sections, project_root(), given)
+    if given.json:
+        print(json.dumps({"findings": [asdict(each) for each in found], **about}, indent=2))
+    else:
+        print(table(found))
+    if problems := found.problems:
+        names = ", ".join(dict.fromkeys(each.what for each in problems))
+        sys.exit(f"error: {len(problems)} problem{'s' * (len(problems) > 1)}: {names}")
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise ValueError(text)
+    return value

@@ -22,7 +22,7 @@ from fintune.data.prompt import (
     prompt_token_ids,
     render_row,
 )
-from fintune.data.records import warn_of_dropped
+from fintune.data.records import counted, warn_of_dropped
 from fintune.data.stream import batches, open_rows, ordered, writer
 from fintune.data.tables import COLUMNS
 from fintune.data.unpacking import Row
@@ -262,9 +262,20 @@ def _check_kept(
         )
     if not kept:
         raise UserError(
-            f"format: no {split} row is left of {count}; dropped: {dict(events)}; special_token: a "
+            f"format: no {split} row is left of {count}; dropped: {counted(events)}; special_token: a "
             f"text holds {' or '.join(SPECIAL_TOKENS)}, which frame the answer; mend the source"
         )
+
+
+def tokens_told(report: dict[str, Any]) -> str:
+    """Write a split's report as a sentence."""
+    if not report["rows"]:
+        return f"no row is left; dropped: {counted(report['dropped'])}"
+    return (
+        f"{report['rows']:,} rows of {report['tokens']:,} tokens; half have up to {report['p50']:.0f}, "
+        f"95 % up to {report['p95']:.0f}, the longest {report['max']:,}; {report['rows_truncated']:,} cut, "
+        f"dropped: {counted(report['dropped'])}"
+    )
 
 
 def describe_tokens(tokens: NDArray[np.int32]) -> dict[str, float]:

@@ -7,6 +7,7 @@ list is read as a whole.
 import csv
 import io
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from itertools import islice
@@ -30,9 +31,12 @@ from fintune.data.unpacking import (
 )
 from fintune.errors import RecordError, brief
 
+log = logging.getLogger("fintune")
+
 LINES = (".jsonl", ".ndjson", ".jsonlines")
 SEPARATED = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
 FORMATS = (".parquet", ".json", *LINES, *SEPARATED)
+OTHER = {";": "semicolons", "\t": "tabs", "|": "bars"}  # as spreadsheets and databases write CSV
 PACKED = (".gz", ".zst")
 
 
@@ -152,8 +156,10 @@ def _parquet(path: Path) -> Pieces:
 def _separated(path: Path, separator: str) -> Pieces:
     csv.field_size_limit(2**31 - 1)
     first = text_of(next(lines_of(path, ".csv"), Piece(b"", 1))).partition("\n")[0]
-    if separator == "," and "," not in first and ";" in first:
-        separator = ";"  # as spreadsheets write it where the comma is in numbers
+    other = next((each for each in OTHER if each in first), "")
+    if separator == "," and "," not in first and other:
+        log.info("the values are separated by %s, not by commas: read so", OTHER[other])
+        separator = other
     found = _values(path, separator)
     header = next(found, (1, []))[1]
     found.close()

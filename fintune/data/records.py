@@ -44,6 +44,11 @@ def warn_of_dropped(source: str, dropped: int, examples: Iterable[str], rows: in
         )
 
 
+def counted(counts: dict[str, int]) -> str:
+    """Write numbers by reason as a part of a sentence."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in counts.items() if count) or "none"
+
+
 def hash_of(*texts: str) -> int:
     """Return 64 bits of a hash of texts."""
     digest = hashlib.sha256("\x00".join(texts).encode("utf-8", "surrogatepass")).digest()

@@ -26,6 +26,7 @@ from fintune.errors import RecordError, brief
 
 log = logging.getLogger("fintune")
 
+LISTED = 1000  # rows that were dropped, of each source
 SCHEMA = pa.schema([(name, pa.string()) for name in (*COLUMNS, *OPTIONAL)])
 
 
@@ -59,6 +60,7 @@ class Selected:
     faults: Counter[str] = field(default_factory=Counter)
     examples: list[tuple[int, str]] = field(default_factory=list)  # a row's number and its fault
     names: dict[str, None] = field(default_factory=dict)  # of columns that rows have
+    lost: list[tuple[int, str, str]] = field(default_factory=list)  # row, reason, its beginning
     present: set[str] = field(default_factory=set)  # optional columns of records
     asked: set[int] = field(default_factory=set)  # hashes of instructions of rows with an input
     alone: set[int] = field(default_factory=set)  # and of rows without one
@@ -66,6 +68,8 @@ class Selected:
     def add(self, other: "Selected") -> None:
         self.examples += [(self.rows + number, said) for number, said in other.examples]
         del self.examples[3:]
+        self.lost += [(self.rows + number, why, text) for number, why, text in other.lost]
+        del self.lost[LISTED:]
         for name in ("rows", "given", "kept", "moved"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for name in ("dropped", "faults", "names", "present", "asked", "alone"):
@@ -146,6 +150,8 @@ def select_records(
                 f"{place}: {said}{value}; mend the source or set fetch.invalid_rows: drop"
             )
         told.dropped[reason] += 1
+        if len(told.lost) < LISTED:
+            told.lost.append((number, f"{shown or 'row'}: {reason}", _beginning(row)))
         told.faults[said] += 1
         if len(told.examples) < 3:
             told.examples.append((number, said))
@@ -154,6 +160,13 @@ def select_records(
         pa.array([record.get(name) for record in records], pa.string()) for name in SCHEMA.names
     ]
     return told, pa.record_batch(texts, schema=SCHEMA)
+
+
+def _beginning(row: Row) -> str:
+    """Return the beginning of what a row says."""
+    said = (row.get(name) for name in ("input", "instruction", "output"))
+    text = next((str(each) for each in said if each is not None and str(each).strip()), "")
+    return brief(text, 100) if text else ""
 
 
 def check_selected(told: Selected, source: str, hint: str) -> dict[str, int]:

@@ -1,5 +1,7 @@
 """Sources of rows: a file, a URL or a hub data set."""
 
+import csv
+import io
 import logging
 import os
 import shutil
@@ -15,6 +17,7 @@ from tqdm.auto import tqdm
 
 from fintune import paths
 from fintune.data.parsing import Pieces, names_of, rows_in
+from fintune.data.records import counted
 from fintune.data.selection import SCHEMA, Rules, Selected, check_selected, select_records
 from fintune.data.shapes import describe, hint, recognise
 from fintune.data.stream import BATCH, ordered, spool, unspool, writer
@@ -22,7 +25,9 @@ from fintune.data.tables import COLUMNS, is_table_file, opened, placed
 from fintune.data.unpacking import Piece, Row
 from fintune.errors import RecordError, UserError
 from fintune.hub.datasets import read_dataset
+from fintune.lineage import project_root
 from fintune.params import Fetch, Source
+from fintune.stage import write_text
 
 log = logging.getLogger("fintune")
 # dvc.yaml lists files in these as fetch's dependencies
@@ -44,9 +49,10 @@ def fetch_records(params: Fetch, target: Path) -> dict[str, Any]:
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:
-        entries, present = [], set[str]()
+        entries, present, dropped = [], set[str](), list[tuple[Any, ...]]()
         for number, part in enumerate((params, *params.more)):
-            entry, columns = _fetch(part, params.invalid_rows, scratch / str(number))
+            entry, columns, lost = _fetch(part, params.invalid_rows, scratch / str(number))
+            dropped += lost
             entries.append(entry)
             present |= columns
         names = [name for name in SCHEMA.names if name in present]
@@ -56,16 +62,21 @@ def fetch_records(params: Fetch, target: Path) -> dict[str, Any]:
                     write(pa.Table.from_batches([batch]).select(names))
     finally:
         shutil.rmtree(scratch)
+    listed = io.StringIO()
+    csv.writer(listed).writerows([("source", "row", "reason", "text"), *dropped])
+    write_text(folder / paths.DROPPED.name, listed.getvalue())
     return entries[0] if len(entries) == 1 else _joined(entries)
 
 
-def _fetch(part: Source, invalid_rows: Any, path: Path) -> tuple[dict[str, Any], set[str]]:
-    """Write a source's records to a file; return its entry of the manifest, and the columns that they have.
+def _fetch(
+    part: Source, invalid_rows: Any, path: Path
+) -> tuple[dict[str, Any], set[str], list[tuple[Any, ...]]]:
+    """Write a source's records to a file; return its entry of the manifest, their columns, and lost rows.
 
     What holds for all rows is assumed from the first ones, and the source read again where that was wrong:
     its columns, and which instructions come with an input.
     """
-    with _opened(part) as (table, origin):
+    with opened_source(part) as (table, origin):
         try:
             columns = recognise(table.names, part)
         except RecordError:
@@ -90,9 +101,10 @@ def _fetch(part: Source, invalid_rows: Any, path: Path) -> tuple[dict[str, Any],
             log.info("%s: recognised as %s", part.source, describe(columns))
         dropped = check_selected(told, part.source, hint(names, columns))
     read = told.kept + sum(dropped.values())  # of a conversation, each answer that is learned
-    log.info("%s: %d rows, %d kept, dropped: %s", part.source, read, told.kept, dropped or 0)
+    log.info("%s: %d rows, %d kept; dropped: %s", part.source, read, told.kept, counted(dropped))
     counts = {"rows_read": read, "rows": told.kept, "dropped": dropped}
-    return {"source": part.source, **origin, **counts}, {*COLUMNS, *told.present}
+    lost = [(part.source, *each) for each in told.lost]
+    return {"source": part.source, **origin, **counts}, {*COLUMNS, *told.present}, lost
 
 
 def _rows(table: Pieces) -> Iterator[Row]:
@@ -158,7 +170,7 @@ def _joined(entries: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 @contextmanager
-def _opened(part: Source) -> Iterator[tuple[Pieces, dict[str, Any]]]:
+def opened_source(part: Source) -> Iterator[tuple[Pieces, dict[str, Any]]]:
     """Open `fetch.source`.
 
     Returns:
@@ -168,6 +180,12 @@ def _opened(part: Source) -> Iterator[tuple[Pieces, dict[str, Any]]]:
         UserError: the source is not a file, a URL or a hub id, or is a URL with credentials.
     """
     source, unpinned = part.source, {"revision": None, "license": None}
+    if not os.path.lexists(source) and (project_root() / source).exists():
+        raise UserError(
+            f"fetch.source: {source}: not in this copy of the project, where DVC runs queued and temporary "
+            f"experiments: it holds what git and DVC know. `git add` it (or `dvc add` it and `git "
+            "add` the .dvc file), then queue the experiment again; `dvc exp run` alone finds it as it is"
+        )
     if "://" in source:
         log.warning(
             "note: DVC does not notice when %s changes; run `dvc repro --force fetch` to fetch it again",

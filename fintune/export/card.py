@@ -1,5 +1,6 @@
 """Write model cards from a model's records and measurements."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from fintune import paths
 from fintune.data.prompt import end_token, prompt_token_ids
+from fintune.data.tables import read_rows
 from fintune.generation.decoding import title
 from fintune.hub.client import stated_license
 from fintune.hub.models import local_folder
@@ -15,6 +17,8 @@ from fintune.metrics import METRICS, number
 from fintune.model.adapter import AdapterInfo
 from fintune.params import MergeExport
 from fintune.stage import read_json
+
+EXAMPLE = 120  # characters of the question in the card's example, at most, if there is one
 
 
 def read_records() -> dict[str, dict[str, Any]]:
@@ -92,9 +96,19 @@ def write_card(
         dtype=params.dtype,
         max_tokens=run["params"].get("format.max_tokens", "as many as its data has"),
         parameters=sorted(run["params"].items()),
+        question=json.dumps(example_question(), ensure_ascii=False),
         number=number,
     )
     (folder / "README.md").write_text(page, encoding="utf-8")
+
+
+def example_question() -> str:
+    """Return a short question of the test rows, of the same kind as those that the model has learned."""
+    file = paths.rows(paths.FORMATTED, "test")
+    if not file.is_file():
+        return "YOUR QUESTION"
+    questions = [row["input"] for row in read_rows(file, ["input"])]
+    return min(questions, key=lambda text: (len(text) > EXAMPLE, abs(len(text) - EXAMPLE), text))
 
 
 def metric_lines(evaluation: dict[str, Any]) -> Any:

@@ -65,9 +65,7 @@ def register(
         The version and its aliases: `candidate` always, `champion` if the gate passed.
     """
     try:
-        client.create_registered_model(
-            name, description="LoRA adapters for financial question answering"
-        )
+        client.create_registered_model(name, description="LoRA adapters for question answering")
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise

@@ -12,9 +12,10 @@ from mlflow.tracking import MlflowClient
 
 from fintune import paths
 from fintune.errors import ANOTHER_STORE, UserError, explain_store, shown
+from fintune.params import read_name
 from fintune.tracking.database import prepare_database, sqlite_uri
 
-EXPERIMENT = "financial-qa"
+UNNAMED = "fintune"  # the experiment where no params.yaml names it
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # the default retries for minutes
 os.environ.setdefault("MLFLOW_ENABLE_ASYNC_LOGGING", "false")
 for noisy in ("alembic", "mlflow", "sqlalchemy"):
@@ -28,13 +29,13 @@ def connect(root: Path) -> MlflowClient:
 
     `MLFLOW_TRACKING_URI` names a server or database. Without it, or with a relative SQLite path, the file
     is at the project's root, even for experiments that DVC runs in a temporary folder.
-    `MLFLOW_EXPERIMENT_NAME` names the experiment.
+    `MLFLOW_EXPERIMENT_NAME` names the experiment, else merge_export.registered_model does.
 
     Raises:
         UserError: the address is none that MLflow has; the server does not respond, or refuses access; the
             file is broken.
     """
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{paths.MLFLOW_DATABASE}"
+    uri = _given_uri()
     _check_address(uri)
     local = uri.startswith("sqlite:///") and not uri.startswith("sqlite:////")
     if uri.startswith("http"):
@@ -48,6 +49,35 @@ def connect(root: Path) -> MlflowClient:
         return _client(root, uri, local)
 
 
+def check_store(root: Path) -> str:
+    """Ask MLflow's store for its experiments, and change nothing; return what it is, in words.
+
+    Raises:
+        UserError: as `connect`.
+    """
+    uri = _given_uri()
+    _check_address(uri)
+    if uri.startswith("sqlite:///"):
+        file = root / uri.removeprefix("sqlite:///").partition("?")[0]
+        return f"{file}{'' if file.is_file() else ', which the training makes'}"
+    if uri.startswith("http"):
+        _ask_server(uri)
+    try:
+        MlflowClient(uri).search_experiments(max_results=1)
+    except Exception as error:  # each store raises its own library's errors
+        raise UserError(explain_store(error, uri)) from None
+    return f"{shown(uri)} responds"
+
+
+def experiment_name() -> str:
+    """Return the name of MLflow's experiment."""
+    return os.environ.get("MLFLOW_EXPERIMENT_NAME") or read_name() or UNNAMED
+
+
+def _given_uri() -> str:
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{paths.MLFLOW_DATABASE}"
+
+
 @contextmanager
 def store_lock(root: Path) -> Iterator[None]:
     """Lock out other workers of `dvc queue start`, which would create the same database or run."""
@@ -58,7 +88,7 @@ def store_lock(root: Path) -> Iterator[None]:
 
 
 def _client(root: Path, uri: str, local: bool) -> MlflowClient:
-    name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
+    name = experiment_name()
     try:
         client = MlflowClient()
         if client.get_experiment_by_name(name) is None:

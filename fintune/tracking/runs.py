@@ -25,7 +25,7 @@ from fintune import paths
 from fintune.lineage import finished_stages, git, in_no_commit, locked_params, output_hashes
 from fintune.params import flatten
 from fintune.stage import write_text
-from fintune.tracking.client import EXPERIMENT, store_lock
+from fintune.tracking.client import experiment_name, store_lock
 from fintune.tracking.points import LiveCurve, changed, log_missing, points_of
 from fintune.tracking.scratch import RUN_ID, existing_run, own_scratch
 
@@ -85,7 +85,7 @@ def sweep_run(client: MlflowClient, root: Path) -> str | None:
     baseline = os.environ.get("DVC_EXP_BASELINE_REV")
     if not baseline or Path.cwd().resolve() == root:
         return None
-    name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
+    name = experiment_name()
     experiment = client.get_experiment_by_name(name).experiment_id
     with store_lock(root):
         found = client.search_runs([experiment], f"tags.{SWEEP} = '{baseline}'")
@@ -102,7 +102,7 @@ def sweep_run(client: MlflowClient, root: Path) -> str | None:
 
 def search_run(client: MlflowClient, name: str, space: dict[str, str]) -> str:
     """Find or create the run that holds a search's trials, and set its status to RUNNING."""
-    named = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
+    named = experiment_name()
     experiment = client.get_experiment_by_name(named).experiment_id
     found = client.search_runs([experiment], f"tags.search = '{name}'")
     if found:
@@ -150,7 +150,7 @@ def describe_run(
     return {
         "run_id": run_id,
         "name": active.info.run_name if active else run_id,
-        "experiment": os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT,
+        "experiment": experiment_name(),
         "params": as_texts(params),
         "tags": {key: value for key, value in tags.items() if value},
     }

@@ -19,18 +19,16 @@ from fintune.hardware import (
     compute_dtype,
     describe_device,
     free_memory_gib,
-    has_fp8,
 )
 from fintune.hub.models import check_base
 from fintune.model.adapter import add_adapter, describe_adapter
 from fintune.model.base import load_base, read_config
 from fintune.model.batch import STORED, TokenRow, TokenRows, lengths_of
-from fintune.model.conformance import agreement_of
 from fintune.model.sizes import ModelSize
 from fintune.params import Base, Train
-from fintune.processes import count, number_here, of_all, of_first, rank
+from fintune.processes import count, of_all, of_first, rank
 from fintune.training.memory import estimate_memory_gib
-from fintune.training.plan import Plan, fits_whole, plan_execution
+from fintune.training.plan import fits_whole
 from fintune.training.quantization import quantization_cost
 
 log = logging.getLogger("fintune")
@@ -98,33 +96,7 @@ def _encode_batch(tokenizer: Tokenizer, batch: pa.RecordBatch) -> pa.RecordBatch
     return pa.record_batch(columns, schema=STORED)
 
 
-def plan_before(base: Base, params: Train, longest: int) -> Plan:
-    """Plan the steps on this machine before the base is loaded, as if all rows had the greatest length.
-
-    Raises:
-        UserError: as `plan_execution` raises.
-    """
-    config, dtype = read_config(base), compute_dtype(params.precision)
-    size, agreement = ModelSize.of(config, params.lora), agreement_of(config)
-    processes, on_gpu = number_here(params.wanted_processes), torch.cuda.is_available()
-    free = free_memory_gib() / (1 if on_gpu else processes)
-    parallel = _chosen(size, params, longest, dtype, free) if processes > 1 else "none"
-    return plan_execution(
-        size,
-        params,
-        [longest] * params.rows_per_step,
-        dtype.itemsize,
-        free,
-        on_gpu,
-        None if agreement.fused else f"a base of type {config.model_type}",
-        agreement.differences.get("packed rows"),
-        has_fp8=dtype == torch.bfloat16 and has_fp8(),
-        processes=processes,
-        sharded=parallel == "fsdp",
-    )
-
-
-def _chosen(
+def chosen_parallel(
     size: ModelSize, params: Train, longest: int, dtype: torch.dtype, free_gib: float
 ) -> str:
     """Return how several processes share the work: `ddp` where the whole base fits, else `fsdp`."""
@@ -146,7 +118,7 @@ def _parallel(
     size = ModelSize.of(read_config(base), params.lora)
     longest = max(lengths_of(rows))
     free = min(of_all(free_memory_gib())) / (1 if torch.cuda.is_available() else count())
-    parallel = _chosen(size, params, longest, dtype, free)
+    parallel = chosen_parallel(size, params, longest, dtype, free)
     log.info("parallel: %s", parallel)
     if parallel != "fsdp":
         return parallel, None

@@ -1,12 +1,15 @@
 """Several sources: each by its own shape, weighed by share, and told apart in the manifest."""
 
+import csv
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fintune.errors import RecordError
+from fintune.data import selection, sources
+from fintune.errors import RecordError, UserError
 from fintune.params import Fetch
 from support.rows import fetch_records
 
@@ -100,3 +103,60 @@ def test_a_source_without_a_usable_row_is_told_what_to_name(
     given = {**FIRST, "source": str(file), "columns": columns, "more": [], "invalid_rows": "drop"}
     with pytest.raises(RecordError, match=f"none of its 20 rows can be used: {said}"):
         fetch_records(Fetch.model_validate(given))
+
+
+def test_rows_that_are_dropped_are_listed_with_their_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each source the first ones, by the number of the row, whatever the batches."""
+    monkeypatch.setattr(selection, "LISTED", 3)
+    bad = {2: "", 9000: "nan", 9001: "", 9002: ""}
+    (tmp_path / "a.csv").write_text(
+        "q,a\n" + "".join(f"What is {n}?,{bad.get(n, n)}\n" for n in range(1, 9005))
+    )
+    (tmp_path / "b.jsonl").write_text(
+        json.dumps({"q": "Why?", "a": None}) + '\n{"q": "Q", "a": "A"}'
+    )
+    part = {**FIRST, "source": str(tmp_path / "a.csv")}
+    more = [{**FIRST, "source": str(tmp_path / "b.jsonl")}]
+    params = Fetch.model_validate({**part, "more": more, "invalid_rows": "drop"})
+    about = sources.fetch_records(params, tmp_path / "raw/qa.parquet")
+    with (tmp_path / "raw/dropped.csv").open() as file:
+        listed = list(csv.DictReader(file))
+    told = [(Path(row["source"]).name, row["row"], row["reason"], row["text"]) for row in listed]
+    assert told == [
+        ("a.csv", "2", "a: empty", "What is 2?"),
+        ("a.csv", "9000", "a: literal_nan", "What is 9000?"),
+        ("a.csv", "9001", "a: empty", "What is 9001?"),
+        ("b.jsonl", "1", "a: missing", "Why?"),
+    ]
+    assert sum(about["dropped"].values()) == 5
+
+
+def test_a_queued_experiment_says_why_it_lacks_a_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DVC runs it in a copy of what git knows."""
+    (tmp_path / "data/source").mkdir(parents=True)
+    (tmp_path / "data/source/a.csv").write_text("q,a\nWhy?,So.\n")
+    copy = tmp_path / ".dvc/tmp/exps/tmpab"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    given = {**FIRST, "source": "data/source/a.csv", "more": [], "invalid_rows": "drop"}
+    with pytest.raises(UserError, match=r"queued and temporary experiments.*`git add` it"):
+        fetch_records(Fetch.model_validate(given))
+    monkeypatch.chdir(tmp_path)
+    assert len(fetch_records(Fetch.model_validate(given))[0]) == 1
+
+
+@pytest.mark.parametrize(("mark", "name"), [(";", "semicolons"), ("\t", "tabs"), ("|", "bars")])
+def test_another_separator_is_read_and_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, mark: str, name: str
+) -> None:
+    (tmp_path / "a.csv").write_text(f"q{mark}a\nWhat is 3,5?{mark}A number, with a comma.\n")
+    given = {**FIRST, "source": str(tmp_path / "a.csv"), "more": [], "invalid_rows": "drop"}
+    with caplog.at_level(logging.INFO, "fintune"):
+        (record,), _ = fetch_records(Fetch.model_validate(given))
+    assert (record["input"], record["output"]) == ("What is 3,5?", "A number, with a comma.")
+    assert f"separated by {name}, not by commas" in caplog.text
+    assert "1 rows, 1 kept; dropped: none" in caplog.text

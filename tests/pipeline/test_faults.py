@@ -348,12 +348,11 @@ def test_a_base_that_cannot_be_used_is_refused_by_format_and_check(
     file = project / "another/config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | config))
     project.set(base__model="another", merge_export__gguf=gguf)
-    for done in (
-        project.stage("format", check=False),
-        project.run("python", "-m", "fintune", "check", check=False),
-    ):
+    command = ("python", "-m", "fintune", "check", "--only", "base", "--json")
+    for done in (project.stage("format", check=False), project.run(*command, check=False)):
         assert done.returncode == 1 and "Traceback" not in done.stderr
-        assert message in done.stderr.rpartition("error: ")[2]
+        said = [f["said"] for f in json.loads(done.stdout)["findings"]] if done.stdout else []
+        assert message in "\n".join([*said, done.stderr.rpartition("error: ")[2]])
         assert "trust_remote_code" not in done.stdout + done.stderr and "[y/N]" not in done.stdout
 
 

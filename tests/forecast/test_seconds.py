@@ -1,0 +1,132 @@
+"""The forecast of time against what was measured."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fintune.errors import UserError
+from fintune.forecast.machine import Machine, known_machine
+from fintune.forecast.seconds import Run, as_time, stage_seconds, step_seconds, training_seconds
+from fintune.forecast.workload import Workload
+from fintune.model.sizes import ModelSize
+from fintune.params import read_params
+from fintune.training.plan import Plan
+
+ROOT = Path(__file__).parents[2]
+RECIPE = read_params(ROOT / "recipes/mistral-7b.yaml")
+DEMO = read_params(ROOT / "recipes/demo.yaml")
+TUNED = tuple(RECIPE.train.lora.target_modules)
+SIZE_7B = ModelSize(4096, 14336, 32, 4096, 1024, 32, 32064, 16, TUNED)
+SIZES = {
+    "mistral-7b": SIZE_7B,
+    "llama3.2-1b": ModelSize(2048, 8192, 16, 2048, 512, 32, 128256, 16, TUNED, True),
+    "smollm2-135m": ModelSize(576, 1536, 30, 576, 192, 9, 49216, 16, TUNED, True),
+}
+DEMO_SIZE = ModelSize(256, 768, 6, 256, 128, 4, 6144, 32, TUNED)
+H100, H200 = (known_machine(gpu, None, 1, "auto") for gpu in ("h100", "h200"))
+TWO_CORES = Machine("2 CPU cores", 170e9, 0, 8, False, torch.float32, False, 1)
+BYTES_7B = 14_483_000_000
+FIQA = Workload(5504, 306, 306, [263], [190])
+BENCHMARKS = ROOT / "benchmarks"
+
+
+def plan(**changes: Any) -> Plan:
+    made = Plan("varlen", "fused", "none", "once", False, False, 20_000, 1, {})
+    return replace(made, **changes)
+
+
+def speed(
+    size: ModelSize, made: Plan, dropout: float = 0.0, rows: int = 32, on: Machine = H100
+) -> float:
+    """Return tokens a second with FiQA's lengths."""
+    lora = RECIPE.train.lora.model_copy(update={"dropout": dropout})
+    train = RECIPE.train.model_copy(update={"lora": lora})
+    tokens = rows * 258.75
+    return tokens / step_seconds(Run(size, made, on, 0), train, tokens, 0.6)
+
+
+def measured(file: str, name: str, part: str | None = None) -> float:
+    record = json.loads((BENCHMARKS / file).read_text())
+    settings = (record[part] if part else record)["settings"]
+    (found,) = [each for each in settings if each["name"] == name]
+    return float(found["tokens_per_second"])
+
+
+@pytest.mark.parametrize(
+    ("name", "made", "dropout"),
+    [
+        ("fused", plan(), 0.0),
+        ("fused-dropout", plan(), 0.1),
+        ("fused-always", plan(dequantize="always"), 0.0),
+        ("fused-selective", plan(checkpointing="selective", dequantize="always"), 0.0),
+        ("fused-full", plan(checkpointing="full", dequantize="always"), 0.0),
+        ("plain", plan(kernels="plain", dequantize="always"), 0.0),
+    ],
+)
+def test_training_of_a_7b_is_as_fast_as_measured(name: str, made: Plan, dropout: float) -> None:
+    expected = measured("training_speed.json", name)
+    assert speed(SIZE_7B, made, dropout) == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize("base", ["llama3.2-1b", "smollm2-135m"])
+@pytest.mark.parametrize(
+    ("name", "graphs", "dropout"),
+    [("fused", True, 0.0), ("fused-dropout", True, 0.1), ("fused-launched", False, 0.0)],
+)
+def test_small_bases_are_as_fast_as_measured(
+    base: str, name: str, graphs: bool, dropout: float
+) -> None:
+    expected = measured("training_speed_small.json", name, base)
+    assert speed(SIZES[base], plan(graphs=graphs), dropout) == pytest.approx(expected, rel=0.3)
+
+
+def test_fp8_and_several_gpus_are_as_fast_as_measured() -> None:
+    """docs/performance.md and docs/scale.md have the figures."""
+    assert speed(SIZE_7B, plan(fp8=True)) == pytest.approx(24_600, rel=0.1)
+    assert speed(SIZE_7B, plan(fp8=True), 0.1) == pytest.approx(22_100, rel=0.15)
+    assert speed(SIZE_7B, plan(), on=H200) == pytest.approx(18_272, rel=0.1)
+    assert speed(SIZE_7B, plan(processes=2), on=H200) == pytest.approx(33_473, rel=0.12)
+    assert speed(SIZE_7B, plan(processes=2), rows=64, on=H200) == pytest.approx(36_151, rel=0.1)
+
+
+def forecast(size: ModelSize, made: Plan, on: Machine, base_bytes: int, recipe: Any) -> Any:
+    work = FIQA if recipe is RECIPE else Workload(1998, 154, 306, [90], [20])
+    run = Run(size, made, on, base_bytes)
+    parts = (recipe.evaluate, recipe.generation, recipe.merge_export)
+    stages = stage_seconds(run, recipe.train, work, *parts)
+    return training_seconds(run, recipe.train, work), sum(stages.values())
+
+
+def test_the_recipe_takes_as_long_as_measured() -> None:
+    """331 s on one H100, of which 98.8 s of training in bfloat16 with dropout."""
+    training, everything = forecast(SIZE_7B, plan(), H100, BYTES_7B, RECIPE)
+    assert training == pytest.approx(98.8, rel=0.1)
+    assert everything == pytest.approx(331, rel=0.15)
+
+
+def test_the_demo_takes_as_long_as_measured() -> None:
+    """187 s on two idle cores, of which 96 s of training."""
+    made = plan(attention="sdpa", tokens_per_pass=1624)
+    training, everything = forecast(DEMO_SIZE, made, TWO_CORES, 15_700_000, DEMO)
+    assert training == pytest.approx(96, rel=0.15)
+    assert everything == pytest.approx(187, rel=0.15)
+
+
+def test_a_7b_without_a_gpu_takes_weeks() -> None:
+    made = plan(checkpointing="full", dequantize="always")
+    _, everything = forecast(SIZE_7B, made, TWO_CORES, BYTES_7B, RECIPE)
+    assert "weeks" in as_time(everything)
+
+
+def test_times_are_written_as_a_person_would() -> None:
+    written = [as_time(seconds) for seconds in (4.4, 95, 900, 9000, 300_000, 1_814_400)]
+    assert written == ["4 s", "1 min 35 s", "15 min", "2.5 h", "3.5 days", "3.0 weeks"]
+
+
+def test_an_unknown_gpu_is_named_with_the_known_ones() -> None:
+    with pytest.raises(UserError, match=r"--gpu: h101: not known; give one of h100, .*rtx4090"):
+        known_machine("h101", None, 1, "auto")
