@@ -12,7 +12,6 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 demo: repository $(BIN)/ready
 	python -m fintune check
 	dvc repro
-	python -m fintune results
 
 # DVC wants a git repository, which a downloaded archive is not.
 repository:

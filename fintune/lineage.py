@@ -16,6 +16,7 @@ from ruamel.yaml import YAML
 
 from fintune import paths
 
+PARENT_RUN = "FINTUNE_PARENT_RUN"  # a search's MLflow run, in the environment of its trials
 UPSTREAM = ("fetch", "split", "format", "train")  # the stages that an adapter depends on
 
 

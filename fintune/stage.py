@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import select
 import shutil
 import signal
 import sys
@@ -154,12 +155,21 @@ def run(main: Callable[[], None], interrupted: str = GOES_ON) -> None:
             leave(1)
         sys.exit(interrupted)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and not is_stage and _has_no_reader():
+            raise
         message = explain(error) or (traceback.format_exc() if worker else None)
         if message is None:
             raise
         _fail(message, worker)
     if is_stage:
         leave(0)
+
+
+def _has_no_reader() -> bool:
+    """Return whether the program that read the output has ended."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return bool(poll.poll(0))
 
 
 def _fail(message: str, worker: bool) -> NoReturn:

@@ -1,6 +1,7 @@
 """Starting a stage or command, and writing its files."""
 
 import os
+import signal
 import subprocess
 import sys
 import venv
@@ -181,3 +182,25 @@ def test_one_of_several_processes_sees_its_gpu_alone(
         os.environ["CUDA_VISIBLE_DEVICES"] = visible
     stage._take_place()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == expected
+
+
+@pytest.mark.parametrize("command", [["--help"], ["verify", "--help"], ["lineage", "."]])
+def test_a_command_whose_reader_leaves_ends_without_a_word(command: list[str]) -> None:
+    """As in `python -m fintune results | head -1`."""
+    code = (
+        "import runpy, sys\n"
+        "import fintune.commands.lineage as lineage\n"
+        "lineage.main = lambda given: print('a line\\n' * 100_000)\n"
+        "runpy.run_module('fintune', run_name='__main__')\n"
+    )
+    read, written = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command],
+        cwd=ROOT,
+        stdout=written,
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    os.close(written)
+    assert done.stderr == b"" and done.returncode in (0, 128 + signal.SIGPIPE)

@@ -376,6 +376,55 @@ def test_version_one_is_registered_as_candidate(finished: Finished) -> None:
     assert md5_tags(version.tags) == locked_md5(finished.project, *stages)
 
 
+def test_the_last_stage_prints_the_summary_that_results_prints(finished: Finished) -> None:
+    told = finished.project.run("python", "-m", "fintune", "results").stdout
+    assert told in finished.output
+    assert "Registered    financial-qa version 1 (candidate)" in told
+    gate = report(finished.project, "evaluation")["gate"]
+    assert all(f"  {rule['reason']}\n" in told for rule in gate["rules"])
+
+
+def test_results_are_those_of_the_registry_that_is_here(
+    copy: Callable[[], Project], empty_store: Path
+) -> None:
+    """A clone has the reports of another machine, whose registry is not its own."""
+    project = copy()
+    results = ("python", "-m", "fintune", "results")
+    client = store(project)
+    client.set_registered_model_alias("financial-qa", "champion", "1")
+    assert "financial-qa version 1 (candidate, champion)" in project.run(*results).stdout
+    lose_mlflow(project)
+    told = project.run(*results).stdout
+    assert "version 1" not in told and "Registered    nowhere: there is no MLflow store" in told
+    assert not (project / "mlflow.db").exists()
+    shutil.copy(empty_store, project / "mlflow.db")
+    assert "Registered    not in this registry" in project.run(*results).stdout
+
+
+def test_only_what_is_to_be_registered_becomes_a_version(copy: Callable[[], Project]) -> None:
+    """A model that is not is merged and in MLflow's run all the same."""
+    project = copy()
+    lose_mlflow(project)
+    refused = (
+        ("passed", {}, "it failed the gate"),
+        ("never", {}, "merge_export.register is never"),
+        ("always", {"FINTUNE_PARENT_RUN": run_of(copy()).info.run_id}, "it is a trial of a search"),
+    )
+    for register, environment, reason in refused:
+        project.set(merge_export__register=register)
+        told = project.stage("merge_export", **environment)
+        assert f"Registered    no: {reason}" in told.stdout
+        export = report(project, "export")
+        assert (export["version"], export["aliases"]) == (None, [])
+        assert store(project).search_registered_models() == []
+    (run,) = runs(project)
+    assert "adapter/MLmodel" in artifacts(project, run) and "merged_loss" in run.data.metrics
+    assert (project / "models/merged/model.safetensors").is_file()
+    project.set(merge_export__register="always")
+    project.stage("merge_export")
+    assert report(project, "export")["version"] == "1"
+
+
 def test_dvc_shows_metrics_plots_and_params(finished: Finished, tmp_path: Path) -> None:
     project = finished.project
     metrics = project.run("dvc", "metrics", "show", "--json")
@@ -499,6 +548,12 @@ def test_an_experiment_is_registered_with_its_own_lineage(experiment: Finished) 
     now = locked_md5(experiment.project, *stages)
     assert tags == {path: md5 for path, md5 in now.items() if path in tags}
     assert tags["models/adapter"] == now["models/adapter"]
+    assert version.description == (
+        "Against version 1: train.learning_rate is 0.0001 and was 0.003; train.max_steps is 3 and was 6; "
+        "the data are the same."
+    )
+    first = client.get_model_version("financial-qa", "1")
+    assert first.description == "The first version of financial-qa."
 
 
 def test_an_experiment_in_a_temporary_folder_logs_to_the_same_file(
