@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 
 from fintune import paths
 from fintune.errors import UserError, explain, redacted
+from fintune.progress import write_lines
 
 log = logging.getLogger("fintune")
 
@@ -49,6 +50,8 @@ def prepare() -> None:
     os.environ["USE_HUB_KERNELS"] = "NO"
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    if not sys.stderr.isatty():
+        write_lines()
     if is_worker():
         _take_place()
 
