@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import termios
 import venv
 from contextlib import suppress
 from pathlib import Path
@@ -217,6 +218,7 @@ def test_bars_are_lines_where_output_is_no_terminal(tmp_path: Path) -> None:
 
 def test_a_terminal_keeps_its_bars(tmp_path: Path) -> None:
     ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
     code = BARS.replace(
         "for make in (tqdm, of_datasets, of_hub, of_transformers)", "for make in (tqdm,)"
     )
