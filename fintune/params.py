@@ -359,7 +359,8 @@ class MergeExport(Section):
 
     `weights` selects what the adapter is added to: `trained_on`, the weights that it was trained against
     (dequantised, for a 4-bit base), or `original`, the base's own. `register` says which models become a
-    version: those that passed the gate, all, or none.
+    version: those that passed the gate, all, or none. `license` is the model's own: neither the
+    base's nor the data's is.
     """
 
     weights: Literal["trained_on", "original"]
@@ -369,6 +370,7 @@ class MergeExport(Section):
     gguf: list[Literal["f16", "q8_0"]]
     registered_model: Annotated[str, Field(pattern=r"^[^/:@]+$")]
     register: Literal["passed", "always", "never"]
+    license: Name | None
 
 
 class Params(Section):

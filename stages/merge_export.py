@@ -37,7 +37,9 @@ def main() -> None:
         measured = export(folder, adapter, params, decoding)
         write_card(folder, adapter, records, measured, params)
         hashes = hash_files(folder)
-        write_bom(folder, params.registered_model, adapter, records, measured, hashes)
+        write_bom(
+            folder, params.registered_model, adapter, records, measured, hashes, params.license
+        )
         seal(folder, hashes | {BOM: sha256(folder / BOM)}, key)
     restore_evaluation(client, run_id)
     outputs = output_hashes(finished_stages(Path.cwd(), UPSTREAM))
