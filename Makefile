@@ -1,6 +1,6 @@
 # make demo: the whole pipeline on the embedded demo.  make test: the tests.  make check: lint, format, types.
 # make audit: known vulnerabilities of the pinned packages, asked of a public database.
-# make experiments: those on this commit, with the columns that matter.
+# make experiments: those on this commit, what each changed, and the metrics that matter.
 # Each sets up .venv when it is missing or requirements.lock has changed.
 
 PYTHON ?= python3
@@ -29,9 +29,8 @@ check: $(BIN)/ready
 audit: $(BIN)/ready
 	pip-audit --requirement requirements.lock --no-deps --disable-pip --progress-spinner off $(AUDIT)
 
-# Without the pattern the table has more than 40 columns, most of them hashes and counts.
 experiments: $(BIN)/ready
-	dvc exp show --only-changed --no-pager --drop '^(?!Experiment$$|validation_loss$$|tuned\.(loss|rouge_l|stop_rate)$$|(fetch|split|format|train|evaluate|merge_export)\.|base\.(model|revision)$$)'
+	python -m fintune experiments
 
 $(BIN)/ready: requirements.lock
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; name one with: make PYTHON=python3.12 ...")'

@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> None:
     prepare()
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help"):
-        lines = [f"  {command:<9} {summary(command)}" for command in COMMANDS]
+        lines = [f"  {command:<11} {summary(command)}" for command in COMMANDS]
         print("\n".join([f"usage: {PROGRAM} COMMAND [--help] ...", "", *lines]))
     elif name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)

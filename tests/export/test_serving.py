@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import packages_distributions
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -362,6 +363,21 @@ def test_an_openai_client_gets_the_same_answer(served: Project, plain: dict[str,
         ]
     pieces = [chunk for chunk in chunks if chunk]
     assert "".join(pieces) == plain["answer"] and len(pieces) > 5
+
+
+def test_transformers_server_keeps_the_longest_answer_of_a_request_alone() -> None:
+    """As docs/use.md has it; its example sends `max_tokens`."""
+    from transformers import GenerationConfig
+    from transformers.cli.serving.chat_completion import ChatCompletionHandler
+
+    handler: Any = object.__new__(ChatCompletionHandler)
+    handler.generation_state = SimpleNamespace(_compile=False)
+    measured = GenerationConfig(**SAMPLED, do_sample=True, max_new_tokens=64)
+    for body, longest in (({}, 1024), ({"max_tokens": 64}, 64)):
+        served = handler._build_generation_config(body, measured)
+        assert served.max_new_tokens == longest
+        assert all(getattr(served, key) == value for key, value in SAMPLED.items())
+    assert '"max_tokens": 64' in (ROOT / "docs/use.md").read_text()
 
 
 def test_llama_cpp_gives_the_same_answer(served: Project, plain: dict[str, Any]) -> None:
