@@ -99,7 +99,7 @@ def _end_in_time() -> None:
     threading.Thread(target=wait, name="end in time", daemon=True).start()
 
 
-GOES_ON = "interrupted; `dvc repro` goes on from here"
+GOES_ON = "interrupted; `dvc repro` runs this stage again, a training from its last checkpoint"
 
 
 def _leave(*_: Any) -> NoReturn:
