@@ -50,8 +50,6 @@ def prepare() -> None:
     os.environ["USE_HUB_KERNELS"] = "NO"
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    if not sys.stderr.isatty():
-        write_lines()
     if is_worker():
         _take_place()
 
@@ -137,6 +135,8 @@ def run(main: Callable[[], None], interrupted: str = GOES_ON) -> None:
     printed.setFormatter(_Redacted("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[printed])
     log.setLevel(logging.INFO)
+    if not sys.stderr.isatty():
+        write_lines()
     warnings.filterwarnings("ignore", category=FutureWarning)  # meant for library developers
     is_stage = interrupted == GOES_ON
     worker = is_stage and is_worker()

@@ -190,8 +190,9 @@ BARS = """
 import time, sys
 now = [0.0]
 time.time = time.monotonic = lambda: now[0]
-from fintune.stage import prepare
+from fintune.stage import prepare, run
 prepare()
+run(lambda: None, interrupted="of a command")
 from datasets.utils import tqdm as of_datasets
 from huggingface_hub.utils import tqdm as of_hub
 from tqdm.auto import tqdm
