@@ -54,7 +54,7 @@ Next, in the environment (source .venv/bin/activate):
 Ask it            python -m fintune ask "..."
 Browse the runs   {browse}
 Try a change      dvc exp run -S train.learning_rate=1e-3   then   make experiments
-Keep this one     git add -A && git commit -m "..."   (then `python -m fintune lineage` names the commit)"""
+Keep this one     git add -A && git commit -m "..."   then   python -m fintune lineage {paths.ADAPTER}"""
 
 
 def registration(client: MlflowClient | None, export: dict[str, Any]) -> str:
