@@ -13,7 +13,6 @@ help:
 demo: repository $(BIN)/ready  ## the whole pipeline on the demo: minutes on two cores
 	python -m fintune check
 	dvc repro
-	python -m fintune results
 
 # DVC wants a git repository, which a downloaded archive is not.
 repository:
@@ -31,9 +30,8 @@ check: $(BIN)/ready  ## lint, format and types of the code; for a run: fintune c
 audit: $(BIN)/ready  ## known vulnerabilities of the packages, by a public database
 	pip-audit --requirement requirements.lock --no-deps --disable-pip --progress-spinner off $(AUDIT)
 
-# Without the pattern the table has more than 40 columns, most of them hashes and counts.
-experiments: $(BIN)/ready  ## those on this commit, with the columns that matter
-	dvc exp show --only-changed --no-pager --drop '^(?!Experiment$$|validation_loss$$|tuned\.(loss|rouge_l|stop_rate)$$|(fetch|split|format|train|evaluate|merge_export)\.|base\.(model|revision)$$)'
+experiments: $(BIN)/ready  ## those on this commit, what each changed, and its figures
+	python -m fintune experiments
 
 $(BIN)/ready: requirements.lock
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; name one with: make PYTHON=python3.12 ...")'

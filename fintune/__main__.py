@@ -4,7 +4,11 @@ import argparse
 import ast
 import difflib
 import importlib
+import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from fintune.stage import prepare, run
@@ -38,7 +42,7 @@ def main(arguments: list[str]) -> None:
     prepare()
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help"):
-        lines = [f"  {command:<9} {summary(command)}" for command in COMMANDS]
+        lines = [f"  {command:<11} {summary(command)}" for command in COMMANDS]
         print("\n".join([f"usage: {PROGRAM} COMMAND [--help] ...", "", *lines]))
     elif name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
@@ -53,5 +57,19 @@ def _run(name: str, arguments: list[str]) -> None:
     given.main(given)
 
 
+@contextmanager
+def while_read() -> Iterator[None]:
+    """End without a word when the program that reads the output has ended, as `head` does."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        sys.exit(128 + signal.SIGPIPE)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with while_read():
+        main(sys.argv[1:])

@@ -16,6 +16,8 @@ from ruamel.yaml import YAML
 
 from fintune import paths
 
+PARENT_RUN = "FINTUNE_PARENT_RUN"  # a search's MLflow run, in the environment of its trials
+SHA1 = 40  # digits of a commit
 UPSTREAM = ("fetch", "split", "format", "train")  # the stages that an adapter depends on
 
 
@@ -145,11 +147,7 @@ def file_md5(path: Path) -> str:
 def find_lock(md5: str) -> Lock | None:
     """Find a dvc.lock with this output: here, else in git's history."""
 
-    def has(stages: dict[str, Any]) -> bool:
-        outs = (out for stage in stages.values() for out in stage.get("outs", []))
-        return any(out["md5"] == md5 for out in outs)
-
-    if has(stages := locked_stages()):
+    if _has(stages := locked_stages(), md5):
         return Lock(
             str(paths.LOCK), stages, lambda path: path.read_bytes() if path.is_file() else None
         )
@@ -165,9 +163,46 @@ def find_lock(md5: str) -> Lock | None:
             return shown.stdout if shown.returncode == 0 else None
 
         stages = YAML(typ="safe").load(read(paths.LOCK) or b"stages: {}")["stages"]
-        if has(stages):
+        if _has(stages, md5):
             return Lock(f"{paths.LOCK} of commit {commit[:12]}", stages, read)
     return None
+
+
+def _has(stages: dict[str, Any], md5: str) -> bool:
+    outs = (out for stage in stages.values() for out in stage.get("outs", []))
+    return any(out["md5"] == md5 for out in outs)
+
+
+def _stages_at(commit: str) -> dict[str, Any]:
+    text = git(Path(), "show", f"{commit}:./{paths.LOCK}")
+    stages: dict[str, Any] = YAML(typ="safe").load(text or "stages: {}")["stages"]
+    return stages
+
+
+def commit_with(md5: str) -> str | None:
+    """Return the newest commit of a branch or tag whose dvc.lock has this output; None if none has it."""
+    refs = ("HEAD", "--branches", "--tags", "--remotes")
+    added = git(Path(), "log", *refs, "--format=%H", f"-S{md5}", "--", str(paths.LOCK))
+    return next((each for each in added.split() if _has(_stages_at(each), md5)), None)
+
+
+def experiment_with(md5: str) -> tuple[str, str] | None:
+    """Return name and commit of the experiment in this clone whose dvc.lock has this output."""
+    listed = git(Path(), "for-each-ref", "--format=%(refname) %(objectname)", "refs/exps/")
+    for ref, commit in (line.split() for line in listed.splitlines()):
+        _, _, *baseline, name = ref.split("/")
+        if len("".join(baseline)) == SHA1 and _has(_stages_at(commit), md5):
+            return name, commit
+    return None
+
+
+def unlike_lock(commit: str) -> list[str]:
+    """Return the parameter sections and code of a commit that are not what its dvc.lock's stages ran with."""
+    stages = _stages_at(commit)
+    params = YAML(typ="safe").load(git(Path(), "show", f"{commit}:./params.yaml") or "{}")
+    locked = [locked_params(stages.get(name, {})) for name in UPSTREAM]
+    sections = {key for each in locked for key in each if params.get(key) != each[key]}
+    return [*sorted(sections), *(changed_code(commit, stages) or [])]
 
 
 def changed_code(commit: str, stages: dict[str, Any]) -> list[str] | None:

@@ -8,6 +8,7 @@ import contextlib
 import difflib
 import re
 import typing
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import parse_qsl, urlsplit
@@ -33,6 +34,8 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 SECRET = re.compile(
     r"token|key|secret|sig|pass|pwd|auth|credential", re.IGNORECASE
 )  # in a URL's query
+# a method of pydantic's metaclass, which it takes for an attribute of MergeExport's parent
+warnings.filterwarnings("ignore", 'Field name "register" in "MergeExport" shadows')
 ALL_LINEAR = "all-linear"
 AUTO, VALUES = "(auto)", "(values)"  # tags of generation.decoding's two forms, left out of messages
 
@@ -360,7 +363,9 @@ class MergeExport(Section):
     """The format of the merged model, and the registered name of the adapter.
 
     `weights` selects what the adapter is added to: `trained_on`, the weights that it was trained against
-    (dequantised, for a 4-bit base), or `original`, the base's own.
+    (dequantised, for a 4-bit base), or `original`, the base's own. `register` says which models become a
+    version: those that passed the gate, all, or none. `license` is the model's own: neither the
+    base's nor the data's is.
     """
 
     weights: Literal["trained_on", "original"]
@@ -369,6 +374,8 @@ class MergeExport(Section):
     max_loss_difference: Positive
     gguf: list[Literal["f16", "q8_0"]]
     registered_model: Annotated[str, Field(pattern=r"^[^/:@]+$")]
+    register: Literal["passed", "always", "never"]
+    license: Name | None
 
 
 class Params(Section):

@@ -115,7 +115,8 @@ def _cause(failures: dict[int, Any], number: int) -> str:
         if each.exitcode < 0:
             return (
                 f"process {place} of {number} was ended by {each.signal_name()}; the others were stopped; "
-                "the system kills a process where memory runs out; `dvc repro` goes on from here"
+                "the system kills a process where memory runs out; `dvc repro` goes on from "
+                "the last checkpoint"
             )
     messages = [str(told[place].message) for place in sorted(told)]
     return min(messages, key=lambda text: "Traceback" in text)

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import select
 import shutil
 import signal
 import sys
@@ -22,6 +23,7 @@ from typing import Any, NoReturn
 
 from fintune import paths
 from fintune.errors import UserError, explain, redacted
+from fintune.progress import write_lines
 
 log = logging.getLogger("fintune")
 
@@ -95,7 +97,7 @@ def _end_in_time() -> None:
     threading.Thread(target=wait, name="end in time", daemon=True).start()
 
 
-GOES_ON = "interrupted; `dvc repro` goes on from here"
+GOES_ON = "interrupted; `dvc repro` runs this stage again, a training from its last checkpoint"
 
 
 def _leave(*_: Any) -> NoReturn:
@@ -133,6 +135,8 @@ def run(main: Callable[[], None], interrupted: str = GOES_ON) -> None:
     printed.setFormatter(_Redacted("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[printed])
     log.setLevel(logging.INFO)
+    if not sys.stderr.isatty():
+        write_lines()
     warnings.filterwarnings("ignore", category=FutureWarning)  # meant for library developers
     is_stage = interrupted == GOES_ON
     worker = is_stage and is_worker()
@@ -154,12 +158,21 @@ def run(main: Callable[[], None], interrupted: str = GOES_ON) -> None:
             leave(1)
         sys.exit(interrupted)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and not is_stage and _has_no_reader():
+            raise
         message = explain(error) or (traceback.format_exc() if worker else None)
         if message is None:
             raise
         _fail(message, worker)
     if is_stage:
         leave(0)
+
+
+def _has_no_reader() -> bool:
+    """Return whether the program that read the output has ended."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return bool(poll.poll(0))
 
 
 def _fail(message: str, worker: bool) -> NoReturn:

@@ -8,6 +8,7 @@ from fintune.export.card import read_records, write_card
 from fintune.export.gguf.llama_cpp import require_packages
 from fintune.export.register import register_adapter
 from fintune.export.signature import seal, signing_key
+from fintune.export.summary import summarise
 from fintune.export.verify import export
 from fintune.generation.decoding import check_decoding
 from fintune.integrity import hash_files, sha256
@@ -36,11 +37,13 @@ def main() -> None:
         measured = export(folder, adapter, params, decoding)
         write_card(folder, adapter, records, measured, params)
         hashes = hash_files(folder)
-        write_bom(folder, params.registered_model, adapter, records, measured, hashes)
+        write_bom(
+            folder, params.registered_model, adapter, records, measured, hashes, params.license
+        )
         seal(folder, hashes | {BOM: sha256(folder / BOM)}, key)
     restore_evaluation(client, run_id)
     outputs = output_hashes(finished_stages(Path.cwd(), UPSTREAM))
-    version, aliases = register_adapter(client, run_id, adapter, records, outputs, params)
+    version, aliases, reason = register_adapter(client, run_id, adapter, records, outputs, params)
     report = {
         **measured,
         "registered_model": params.registered_model,
@@ -48,16 +51,12 @@ def main() -> None:
         "run_id": run_id,
         "aliases": aliases,
     }
+    report |= {"not_registered": reason} if reason else {}
     write_json(paths.EXPORT, report)
     log_results(client, run_id, measured, {"merge_export": params.model_dump()}, [paths.EXPORT])
-    log.info(
-        "%s version %s (%s); loss merged %.4f, adapter %.4f, base %.4f; logits within %.3g",
-        params.registered_model,
-        version,
-        ", ".join(aliases),
-        *(measured[key] for key in ("merged_loss", "adapter_loss", "base_loss")),
-        measured["max_logit_difference"],
-    )
+    losses = (measured[key] for key in ("merged_loss", "adapter_loss", "base_loss"))
+    log.info("loss merged %.4f, adapter %.4f, base %.4f\n", *losses)
+    print(summarise(client))
 
 
 if __name__ == "__main__":

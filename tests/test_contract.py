@@ -26,7 +26,17 @@ LOCK = ROOT / "requirements.lock"
 
 
 ORDER = (
-    *("errors", "params", "paths", "metrics", "lineage", "integrity", "hardware", "stage"),
+    *(
+        "errors",
+        "params",
+        "paths",
+        "metrics",
+        "progress",
+        "lineage",
+        "integrity",
+        "hardware",
+        "stage",
+    ),
     *("processes", "hub", "data", "model", "tracking", "registry", "merging", "training"),
     *("generation", "evaluation", "export", "forecast", "commands", "__main__"),
 )
@@ -288,6 +298,7 @@ def test_a_checkpoint_knows_the_code_that_trains() -> None:
         "integrity.py",
         "lineage.py",
         "processes.py",
+        "progress.py",
         "stage.py",
     }  # they fetch, log, check and talk
     # these choose the step to keep

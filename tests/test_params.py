@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from dvc.utils.serialize import modify_yaml
 
 from fintune.errors import UserError
 from fintune.params import read_name, read_params
@@ -40,9 +41,9 @@ def test_all_problems_are_listed_with_keys_and_near_matches(tmp_path: Path) -> N
         ("  learning_rate:", "  learning_rte:"),
         ("    r: 32", "    r: 0\n    typo: 3"),
         ("overlong: truncate", "overlong: cut"),
-        ("max_steps: null", "max_steps: '10'"),
-        ("validation_fraction: null", "validation_fraction: 0.1"),
-        ("test_fraction: null", "test_fraction: 0.99"),
+        ("max_steps:", "max_steps: '10'"),
+        ("validation_fraction:", "validation_fraction: 0.1"),
+        ("test_fraction:", "test_fraction: 0.99"),
     )
     message = problems(path)
     assert "7 problems" in message
@@ -92,11 +93,11 @@ def test_settings_that_exclude_each_other(tmp_path: Path, edits: list[str], expe
         ("  processes: auto", "  processes: 0", "train.processes: give auto or a number, not"),
         ("learning_rate: 3e-3", "learning_rate: .inf", "train.learning_rate"),
         ("learning_rate: 3e-3", "learning_rate: 'high'", "train.learning_rate"),
-        ("default_instruction: null", "default_instruction: Answer.", "fetch: give either"),
+        ("default_instruction:", "default_instruction: Answer.", "fetch: give either"),
         ("more: []", "more: [{shar: 1.0}]", "fetch.more.0.shar: unknown key; did you mean share?"),
         (
-            "input: input, output: output",
-            "input: input",
+            "\n    output: output",
+            "",
             "fetch.columns: give input and output, or",
         ),
         ("model: assets/demo-base", "model: some/where/else", "base: model: some/where/else"),
@@ -110,11 +111,11 @@ def test_a_wrong_value_names_its_key(tmp_path: Path, old: str, new: str, expecte
 @pytest.mark.parametrize("name", ["validation", "test"])
 def test_a_null_fraction_needs_a_column(tmp_path: Path, name: str) -> None:
     other = {"validation": "test", "test": "validation"}[name]
-    edits = [(", split: split}", "}"), (f"{other}_fraction: null", f"{other}_fraction: 0.1")]
+    edits = [("\n    split: split", ""), (f"{other}_fraction:", f"{other}_fraction: 0.1")]
     message = problems(changed(tmp_path, *edits))
     assert f"  split.{name}_fraction: null takes" in message
     assert "fetch.columns.split" in message and f"{other}_fraction" not in message
-    edits.append((f"  {name}_fraction: null", f"  {name}_fraction: 0.1"))
+    edits.append((f"  {name}_fraction:", f"  {name}_fraction: 0.1"))
     assert read_params(changed(tmp_path, *edits)).fetch.columns.split is None
 
 
@@ -123,9 +124,7 @@ def test_a_hub_base_must_be_pinned_to_a_commit(tmp_path: Path) -> None:
     head, _, tail = text.partition("base:\n")
     for revision, valid in (("main", False), ("0" * 40, True)):
         path = tmp_path / "hub.yaml"
-        path.write_text(
-            head + "base:\n" + tail.replace("revision: null", f"revision: '{revision}'", 1)
-        )
+        path.write_text(head + "base:\n" + tail.replace("revision:", f"revision: '{revision}'", 1))
         if valid:
             assert read_params(path).base.revision == "0" * 40
         else:
@@ -160,7 +159,7 @@ def test_sections_cannot_be_changed() -> None:
     [
         ([("general_text: assets/general-text.jsonl", "general_text: null")], "general_text is null"),
         ([("champion: registered", "champion: null")], "champion is null"),
-        ([("embedding: null", "embedding: {model: a/b, revision: main}")], "evaluate.embedding: model: a/b"),
+        ([("embedding:", "embedding: {model: a/b, revision: main}")], "evaluate.embedding: model: a/b"),
         ([("champion: registered", "champion: a/b")], "evaluate.champion: "),
         ([("tasks: []", "task: []")], "evaluate.harness.task: unknown key; did you mean tasks?"),
         ([("max_forgetting: 0.5", "max_forgetting: -1")], "evaluate.gate.max_forgetting: "),
@@ -215,3 +214,16 @@ def test_one_name_is_followed_by_champion_and_experiment(tmp_path: Path) -> None
     assert other.evaluate.champion_of("shop-faq") == "rival"
     (tmp_path / "cut.yaml").write_text("merge_export: [")
     assert read_name(tmp_path / "cut.yaml") is None is read_name(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_an_applied_experiment_changes_one_line(recipe: Path, tmp_path: Path) -> None:
+    """`dvc exp apply` and `-S` write params.yaml anew, in DVC's form."""
+    copied = tmp_path / "params.yaml"
+    copied.write_bytes(recipe.read_bytes())
+    with modify_yaml(copied) as params:
+        params["train"]["learning_rate"] = 0.00123
+    before, after = recipe.read_text().splitlines(), copied.read_text().splitlines()
+    assert len(before) == len(after)
+    changed_lines = [new for old, new in zip(before, after, strict=True) if old != new]
+    assert [line.split("#")[0].rstrip() for line in changed_lines] == ["  learning_rate: 0.00123"]

@@ -3,9 +3,12 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import termios
 import venv
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -218,3 +221,77 @@ def test_one_of_several_processes_sees_its_gpu_alone(
         os.environ["CUDA_VISIBLE_DEVICES"] = visible
     stage._take_place()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == expected
+
+
+BARS = """
+import time, sys
+now = [0.0]
+time.time = time.monotonic = lambda: now[0]
+from fintune.stage import prepare, run
+prepare()
+run(lambda: None, interrupted="of a command")
+from datasets.utils import tqdm as of_datasets
+from huggingface_hub.utils import tqdm as of_hub
+from tqdm.auto import tqdm
+from transformers.utils.logging import tqdm as of_transformers
+for make in (tqdm, of_datasets, of_hub, of_transformers):
+    with make(total=100, desc="long", unit="row", leave=False) as bar:
+        for step in range(100):
+            now[0] += 1
+            bar.set_postfix(loss=step)
+            bar.update()
+    for _ in make(range(9), desc="short"):
+        now[0] += 1
+"""
+
+
+def test_bars_are_lines_where_output_is_no_terminal(tmp_path: Path) -> None:
+    """At most one each ten seconds, of bars of all libraries; none of what is over by then."""
+    done = start(Path(sys.executable), tmp_path, "-c", BARS)
+    lines = done.stderr.splitlines()
+    assert "\r" not in done.stderr and "\x1b" not in done.stderr and "short" not in done.stderr
+    assert len(lines) == 4 * 10 and all(line.startswith("long: ") for line in lines)
+    assert lines[0] == "long: 9 of 100 after 00:10, 01:31 left,  1.00row/s, loss=9"
+
+
+def test_a_terminal_keeps_its_bars(tmp_path: Path) -> None:
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    code = BARS.replace(
+        "for make in (tqdm, of_datasets, of_hub, of_transformers)", "for make in (tqdm,)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stderr=theirs,
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)},
+    )
+    os.close(theirs)
+    drawn = b""
+    with suppress(OSError):  # the terminal's other end is closed
+        while part := os.read(ours, 65536):
+            drawn += part
+    os.close(ours)
+    assert process.wait() == 0
+    assert b"\rlong:   0%|" in drawn
+
+
+@pytest.mark.parametrize("command", [["--help"], ["verify", "--help"], ["lineage", "."]])
+def test_a_command_whose_reader_leaves_ends_without_a_word(command: list[str]) -> None:
+    """As in `python -m fintune results | head -1`."""
+    code = (
+        "import runpy, sys\n"
+        "import fintune.commands.lineage as lineage\n"
+        "lineage.main = lambda given: print('a line\\n' * 100_000)\n"
+        "runpy.run_module('fintune', run_name='__main__')\n"
+    )
+    read, written = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command],
+        cwd=ROOT,
+        stdout=written,
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    os.close(written)
+    assert done.stderr == b"" and done.returncode in (0, 128 + signal.SIGPIPE)

@@ -59,7 +59,7 @@ def main(given: argparse.Namespace) -> None:
     if _is_done(stages.get("merge_export", {}), locked):
         upstream = [stages[name] for name in UPSTREAM if name in stages]
         version = restore_export(client, run_id, output_hashes(upstream))
-    log.info("run %s has all that is here%s", run_id, f", as {version}" if version else "")
+    log.info("run %s has all that is here%s", run_id, f"; {version}" if version else "")
 
 
 def _is_done(entry: dict[str, Any], md5: str) -> bool:

@@ -31,7 +31,7 @@ from ruamel.yaml import YAML
 
 from fintune import paths
 from fintune.errors import UserError
-from fintune.lineage import git, project_root
+from fintune.lineage import PARENT_RUN, git, project_root
 from fintune.params import PARAMS_FILE, flatten
 
 log = logging.getLogger("fintune")
@@ -239,7 +239,7 @@ def _measure(
             ["dvc", "exp", "run", "--temp", "--name", name, *sets, objective.stage],
             stdout=file,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"PATH": f"{here}{os.pathsep}{path}", "FINTUNE_PARENT_RUN": parent},
+            env=os.environ | {"PATH": f"{here}{os.pathsep}{path}", PARENT_RUN: parent},
             start_new_session=True,  # Ctrl-C must reach it only once, from here
         )
         try:

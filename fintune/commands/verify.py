@@ -10,7 +10,6 @@ status is 1. Nothing is changed. dvc.lock is this folder's, or that of the commi
 import argparse
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,8 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(given: argparse.Namespace) -> None:
     """Print a line for each claim, and fail if one does not hold."""
     from fintune.export.signature import public_key
+    from fintune.tracking.client import existing_store
 
-    key, version, client = public_key(given.key), None, _store()
+    key, version, client = public_key(given.key), None, existing_store(project_root())
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(given.model)
         if not folder.is_dir():
@@ -73,15 +73,6 @@ def main(given: argparse.Namespace) -> None:
             print(f"{state:<9}  {text.replace(scratch, given.model)}")
     if failed := lines.count(FAILS):
         raise UserError(f"{given.model}: {failed} of {len(lines)} claims do not hold")
-
-
-def _store() -> Any:
-    """Connect to the MLflow store that is set or here, without making one."""
-    if "MLFLOW_TRACKING_URI" in os.environ or (project_root() / paths.MLFLOW_DATABASE).is_file():
-        from fintune.tracking.client import connect
-
-        return connect(project_root())
-    return None
 
 
 def _verify(folder: Path, key: Any, client: Any, version: Any) -> Iterator[Line]:

@@ -6,7 +6,7 @@ import pyarrow as pa
 
 from fintune.evaluation.breakdown import break_down, calibration_curve, extremes
 from fintune.evaluation.correctness import is_correct
-from fintune.evaluation.gate import apply_gate
+from fintune.evaluation.gate import apply_gate, gate_lines
 from fintune.evaluation.measure import Measured
 from fintune.evaluation.rows import Chosen
 from fintune.evaluation.scores import result_of
@@ -104,7 +104,7 @@ def row_losses(table: list[dict[str, Any]]) -> str:
 
 
 def summary(report: dict[str, Any]) -> list[str]:
-    """Format the terminal output: one line per model and one for the gate."""
+    """Format the terminal output: one line per model, and the gate with a line for each rule."""
     shown: tuple[str, ...] = ("loss", "perplexity", "rouge_1", "rouge_l", "stop_rate", "loop_rate")
     if checked := report["tuned"]["checkable_rows"]:
         shown = ("accuracy", *shown)
@@ -116,4 +116,4 @@ def summary(report: dict[str, Any]) -> list[str]:
     for name in ("base", "tuned"):
         figures = (f"{key} {number(report[name][key])}" for key in shown)
         lines.append(f"{name:<5} " + "  ".join(figures))
-    return [*lines, f"gate: {report['gate']['reason']}"]
+    return [*lines, *gate_lines(report["gate"])]

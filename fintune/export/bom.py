@@ -43,11 +43,13 @@ def write_bom(
     records: dict[str, dict[str, Any]],
     measured: dict[str, Any],
     hashes: dict[str, str],
+    license: str | None,
 ) -> None:
     """Write a merged model's bill of materials.
 
     Args:
         name: of the registered model.
+        license: the model's own.
         records: as returned by `card.read_records`.
         measured: as returned by `verify.export`.
         hashes: the SHA-256 of the folder's files.
@@ -59,7 +61,9 @@ def write_bom(
     ]
     said = {"mlflow.run_id": run["run_id"], **run["tags"]}
     said |= {f"parameter.{key}": value for key, value in run["params"].items()}
-    model = _component(ComponentType.MACHINE_LEARNING_MODEL, name, "model", parts=files, said=said)
+    model = _component(
+        ComponentType.MACHINE_LEARNING_MODEL, name, "model", parts=files, said=said, license=license
+    )
     used = [
         _base(trained.base),
         *_data(manifest),

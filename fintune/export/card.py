@@ -47,13 +47,12 @@ def write_card(
     """
     run, evaluation, manifest = (records[name] for name in ("run", "evaluation", "manifest"))
     tags, base, tokenizer = run["tags"], trained.base, trained.load_tokenizer()
-    license = stated_license(local_folder(base))
     on_hub = manifest["revision"] is not None
     metadata = ModelCardData(
         base_model=None if base.is_folder else base.model,
         base_model_relation=None if base.is_folder else "finetune" if measured else "adapter",
         datasets=[manifest["source"]] if on_hub else None,
-        license=license,
+        license=params.license,
         library_name="transformers" if measured else "peft",
         pipeline_tag="text-generation",
         tags=["qlora" if trained.nf4_compute_dtype else "lora"],
@@ -66,7 +65,11 @@ def write_card(
         if not base.is_folder
         else f"`{base.model}`",
         revision=f" at `{base.revision}`" if base.revision else "",
-        base_license=license or "not stated",
+        licenses={
+            "base": stated_license(local_folder(base)),
+            "data": manifest["license"],
+            "model": params.license,
+        },
         in_fp8=trained.train.get("products") == "fp8",
         method="with QLoRA (4-bit NF4 base)" if trained.nf4_compute_dtype else "with LoRA",
         data=manifest,

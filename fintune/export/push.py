@@ -144,7 +144,8 @@ def commit_message(folder: Path) -> str:
     if not ours or not {"registered_model", "version"} <= set(version):
         return f"Push {folder.name}"
     run_id = f", MLflow run {version['run_id']}" if "run_id" in version else ""
-    return f"{version['registered_model']} version {version['version']}{run_id}"
+    number = f" version {version['version']}" if version["version"] else ", not registered"
+    return f"{version['registered_model']}{number}{run_id}"
 
 
 def _check_name(name: str) -> None:

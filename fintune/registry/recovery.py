@@ -17,6 +17,7 @@ from fintune.stage import read_json
 from fintune.tracking.runs import COMPLETE, log_training
 from fintune.tracking.scratch import existing_run, forget_locked
 
+RECORD = ("run_id", "name", "experiment", "params", "tags")  # what models/run.json has
 log = logging.getLogger("fintune")
 
 
@@ -26,23 +27,17 @@ def run_of_adapter(client: MlflowClient) -> str:
     A run that was logged again has a new id; its tag `first_run_id` has the one in `models/run.json`. The
     checkpoints of a training that dvc.lock has are removed.
     """
-    run_record = read_json(paths.RUN, "run_id", "name", "experiment", "params", "tags")
+    run_record = read_json(paths.RUN, *RECORD)
     metrics = read_json(paths.TRAIN_METRICS)
     curve = read_curve(paths.TRAIN_CURVE)
-    run_id = existing_run(client, run_record["run_id"])
+    run_id = find_run(client, run_record)
     if run_id is None:
         experiment = mlflow.set_experiment(run_record["experiment"])
-        again = client.search_runs(
-            [experiment.experiment_id], f"tags.first_run_id = '{run_record['run_id']}'"
-        )
-        if again:
-            run_id = str(again[0].info.run_id)
-        else:
-            tags = {"first_run_id": run_record["run_id"]}
-            run_id = client.create_run(
-                experiment.experiment_id, tags=tags, run_name=run_record["name"]
-            ).info.run_id
-            log.info("MLflow has no run %s; logging it again as %s", run_record["run_id"], run_id)
+        tags = {"first_run_id": run_record["run_id"]}
+        run_id = client.create_run(
+            experiment.experiment_id, tags=tags, run_name=run_record["name"]
+        ).info.run_id
+        log.info("MLflow has no run %s; logging it again as %s", run_record["run_id"], run_id)
     run = client.get_run(run_id)
     if run.data.tags.get(COMPLETE) != "true":
         log_training(client, {**run_record, "run_id": run_id}, metrics, curve)
@@ -50,6 +45,18 @@ def run_of_adapter(client: MlflowClient) -> str:
         client.set_terminated(run_id, "FINISHED")
     forget_locked(project_root())
     return str(run_id)
+
+
+def find_run(client: MlflowClient, run_record: dict[str, Any]) -> str | None:
+    """Return the id of the run that a record describes, or of the one that it was logged again as."""
+    run_id = run_record["run_id"]
+    if known := existing_run(client, run_id):
+        return known
+    experiment = client.get_experiment_by_name(run_record["experiment"])
+    if experiment is None:
+        return None
+    again = client.search_runs([experiment.experiment_id], f"tags.first_run_id = '{run_id}'")
+    return str(again[0].info.run_id) if again else None
 
 
 def read_curve(path: Path) -> list[dict[str, float | None]]:

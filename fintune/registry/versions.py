@@ -1,5 +1,6 @@
 """Versions of the registered model: find, download, register."""
 
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,14 @@ from mlflow.tracking import MlflowClient
 
 from fintune.errors import UserError
 
+LATER = ("evaluate.", "generation.")  # sections that are tags of a run
+MOST_CHANGES = 8  # that a version's description names
+SAME = "the data are the same"
+DATA = (  # hashes in the order of the stages: the first that differs says what happened
+    ("md5.data/raw", "the source's rows are others"),
+    ("md5.data/split", "the same rows are split otherwise"),
+    ("md5.data/formatted", "the same rows are laid out otherwise"),
+)
 NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # a model, an alias
 
 
@@ -56,10 +65,49 @@ def version_of_run(client: MlflowClient, name: str, run_id: str) -> str | None:
     return str(max(versions)) if versions else None
 
 
+def where_registered(client: MlflowClient, name: str, run_id: str) -> str | None:
+    """Return the version that a run's adapter is registered as, with its aliases; or None."""
+    version = version_of_run(client, name, run_id)
+    if version is None:
+        return None
+    aliases = client.get_model_version(name, version).aliases
+    return f"{name} version {version} ({', '.join(sorted(aliases)) or 'no alias'})"
+
+
+def changes(client: MlflowClient, run_id: str, name: str, tags: dict[str, str]) -> str:
+    """Say what distinguishes a run's adapter from the last version of a model: its parameters and data."""
+    versions = client.search_model_versions()
+    there = [each for each in versions if each.name == name and each.run_id != run_id]
+    if not there:
+        return f"The first version of {name}."
+    last = max(there, key=lambda each: int(each.version))
+    now, before = (_settings(client, each) for each in (run_id, last.run_id))
+    apart = [key for key in sorted({*now, *before}) if now.get(key) != before.get(key)]
+    said = [
+        f"{key} is {now.get(key, 'gone')} and was {before.get(key, 'not there')}"
+        for key in islice(apart, MOST_CHANGES)
+    ]
+    if len(apart) > MOST_CHANGES:
+        said.append(f"{len(apart) - MOST_CHANGES} more parameters differ")
+    said.append(next((text for key, text in DATA if tags.get(key) != last.tags.get(key)), SAME))
+    if said == [SAME]:
+        said.append("so are the parameters: what differs is code, hardware or chance")
+    return f"Against version {last.version}: {'; '.join(said)}."
+
+
+def _settings(client: MlflowClient, run_id: str) -> dict[str, str]:
+    """Return a run's parameters, with those of its evaluation, which are tags."""
+    data = client.get_run(run_id).data
+    later = {key: text for key, text in data.tags.items() if key.startswith(LATER)}
+    return data.params | later
+
+
 def register(
     client: MlflowClient, run_id: str, name: str, tags: dict[str, str], passed: bool
 ) -> tuple[str, list[str]]:
     """Register the run's adapter as a version of `name`, unless it is registered, and move the aliases.
+
+    A new version's description says what changed against the last one.
 
     Returns:
         The version and its aliases: `candidate` always, `champion` if the gate passed.
@@ -71,7 +119,8 @@ def register(
             raise
     version = version_of_run(client, name, run_id)
     if version is None:
-        version = str(client.create_model_version(name, f"runs:/{run_id}/adapter", run_id).version)
+        source, said = f"runs:/{run_id}/adapter", changes(client, run_id, name, tags)
+        version = str(client.create_model_version(name, source, run_id, description=said).version)
     for key, value in tags.items():
         client.set_model_version_tag(name, version, key, value)
     aliases = ["candidate", *(["champion"] if passed else [])]

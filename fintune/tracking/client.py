@@ -78,6 +78,12 @@ def _given_uri() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{paths.MLFLOW_DATABASE}"
 
 
+def existing_store(root: Path) -> MlflowClient | None:
+    """Connect to the store that is set or at the project's root; None where there is none, and make none."""
+    there = os.environ.get("MLFLOW_TRACKING_URI") or (root / paths.MLFLOW_DATABASE).is_file()
+    return connect(root) if there else None
+
+
 @contextmanager
 def store_lock(root: Path) -> Iterator[None]:
     """Lock out other workers of `dvc queue start`, which would create the same database or run."""

@@ -22,7 +22,14 @@ from mlflow.entities import RunTag
 from mlflow.tracking import MlflowClient
 
 from fintune import paths
-from fintune.lineage import finished_stages, git, in_no_commit, locked_params, output_hashes
+from fintune.lineage import (
+    PARENT_RUN,
+    finished_stages,
+    git,
+    in_no_commit,
+    locked_params,
+    output_hashes,
+)
 from fintune.params import flatten
 from fintune.stage import write_text
 from fintune.tracking.client import experiment_name, store_lock
@@ -75,12 +82,12 @@ def sweep_run(client: MlflowClient, root: Path) -> str | None:
     """Find or create the run that groups one commit's experiments in MLflow.
 
     It groups the experiments that DVC runs outside the workspace, queued or with --temp. A search sets
-    its own run in `FINTUNE_PARENT_RUN`.
+    its own run in the environment (PARENT_RUN).
 
     Returns:
         The run's id, or None for training in the workspace.
     """
-    if parent := os.environ.get("FINTUNE_PARENT_RUN"):
+    if parent := os.environ.get(PARENT_RUN):
         return parent
     baseline = os.environ.get("DVC_EXP_BASELINE_REV")
     if not baseline or Path.cwd().resolve() == root:

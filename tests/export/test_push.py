@@ -176,6 +176,9 @@ def test_the_commit_names_the_registered_version(hub: Hub, push: Push, merged: P
     report = {"registered_model": "financial-qa", "version": "3", "run_id": "0123abcd"}
     (project / "reports/export.json").write_text(json.dumps(report))
     assert push("acme/merged").returncode == 0
+    (project / "reports/export.json").write_text(json.dumps(report | {"version": None}))
+    assert push("acme/failed").returncode == 0
+    assert hub.commits("acme/failed") == ["financial-qa, not registered, MLflow run 0123abcd"]
     elsewhere = shutil.copytree(merged, project / "copy")
     assert push("acme/copy", str(elsewhere)).returncode == 0
     assert hub.commits("acme/merged") == ["financial-qa version 3, MLflow run 0123abcd"]

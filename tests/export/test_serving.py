@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import packages_distributions
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -364,6 +365,21 @@ def test_an_openai_client_gets_the_same_answer(served: Project, plain: dict[str,
     assert "".join(pieces) == plain["answer"] and len(pieces) > 5
 
 
+def test_transformers_server_keeps_the_longest_answer_of_a_request_alone() -> None:
+    """As docs/use.md has it; its example sends `max_tokens`."""
+    from transformers import GenerationConfig
+    from transformers.cli.serving.chat_completion import ChatCompletionHandler
+
+    handler: Any = object.__new__(ChatCompletionHandler)
+    handler.generation_state = SimpleNamespace(_compile=False)
+    measured = GenerationConfig(**SAMPLED, do_sample=True, max_new_tokens=64)
+    for body, longest in (({}, 1024), ({"max_tokens": 64}, 64)):
+        served = handler._build_generation_config(body, measured)
+        assert served.max_new_tokens == longest
+        assert all(getattr(served, key) == value for key, value in SAMPLED.items())
+    assert '"max_tokens": 64' in (ROOT / "docs/use.md").read_text()
+
+
 def test_llama_cpp_gives_the_same_answer(served: Project, plain: dict[str, Any]) -> None:
     file = served / "models/merged/financial-qa-f16.gguf"
     rows = read_rows(served / "data/formatted/train.parquet", ["instruction"])
@@ -380,8 +396,13 @@ def test_llama_cpp_gives_the_same_answer(served: Project, plain: dict[str, Any])
 def test_the_card_states_facts(served: Project) -> None:
     card = served / "models/merged/README.md"
     about = metadata_load(card)
-    assert about is not None and about["license"] == "cc0-1.0"
     text = card.read_text()
+    assert about is not None and "license" not in about  # nobody gave one
+    assert (
+        "| licence of the base | cc0-1.0 |" in text
+        and "| licence of the data | not stated |" in text
+    )
+    assert "| licence of this model | not stated" in text
     evaluation = json.loads((served / "reports/evaluation.json").read_text())
     export = json.loads((served / "reports/export.json").read_text())
     assert (
@@ -397,7 +418,7 @@ def test_the_card_states_facts(served: Project) -> None:
         f"| train.learning_rate | {record['params']['train.learning_rate']} |",
         f"{export['merged_loss']:.4g} nats an answer token",
         f"{evaluation['tuned']['rouge_l']:.4g} | {gain['value']:.4g} ({gain['low']:.4g} to ",
-        evaluation["gate"]["reason"],
+        *(rule["reason"] for rule in evaluation["gate"]["rules"]),
         f"Loaded in 4 bits (NF4) it is {export['merged_loss_in_4_bits']:.4g}",
         f"as GGUF in q8_0 it is\n{export['gguf']['q8_0']['loss']:.4g} on",
     ):
@@ -467,7 +488,9 @@ def test_the_same_model_has_the_same_bill_of_materials(
     shutil.copy(served / "models/merged/config.json", tmp_path)
     written = []
     for _ in range(2):
-        write_bom(tmp_path, "a", read_training(Path("models/adapter")), read_records(), {}, {})
+        write_bom(
+            tmp_path, "a", read_training(Path("models/adapter")), read_records(), {}, {}, None
+        )
         written.append((tmp_path / "bom.cdx.json").read_bytes())
     assert written[0] == written[1]
 

@@ -376,6 +376,55 @@ def test_version_one_is_registered_as_candidate(finished: Finished) -> None:
     assert md5_tags(version.tags) == locked_md5(finished.project, *stages)
 
 
+def test_the_last_stage_prints_the_summary_that_results_prints(finished: Finished) -> None:
+    told = finished.project.run("python", "-m", "fintune", "results").stdout
+    assert told in finished.output
+    assert "Registered    financial-qa version 1 (candidate)" in told
+    gate = report(finished.project, "evaluation")["gate"]
+    assert all(f"  {rule['reason']}\n" in told for rule in gate["rules"])
+
+
+def test_results_are_those_of_the_registry_that_is_here(
+    copy: Callable[[], Project], empty_store: Path
+) -> None:
+    """A clone has the reports of another machine, whose registry is not its own."""
+    project = copy()
+    results = ("python", "-m", "fintune", "results")
+    client = store(project)
+    client.set_registered_model_alias("financial-qa", "champion", "1")
+    assert "financial-qa version 1 (candidate, champion)" in project.run(*results).stdout
+    lose_mlflow(project)
+    told = project.run(*results).stdout
+    assert "version 1" not in told and "Registered    nowhere: there is no MLflow store" in told
+    assert not (project / "mlflow.db").exists()
+    shutil.copy(empty_store, project / "mlflow.db")
+    assert "Registered    not in this registry" in project.run(*results).stdout
+
+
+def test_only_what_is_to_be_registered_becomes_a_version(copy: Callable[[], Project]) -> None:
+    """A model that is not is merged and in MLflow's run all the same."""
+    project = copy()
+    lose_mlflow(project)
+    refused = (
+        ("passed", {}, "it failed the gate"),
+        ("never", {}, "merge_export.register is never"),
+        ("always", {"FINTUNE_PARENT_RUN": run_of(copy()).info.run_id}, "it is a trial of a search"),
+    )
+    for register, environment, reason in refused:
+        project.set(merge_export__register=register)
+        told = project.stage("merge_export", **environment)
+        assert f"Registered    no: {reason}" in told.stdout
+        export = report(project, "export")
+        assert (export["version"], export["aliases"]) == (None, [])
+        assert store(project).search_registered_models() == []
+    (run,) = runs(project)
+    assert "adapter/MLmodel" in artifacts(project, run) and "merged_loss" in run.data.metrics
+    assert (project / "models/merged/model.safetensors").is_file()
+    project.set(merge_export__register="always")
+    project.stage("merge_export")
+    assert report(project, "export")["version"] == "1"
+
+
 def test_dvc_shows_metrics_plots_and_params(finished: Finished, tmp_path: Path) -> None:
     project = finished.project
     metrics = project.run("dvc", "metrics", "show", "--json")
@@ -499,6 +548,12 @@ def test_an_experiment_is_registered_with_its_own_lineage(experiment: Finished) 
     now = locked_md5(experiment.project, *stages)
     assert tags == {path: md5 for path, md5 in now.items() if path in tags}
     assert tags["models/adapter"] == now["models/adapter"]
+    assert version.description == (
+        "Against version 1: train.learning_rate is 0.0001 and was 0.003; train.max_steps is 3 and was 6; "
+        "the data are the same."
+    )
+    first = client.get_model_version("financial-qa", "1")
+    assert first.description == "The first version of financial-qa."
 
 
 def test_an_experiment_in_a_temporary_folder_logs_to_the_same_file(
@@ -523,37 +578,77 @@ def test_a_model_leads_back_to_its_run_data_and_commit(finished: Finished, model
     told = finished.project.run("python", "-m", "fintune", "lineage", model).stdout
     assert told.startswith("financial-qa version 1 (candidate)")
     assert run_of(finished.project).info.run_id in told
-    assert f"git checkout {finished.commit}" in told
-    assert "uncommitted" not in told
+    results = git(finished.project, "rev-parse", "HEAD")  # its dvc.lock has the adapter
+    assert f"git checkout {results}" in told and "cannot" not in told
     for path, md5 in locked_md5(finished.project, "fetch", "split", "format", "train").items():
         assert f"{md5}  {path}" in told
 
 
-def test_the_commands_that_it_prints_rebuild_the_same_data(
-    finished: Finished, copy: Callable[[], Project]
+def lineage(project: Project, model: str, *options: str) -> str:
+    return project.run("python", "-m", "fintune", "lineage", model, *options).stdout
+
+
+def follow(told: str, origin: Path | str, folder: Path) -> str:
+    """Run the commands that lineage prints in a new clone; return the md5 of its adapter."""
+    subprocess.run(["git", "clone", "--quiet", str(origin), str(folder)], check=True)
+    clone = Project(folder)
+    for line in re.findall(r"^  rebuild   (.*)$", told, re.MULTILINE):
+        clone.run(*line.split(), *(["train"] if line.startswith("dvc repro") else []))
+    return locked_md5(clone, "train")["models/adapter"]
+
+
+def test_the_documented_order_leads_to_a_commit_that_rebuilds_the_model(
+    copy: Callable[[], Project], tmp_path: Path
 ) -> None:
-    """Only the data stages are compared: training also depends on the hardware."""
+    """A change, `dvc repro`, a commit: the commit that was there while it trained is another model's."""
     project = copy()
-    told = project.run("python", "-m", "fintune", "lineage", "models/merged").stdout
-    commands = [
-        line.split("rebuild", 1)[1].split() for line in told.splitlines() if "rebuild" in line
-    ]
-    assert [command[:2] for command in commands] == [["git", "checkout"], ["dvc", "repro"]]
-    project.run("git", "stash", "--include-untracked")
-    project.run(*commands[0])
-    assert not (project / "dvc.lock").exists()  # this commit precedes the results
-    project.run(*commands[1], "format")
-    stages = ("fetch", "split", "format")
-    assert locked_md5(project, *stages) == locked_md5(finished.project, *stages)
+    before = git(project, "rev-parse", "HEAD")
+    project.set(train__max_steps=2, train__validate_every_steps=1)
+    project.run("dvc", "repro", "train")
+    told = lineage(project, "models/adapter")
+    assert told.startswith("models/adapter: not registered")
+    assert "it cannot be rebuilt yet" in told and "git checkout" not in told
+    git(project, "commit", "--quiet", "--all", "--message", "fewer steps")
+    commit = git(project, "rev-parse", "HEAD")
+    project.set(train__max_steps=1)
+    git(project, "commit", "--quiet", "--all", "--message", "a change that was not run")
+    told = lineage(project, "models/adapter", "--verify")
+    assert f"git checkout {commit}" in told and before not in told
+    md5 = locked_md5(project, "train")["models/adapter"]
+    assert f"rebuilt   the same adapter, byte for byte: md5 {md5}" in told
+    assert follow(told, project.folder, tmp_path / "clone") == md5
 
 
-def test_an_experiment_s_model_names_the_experiment(experiment: Finished) -> None:
-    told = experiment.project.run(
-        "python", "-m", "fintune", "lineage", "financial-qa@candidate"
-    ).stdout
-    name = run_of(experiment.project).data.tags["dvc_experiment"]
+def test_a_commit_that_does_not_make_the_model_is_no_recipe(copy: Callable[[], Project]) -> None:
+    project = copy()
+    project.set(train__max_steps=1)
+    git(
+        project, "commit", "--quiet", "--all", "--amend", "--message", "results of other parameters"
+    )
+    git(project, "reflog", "expire", "--expire=now", "--all")
+    told = lineage(project, "models/adapter")
+    assert "it cannot be rebuilt: train of that commit made another" in told
+    assert "  rebuild" not in told
+    done = project.run(
+        "python", "-m", "fintune", "lineage", "models/adapter", "--verify", check=False
+    )
+    assert done.returncode == 1 and "error: it cannot be rebuilt" in done.stderr
+
+
+def test_an_experiment_s_recipe_works_in_a_colleague_s_clone(
+    experiment: Finished, tmp_path: Path
+) -> None:
+    project, name = experiment.project, run_of(experiment.project).data.tags["dvc_experiment"]
+    subprocess.run(["git", "init", "--quiet", "--bare", str(tmp_path / "origin")], check=True)
+    git(project, "remote", "add", "origin", str(tmp_path / "origin"))
+    git(project, "push", "--quiet", "origin", "HEAD:refs/heads/master")
+    told = lineage(project, "financial-qa@candidate")
     assert told.startswith("financial-qa version 2 (candidate)")
-    assert f"dvc exp apply {name}" in told
+    assert f"`dvc exp push origin {name}`" in told
+    project.run("dvc", "exp", "push", "--no-cache", "origin", name)
+    md5 = locked_md5(project, "train")["models/adapter"]
+    assert follow(told, tmp_path / "origin", tmp_path / "clone") == md5
+    git(project, "remote", "remove", "origin")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import psutil
 import pytest
 from safetensors.numpy import load_file
 
+from fintune.stage import GOES_ON
 from support.project import Project
 from tools.kills import POLL, Moment, go_on, kill_at, start
 
@@ -60,7 +61,7 @@ def test_a_training_goes_on_after_one_of_its_processes_was_killed_also_with_anot
         left = [p for p in psutil.process_iter() if str(killed.folder) in _folder_of(p)]
         assert psutil.wait_procs(left, timeout=60)[1] == []
     printed = killed.folder.with_name(f"{killed.folder.name}.log").read_text()
-    assert "interrupted; `dvc repro` goes on from here" in printed and "Traceback" not in printed
+    assert GOES_ON in printed and "Traceback" not in printed
 
     killed.set(train__processes=1)
     assert go_on(killed.folder, "train")[1] == ""
