@@ -57,6 +57,8 @@ def _run(
         "GLOO_SOCKET_IFNAME": "lo",
     }
     status = 1
+    # torch makes a fork's pool of threads anew at the first use, of which two threads at once fail
+    torch.set_num_threads(torch.get_num_threads())
     try:
         assert not processes.start("train", wanted)
         torch.save(work(), folder / f"result-{rank}")
