@@ -21,7 +21,7 @@ from fintune.data.records import counted
 from fintune.data.selection import SCHEMA, Rules, Selected, check_selected, select_records
 from fintune.data.shapes import describe, hint, recognise
 from fintune.data.stream import BATCH, ordered, spool, unspool, writer
-from fintune.data.tables import COLUMNS, is_table_file, opened, placed
+from fintune.data.tables import COLUMNS, check_sizes, is_table_file, opened, placed
 from fintune.data.unpacking import Piece, Row
 from fintune.errors import RecordError, UserError
 from fintune.hub.datasets import read_dataset
@@ -203,8 +203,10 @@ def opened_source(part: Source) -> Iterator[tuple[Pieces, dict[str, Any]]]:
     elif source.count("/") != 1 or source.startswith((".", "~", "/")):
         raise UserError(f"fetch.source: {source}: no such file, and neither a URL nor a hub id")
     else:
-        dataset, origin = read_dataset(source, part.revision, part.config, part.split)
         with placed(source):
+            dataset, origin = read_dataset(
+                source, part.revision, part.config, part.split, check_sizes
+            )
             yield _hub_table(dataset), origin
         return
     with opened(source) as table:

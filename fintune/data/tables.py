@@ -1,6 +1,7 @@
 """Tables of rows: read a source in any supported format; read and write parquet between stages."""
 
 import stat
+import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -11,9 +12,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fintune.data.download import downloaded
+from fintune.data.parquet import open_parquet, size_of
 from fintune.data.parsing import Pieces, names_of, open_table, rows_in, suffix_of
 from fintune.data.stream import open_rows
-from fintune.data.unpacking import Row, source_limit, too_large
+from fintune.data.unpacking import AT_ONCE, Row, explained, source_limit, too_large, unpacked
 from fintune.errors import RecordError
 
 COLUMNS = ("instruction", "input", "output")
@@ -70,6 +72,40 @@ def _check_file(path: Path) -> None:
         path.open("rb").close()
     except OSError as error:
         raise RecordError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def check_sizes(files: Iterable[Path] = (), stated: int = 0) -> None:
+    """Check that all files of a data set together have no more bytes than a source may have, unpacked.
+
+    Args:
+        stated: the bytes that they have as they are, before there are files.
+
+    Raises:
+        RecordError: they have, or one is an archive of a kind that is not looked into.
+    """
+    total, limit = stated, source_limit()
+    for file in files:
+        with placed(file.name), explained(suffix_of(file.name)[0]):
+            total += _unpacked_size(file)
+    if total > limit:
+        raise too_large("its files have" if stated else "unpacked, its files have")
+
+
+def _unpacked_size(file: Path) -> int:
+    with file.open("rb") as opened:
+        start = opened.read(8)
+    if start.startswith((b"7z\xbc\xaf", b"Rar!", b"\x04\x22\x4d\x18")):
+        raise RecordError(
+            ": an archive whose size is not known before it is unpacked; it is not read"
+        )
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            return sum(member.file_size for member in archive.infolist())
+    if start.startswith(b"PAR1"):
+        names, batches = open_parquet(file)
+        return sum(size_of(piece.content) for piece in batches(names))
+    with unpacked(file) as read:
+        return sum(len(part) for part in iter(lambda: read(AT_ONCE), b""))
 
 
 def read_source(source: str, choose: Choice = set) -> list[Row]:
