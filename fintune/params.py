@@ -194,10 +194,8 @@ class Lora(Section):
     target_modules: Annotated[list[Name], Field(min_length=1)] | Literal["all-linear"]
 
 
-PLACE = {
-    "parallel",
-    "processes",
-}  # of `train`: where it is computed; a training goes on with other ones
+# of `train`: where it is computed, and what is kept of it; a training goes on with other ones
+PLACE = {"parallel", "processes", "checkpoint_every_steps"}
 
 
 class Train(Section):
@@ -228,6 +226,7 @@ class Train(Section):
     products: Literal["auto", "bfloat16", "fp8"]
     tokens_per_pass: Annotated[int | Literal["auto"], PlainValidator(_auto_or_count)]
     validate_every_steps: Count
+    checkpoint_every_steps: Count | None
     early_stopping_patience: Count | None
     keep: Literal["best_loss", "best_answers", "last"]
     end_token: Literal["new", "base"]

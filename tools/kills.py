@@ -39,6 +39,7 @@ SHORT = {
     "train.max_steps": 11,
     "train.rows_per_step": 4,
     "train.validate_every_steps": 4,
+    "train.checkpoint_every_steps": 3,
     "evaluate.max_rows": 8,
     "evaluate.bootstrap_samples": 100,
     "evaluate.samples_per_prompt": 2,
