@@ -1,26 +1,32 @@
 """Tables of rows: read a source in any supported format; read and write parquet between stages."""
 
+import csv
+import io
 import stat
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from fintune import paths
 from fintune.data.download import downloaded
 from fintune.data.parquet import open_parquet, size_of
 from fintune.data.parsing import Pieces, names_of, open_table, rows_in, suffix_of
 from fintune.data.stream import open_rows
 from fintune.data.unpacking import AT_ONCE, Row, explained, source_limit, too_large, unpacked
 from fintune.errors import RecordError
+from fintune.stage import write_text
 
 COLUMNS = ("instruction", "input", "output")
 OPTIONAL = ("result", "kind", "split", "group", "turns")
 Choice = Callable[[list[str]], Collection[str]]  # of the names of columns
+LISTED = 1000  # dropped rows that are listed, of each source and split
 SPLITS = ("train", "validation", "test")
 
 
@@ -142,6 +148,13 @@ def read_columns(
     """Read columns of a table that an earlier stage wrote, without a Python object for each value."""
     names = list(columns)
     return open_rows(path, names).read(names)
+
+
+def list_dropped(folder: Path, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    """List dropped rows in a file beside those that were kept."""
+    listed = io.StringIO()
+    csv.writer(listed).writerows([columns, *rows])
+    write_text(folder / paths.DROPPED, listed.getvalue())
 
 
 def usual_instruction(path: Path) -> str:
