@@ -150,7 +150,9 @@ def test_split_and_format_are_the_same_bytes_whatever_the_processes(
     rows = made(600)
     for number in (7, 120, 599):
         rows[number]["input"] = f"{number} </s><response> " * 9
-    write_rows(tmp_path / "rows.parquet", [{**row, "output": row["output"] + " word" * 20} for row in rows])
+    write_rows(
+        tmp_path / "rows.parquet", [{**row, "output": row["output"] + " word" * 20} for row in rows]
+    )
     monkeypatch.setattr(formatting, "AT_ONCE", 50)
     formatted = []
     for count in ("1", "2", "3"):
