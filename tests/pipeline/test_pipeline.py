@@ -448,6 +448,7 @@ def test_dvc_shows_metrics_plots_and_params(finished: Finished, tmp_path: Path) 
     drawn = [options for entry in stage_plots for options in entry.values()]
     drawn += [{"title": title, **o} for entry in pipeline["plots"] for title, o in entry.items()]
     assert len(drawn) == 4
+    assert "below the line, training helped" in page and '"labelLimit": 0' in page
     for options in drawn:
         for key in ("title", "x_label", "y_label"):
             assert options[key] in page
