@@ -93,7 +93,7 @@ def _fetch(
                 break
             columns = better
         if columns != part.columns.model_dump():
-            log.info("%s: recognised as %s", part.source, describe(columns))
+            log.info("%s: recognised the columns %s", part.source, describe(columns))
         dropped = check_selected(told, part.source, hint(names, columns))
     read = told.kept + sum(dropped.values())  # of a conversation, each answer that is learned
     log.info("%s: %d rows, %d kept; dropped: %s", part.source, read, told.kept, counted(dropped))
