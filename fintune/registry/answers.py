@@ -1,8 +1,8 @@
-"""The test rows' answers in MLflow's evaluation view: a data set, a run a model, a trace an answer.
+"""The test rows' answers as MLflow's traces, with base, tuned model and champion side by side.
 
-MLflow's own `mlflow.genai.evaluate` sends each assessment alone, under new names at each try. Here a trace
-goes with its assessments in one call, under an id that follows from run and row: logged again, it is
-replaced.
+MLflow's own `mlflow.genai.evaluate` makes a run for each model, of which its view compares two, and sends
+each assessment alone. Here a trace has the answers of all models to a row, belongs to the adapter's run, and
+goes with its assessments in one call.
 """
 
 import base64
@@ -16,11 +16,9 @@ from typing import Any
 from mlflow.entities import (
     Assessment,
     AssessmentSource,
-    DatasetInput,
     Expectation,
     Feedback,
-    InputTag,
-    LoggedModelInput,
+    LoggedModel,
     Run,
     Span,
     TraceInfo,
@@ -28,105 +26,80 @@ from mlflow.entities import (
     TraceState,
 )
 from mlflow.tracing.client import TracingClient
-from mlflow.tracing.constant import AssessmentMetadataKey, SpanAttributeKey, TraceMetadataKey
-from mlflow.tracing.constant import TraceTagKey as TraceTag
+from mlflow.tracing.constant import (
+    AssessmentMetadataKey,
+    SpanAttributeKey,
+    TraceMetadataKey,
+    TraceTagKey,
+)
 from mlflow.tracking import MlflowClient
-from mlflow.utils import mlflow_tags as tags
 
 from fintune import paths
 from fintune.lineage import project_root
 from fintune.tracking.client import store_lock
 from fintune.tracking.models import model_of_run
-from fintune.tracking.points import changed, now_ms
+from fintune.tracking.points import now_ms
 
 log = logging.getLogger("fintune")
 
-MOST_ROWS = (
-    100  # of the test rows, in the report's order, which is random; three models make 300 traces
-)
-LOGGED = "answers_logged"  # tag of an adapter's run: the digest of what was logged
-OF_RUN, MODEL = "answers_of", "model"  # tags of an evaluation run
+MOST_ROWS = 100  # of the test rows that become traces, in the report's order, which is random
+LOGGED = "answers_logged"  # tag of a run: the digest of what was logged
+DATA_SET = "evaluation_data_set"  # tag of a run: the name of the data set
 RECORDS = "records_digest"  # tag of an evaluation data set
 AT_ONCE = 8  # requests to a server
-MEASURED = ("stopped", "loss", "rouge_l")  # of each row
+TEST_ROW = "test row"  # name of the traces
+MODELS = ("base", "champion", "tuned")
+MEASURED = ("stopped", "loss", "rouge_l")  # of each answer
 Row = dict[str, Any]
 
 
-def log_answers_or_later(client: MlflowClient, run_id: str, report: Row, table: list[Row]) -> None:
+def log_answers_or_later(client: MlflowClient, run_id: str, table: list[Row]) -> None:
     """Log the answers unless they are logged, but only warn on failure: merge_export and `restore` do it."""
     try:
-        _log_answers(client, run_id, report, table[:MOST_ROWS])
-    except Exception as error:  # servers before 3.4 have no traces that come whole
+        if not _are_logged(client, run_id, table):
+            _log_answers(client, client.get_run(run_id), table[:MOST_ROWS])
+    except Exception as error:  # servers before 3.4 take no whole traces
         first = (str(error).strip().splitlines() or [""])[0][:300]
         log.warning(
-            "MLflow: the answers are not in its evaluation view (%s: %s); `python -m fintune restore` "
-            "logs them again",
+            "MLflow: the answers are no traces of the run (%s: %s); `python -m fintune restore` logs them "
+            "again",
             type(error).__name__,
             first,
         )
 
 
-def are_logged(client: MlflowClient, run_id: str, report: Row, table: list[Row]) -> bool:
-    """Return whether a run's answers are in MLflow, and are these."""
-    digest = _digest(_figures(report), table[:MOST_ROWS])
-    return bool(client.get_run(run_id).data.tags.get(LOGGED) == digest)
+def _are_logged(client: MlflowClient, run_id: str, table: list[Row]) -> bool:
+    tags = client.get_run(run_id).data.tags
+    return bool(tags.get(LOGGED) == _digest(table[:MOST_ROWS]))
 
 
-def _log_answers(client: MlflowClient, run_id: str, report: Row, rows: list[Row]) -> None:
-    if are_logged(client, run_id, report, rows):
-        return
-    run, figures = client.get_run(run_id), _figures(report)
+def _log_answers(client: MlflowClient, run: Run, rows: list[Row]) -> None:
+    """Log the evaluation data set, and a trace for each row in place of those of an earlier evaluation."""
+    experiment, run_id, now = run.info.experiment_id, run.info.run_id, now_ms()
     with store_lock(project_root()):  # experiments of a queue evaluate on the same rows
-        data = _evaluation_set(client, run.info.experiment_id, rows)
-    champion = report["champion"]
-    of_model = {"tuned": run_id, "champion": champion["run"]}
-    parent = None
-    for name in ("tuned", "base", "champion"):
-        if name not in figures or name not in rows[0]:  # a table of an earlier release
-            continue
-        shown = f"champion, version {champion['version']}" if name == "champion" else name
-        evaluation = _run_of(client, run, name, f"{shown}: {run.info.run_name}", parent)
-        model = model_of_run(client, of_model[name]) if name in of_model else None
-        inputs = [LoggedModelInput(model.model_id)] if model else None
-        context = [InputTag(tags.MLFLOW_DATASET_CONTEXT, "test")]
-        client.log_inputs(evaluation, [DatasetInput(data._to_mlflow_entity(), context)], inputs)
-        client.log_batch(evaluation, metrics=changed(client, evaluation, figures[name]))
-        _log_traces(client, evaluation, name, rows, model.model_id if model else None)
-        client.set_terminated(evaluation, "FINISHED")
-        parent = parent or evaluation
-    client.set_tag(run_id, LOGGED, _digest(figures, rows))
+        client.set_tag(run_id, DATA_SET, _evaluation_set(client, experiment, rows))
+    client.set_tag(run_id, LOGGED, "no")
+    _forget(client, experiment, run_id)
+    model = model_of_run(client, run_id)
+    traces = [_trace(run, model, i, row, now - i) for i, row in enumerate(rows)]
+    tracing = TracingClient(client.tracking_uri)
+    with ThreadPoolExecutor(AT_ONCE if client.tracking_uri.startswith("http") else 1) as pool:
+        list(pool.map(tracing.start_trace, (info for info, _ in traces)))
+    tracing.log_spans(experiment, [span for _, spans in traces for span in spans])
+    client.set_tag(run_id, LOGGED, _digest(rows))
 
 
-def _figures(report: Row) -> dict[str, dict[str, float]]:
-    """Return each model's metrics, without those that could not be measured."""
-    sides = {name: report[name] for name in ("base", "tuned")}
-    if report["champion"]["compared"]:
-        sides["champion"] = report["champion"]["metrics"]
-    return {
-        name: {key: float(f"{v:.6g}") for key, v in side.items() if v is not None}  # as in the file
-        for name, side in sides.items()
-    }
-
-
-def _run_of(client: MlflowClient, run: Run, model: str, name: str, parent: str | None) -> str:
-    """Find or create the run of a model's answers.
-
-    The evaluation view hides a run below one that has made a model, so it is not nested in the adapter's.
-    """
-    experiment, run_id = run.info.experiment_id, run.info.run_id
-    found = client.search_runs([experiment], f"tags.{OF_RUN} = '{run_id}'")
-    known = [each for each in found if each.data.tags.get(MODEL) == model]
-    if known:
-        client.update_run(known[0].info.run_id, name=name)  # of another champion
-        return str(known[0].info.run_id)
-    about = {
-        OF_RUN: run_id,
-        MODEL: model,
-        tags.MLFLOW_RUN_TYPE: tags.MLFLOW_RUN_TYPE_GENAI_EVALUATE,
-        tags.MLFLOW_RUN_NOTE: f"Metrics on all test rows; traces of {MOST_ROWS} at most",
-    }
-    about |= {tags.MLFLOW_PARENT_RUN_ID: parent} if parent else {}
-    return str(client.create_run(experiment, run_name=name, tags=about).info.run_id)
+def _forget(client: MlflowClient, experiment: str, run_id: str) -> None:
+    """Remove the traces of an earlier evaluation, or of one that was killed."""
+    ours = client.search_traces(
+        locations=[experiment],
+        run_id=run_id,
+        filter_string=f"trace.name = '{TEST_ROW}'",
+        max_results=MOST_ROWS,
+        include_spans=False,
+    )
+    if ours:
+        client.delete_traces(experiment, trace_ids=[each.info.trace_id for each in ours])
 
 
 def _inputs(row: Row) -> dict[str, str]:
@@ -139,8 +112,8 @@ def _expected(row: Row) -> dict[str, str]:
     return {"expected_response": row["reference"], **result}
 
 
-def _evaluation_set(client: MlflowClient, experiment: str, rows: list[Row]) -> Any:
-    """Find or create the evaluation data set of these rows; MLflow takes one record a question."""
+def _evaluation_set(client: MlflowClient, experiment: str, rows: list[Row]) -> str:
+    """Find or create the evaluation data set of these rows, a record a question; return its name."""
     records: dict[str, Row] = {}
     for row in rows:
         record = {"inputs": _inputs(row), "expectations": _expected(row)}
@@ -154,72 +127,56 @@ def _evaluation_set(client: MlflowClient, experiment: str, rows: list[Row]) -> A
     )
     if len(data.records) < len(records):
         data.merge_records(list(records.values()))
-        data = client.get_dataset(data.dataset_id)  # with its digest
-    return data
-
-
-def _log_traces(
-    client: MlflowClient, run_id: str, model: str, rows: list[Row], model_id: str | None
-) -> None:
-    """Log a trace for each row's answer, and remove those of an earlier, longer table."""
-    experiment, now = client.get_run(run_id).info.experiment_id, now_ms()
-    ids = [f"tr-{_digest(run_id, i)[:32]}" for i in range(len(rows))]
-    traces = [
-        _trace(experiment, run_id, trace_id, model, row, now - i, model_id)
-        for i, (trace_id, row) in enumerate(zip(ids, rows, strict=True))
-    ]
-    tracing = TracingClient(client.tracking_uri)
-    with ThreadPoolExecutor(AT_ONCE if client.tracking_uri.startswith("http") else 1) as pool:
-        list(pool.map(tracing.start_trace, (info for info, _ in traces)))
-    tracing.log_spans(experiment, [span for _, span in traces])
-    there = client.search_traces(
-        locations=[experiment], run_id=run_id, max_results=10 * MOST_ROWS, include_spans=False
-    )
-    if left := [each.info.trace_id for each in there if each.info.trace_id not in ids]:
-        client.delete_traces(experiment, trace_ids=left)
+    return str(data.name)
 
 
 def _trace(
-    experiment: str,
-    run_id: str,
-    trace_id: str,
-    model: str,
-    row: Row,
-    time: int,
-    model_id: str | None,
-) -> tuple[TraceInfo, Span]:
-    """Build the trace of one answer, and its only span."""
-    span_id, inputs, answer = _digest(trace_id)[:16], _inputs(row), row[model]
+    run: Run, model: LoggedModel | None, place: int, row: Row, time: int
+) -> tuple[TraceInfo, list[Span]]:
+    """Build the trace of a row, and its spans: one for the row, and below it one for each model."""
+    run_id = run.info.run_id
+    trace_id, top = f"tr-{_digest(run_id, place)[:32]}", _digest(run_id, place)[32:48]
+    answers = {name: row[name] for name in MODELS if row.get(name) is not None}
     assessments = []
-    for assessment in _assessments(row, model):
+    for assessment in _assessments(row, list(answers)):
         assessment.assessment_id = f"a-{_digest(trace_id, assessment.name)[:32]}"
-        assessment.trace_id, assessment.span_id = trace_id, span_id
+        assessment.trace_id, assessment.span_id = trace_id, top
         assessment.metadata = {AssessmentMetadataKey.SOURCE_RUN_ID: run_id}
         assessments.append(assessment)
     info = TraceInfo(
         trace_id,
-        TraceLocation.from_experiment_id(experiment),
+        TraceLocation.from_experiment_id(run.info.experiment_id),
         time,
         TraceState.OK,
         request_preview=row["question"],
-        response_preview=answer,
+        response_preview="\n".join(f"{name}: {text}" for name, text in answers.items()),
         trace_metadata={TraceMetadataKey.SOURCE_RUN: run_id}
-        | ({TraceMetadataKey.MODEL_ID: model_id} if model_id else {}),
-        tags={TraceTag.TRACE_NAME: model} | ({"kind": row["kind"]} if row.get("kind") else {}),
+        | ({TraceMetadataKey.MODEL_ID: model.model_id} if model else {}),
+        tags={TraceTagKey.TRACE_NAME: TEST_ROW}
+        | ({"kind": row["kind"]} if row.get("kind") else {}),
         assessments=assessments,
     )
+    spans = [_span(trace_id, top, "", TEST_ROW, "CHAIN", row, answers, time)]
+    for name, text in answers.items():
+        spans.append(_span(trace_id, _digest(top, name)[:16], top, name, "LLM", row, text, time))
+    return info, spans
+
+
+def _span(
+    trace_id: str, span_id: str, parent: str, name: str, kind: str, row: Row, out: Any, time: int
+) -> Span:
     attributes = {
         SpanAttributeKey.REQUEST_ID: trace_id,
-        SpanAttributeKey.INPUTS: inputs,
-        SpanAttributeKey.OUTPUTS: answer,
-        SpanAttributeKey.SPAN_TYPE: "LLM",
+        SpanAttributeKey.INPUTS: _inputs(row),
+        SpanAttributeKey.OUTPUTS: out,
+        SpanAttributeKey.SPAN_TYPE: kind,
     }
-    span = Span.from_dict(
+    return Span.from_dict(
         {
-            "name": model,
+            "name": name,
             "trace_id": _base64(trace_id.removeprefix("tr-")),
             "span_id": _base64(span_id),
-            "parent_span_id": "",
+            "parent_span_id": _base64(parent),
             "start_time_unix_nano": time * 1_000_000,
             "end_time_unix_nano": time * 1_000_000,
             "status": {"code": "STATUS_CODE_OK", "message": ""},
@@ -227,17 +184,17 @@ def _trace(
             "attributes": {key: json.dumps(value) for key, value in attributes.items()},
         }
     )
-    return info, span
 
 
-def _assessments(row: Row, model: str) -> Iterator[Assessment]:
-    """Yield the figures of an answer, and what was expected; an answer that has no result is not judged."""
+def _assessments(row: Row, models: list[str]) -> Iterator[Assessment]:
+    """Yield the figures of the answers, and what was expected; what has no result is not judged."""
     code = AssessmentSource("CODE", "fintune.evaluation")
-    if (right := row[f"{model}_right"]) is not None:
-        said = f"the result is {row['result']}" if row.get("result") else None
-        yield Feedback("correct", bool(right), source=code, rationale=said)
-    for name in MEASURED:
-        yield Feedback(name, row[f"{model}_{name}"], source=code)
+    for name in models:
+        if (right := row[f"{name}_right"]) is not None:
+            said = f"the result is {row['result']}" if row.get("result") else None
+            yield Feedback(f"correct_{name}", bool(right), source=code, rationale=said)
+        for key in MEASURED:
+            yield Feedback(f"{key}_{name}", row[f"{name}_{key}"], source=code)
     for name, value in _expected(row).items():
         yield Expectation(name, value, source=AssessmentSource("CODE", "test rows"))
 

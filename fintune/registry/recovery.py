@@ -12,7 +12,7 @@ from mlflow.tracking import MlflowClient
 from fintune import paths
 from fintune.data.tables import read_rows
 from fintune.lineage import locked_params, locked_stages, project_root
-from fintune.registry.answers import are_logged, log_answers_or_later
+from fintune.registry.answers import log_answers_or_later
 from fintune.registry.results import log_evaluation
 from fintune.stage import read_json
 from fintune.tracking.models import model_of_run
@@ -72,12 +72,11 @@ def read_curve(path: Path) -> list[dict[str, float | None]]:
 
 def restore_evaluation(client: Any, run_id: str) -> None:
     """Add the evaluation's results to a run that lacks them, or its answers."""
-    report = read_json(paths.EVALUATION)
-    table = read_rows(paths.PREDICTIONS, []) if paths.PREDICTIONS.is_file() else []
     if has_metric(client, run_id, "tuned/loss"):
-        if table and not are_logged(client, run_id, report, table):
-            log_answers_or_later(client, run_id, report, table)
+        if paths.PREDICTIONS.is_file():
+            log_answers_or_later(client, run_id, read_rows(paths.PREDICTIONS, []))
         return
+    report = read_json(paths.EVALUATION)
     settings = locked_params(locked_stages().get("evaluate", {}))
     log_evaluation(client, run_id, report, settings, read_rows(paths.PREDICTIONS, []))
     log.info("MLflow had no evaluation of this adapter; logged it again")

@@ -47,7 +47,7 @@ def log_evaluation(
     log_results(client, run_id, figures, settings, there, (data["name"], data["digest"]))
     log_rows(client, run_id, "predictions", table)
     log_rows(client, run_id, "decodings", report["decoding"]["candidates"])
-    log_answers_or_later(client, run_id, report, table)
+    log_answers_or_later(client, run_id, table)
 
 
 def log_results(

@@ -63,7 +63,6 @@ def linked_points(
     model: LoggedModel,
     values: dict[str, float],
     data: tuple[str, str] | None = None,
-    step: int = 0,
 ) -> list[Metric]:
     """Return final metrics for a run and its model, without those that both have with this value.
 
@@ -72,15 +71,17 @@ def linked_points(
     """
     name, digest = data or (None, None)
     newest = sorted(client.get_logged_model(model.model_id).metrics or [], key=_time)
-    there = {(each.key, each.dataset_digest): each.value for each in newest}
+    there = {each.key: (each.value, each.dataset_digest) for each in newest}
     new = {metric.key for metric in changed(client, run_id, values)}
     points = []
     for key, value in values.items():
-        if key not in new and there.get((key, digest)) == value:
+        known, of_data = there.get(key, (None, None))
+        if key not in new and known == value and digest in (None, of_data):
             continue
-        # the run takes a point of the same time once
-        time = now_ms() if key in new else client.get_metric_history(run_id, key)[-1].timestamp
-        points.append(Metric(key, value, time, step, model.model_id, name, digest, run_id))
+        time = now_ms()
+        if key not in new and key not in there:  # the run takes a point of the same time once
+            time = client.get_metric_history(run_id, key)[-1].timestamp
+        points.append(Metric(key, value, time, 0, model.model_id, name, digest, run_id))
     return points
 
 
