@@ -20,7 +20,7 @@ from fintune.model.adapter import AdapterInfo, read_training
 from fintune.params import MergeExport
 from fintune.registry.recovery import has_metric
 from fintune.registry.results import log_results
-from fintune.registry.versions import FIGURES, register, version_of_run
+from fintune.registry.versions import FIGURES, model_id_of, register, version_of_run
 from fintune.tracking.models import model_of_run
 
 log = logging.getLogger("fintune")
@@ -53,7 +53,7 @@ def register_adapter(
     """
     evaluation, name = records["evaluation"], params.registered_model
     known, model = version_of_run(client, name, run_id), model_of_run(client, run_id)
-    if known and not client.get_model_version(name, known).model_id:
+    if known and model_id_of(client.get_model_version(name, known)) is None:
         model = None  # it is an artifact of its run, as in earlier releases
     model_id = model.model_id if model else None
     with tempfile.TemporaryDirectory() as scratch:

@@ -48,7 +48,7 @@ DATA_SET = "evaluation_data_set"  # tag of a run: the name of the data set
 RECORDS = "records_digest"  # tag of an evaluation data set
 AT_ONCE = 8  # requests to a server
 TEST_ROW = "test row"  # name of the traces
-MODELS = ("base", "champion", "tuned")
+MODELS = ("tuned", "champion", "base")
 MEASURED = ("stopped", "loss", "rouge_l")  # of each answer
 Row = dict[str, Any]
 
@@ -85,7 +85,7 @@ def _log_answers(client: MlflowClient, run: Run, rows: list[Row]) -> None:
     tracing = TracingClient(client.tracking_uri)
     with ThreadPoolExecutor(AT_ONCE if client.tracking_uri.startswith("http") else 1) as pool:
         list(pool.map(tracing.start_trace, (info for info, _ in traces)))
-    tracing.log_spans(experiment, [span for _, spans in traces for span in spans])
+    tracing.log_spans(experiment, [span for _, span in traces])
     client.set_tag(run_id, LOGGED, _digest(rows))
 
 
@@ -132,15 +132,15 @@ def _evaluation_set(client: MlflowClient, experiment: str, rows: list[Row]) -> s
 
 def _trace(
     run: Run, model: LoggedModel | None, place: int, row: Row, time: int
-) -> tuple[TraceInfo, list[Span]]:
-    """Build the trace of a row, and its spans: one for the row, and below it one for each model."""
-    run_id = run.info.run_id
-    trace_id, top = f"tr-{_digest(run_id, place)[:32]}", _digest(run_id, place)[32:48]
+) -> tuple[TraceInfo, Span]:
+    """Build the trace of a row, and its only span: the models answered in batches, which have no times."""
+    run_id, inputs = run.info.run_id, _inputs(row)
+    trace_id, span_id = f"tr-{_digest(run_id, place)[:32]}", _digest(run_id, place)[32:48]
     answers = {name: row[name] for name in MODELS if row.get(name) is not None}
     assessments = []
     for assessment in _assessments(row, list(answers)):
         assessment.assessment_id = f"a-{_digest(trace_id, assessment.name)[:32]}"
-        assessment.trace_id, assessment.span_id = trace_id, top
+        assessment.trace_id, assessment.span_id = trace_id, span_id
         assessment.metadata = {AssessmentMetadataKey.SOURCE_RUN_ID: run_id}
         assessments.append(assessment)
     info = TraceInfo(
@@ -156,27 +156,18 @@ def _trace(
         | ({"kind": row["kind"]} if row.get("kind") else {}),
         assessments=assessments,
     )
-    spans = [_span(trace_id, top, "", TEST_ROW, "CHAIN", row, answers, time)]
-    for name, text in answers.items():
-        spans.append(_span(trace_id, _digest(top, name)[:16], top, name, "LLM", row, text, time))
-    return info, spans
-
-
-def _span(
-    trace_id: str, span_id: str, parent: str, name: str, kind: str, row: Row, out: Any, time: int
-) -> Span:
     attributes = {
         SpanAttributeKey.REQUEST_ID: trace_id,
-        SpanAttributeKey.INPUTS: _inputs(row),
-        SpanAttributeKey.OUTPUTS: out,
-        SpanAttributeKey.SPAN_TYPE: kind,
+        SpanAttributeKey.INPUTS: inputs,
+        SpanAttributeKey.OUTPUTS: answers,
+        SpanAttributeKey.SPAN_TYPE: "LLM",
     }
-    return Span.from_dict(
+    span = Span.from_dict(
         {
-            "name": name,
+            "name": TEST_ROW,
             "trace_id": _base64(trace_id.removeprefix("tr-")),
             "span_id": _base64(span_id),
-            "parent_span_id": _base64(parent),
+            "parent_span_id": "",
             "start_time_unix_nano": time * 1_000_000,
             "end_time_unix_nano": time * 1_000_000,
             "status": {"code": "STATUS_CODE_OK", "message": ""},
@@ -184,6 +175,7 @@ def _span(
             "attributes": {key: json.dumps(value) for key, value in attributes.items()},
         }
     )
+    return info, span
 
 
 def _assessments(row: Row, models: list[str]) -> Iterator[Assessment]:

@@ -14,6 +14,7 @@ from fintune.tracking.models import link_version, model_of_run
 LATER = ("evaluate.", "generation.")  # sections that are tags of a run
 MOST_CHANGES = 8  # that a version's description names
 SAME = "the data are the same"
+FROM_MODEL = "models:/m-"  # begins the source of a version that is a logged model
 FIGURES = "**Evaluated**"  # begins the last part of a version's description
 DATA = (  # hashes in the order of the stages: the first that differs says what happened
     ("md5.data/raw", "the source's rows are others"),
@@ -138,7 +139,7 @@ def register(
         before = client.get_model_version(name, version).description or ""
         kept = before.partition(FIGURES)[0].rstrip()
         client.update_model_version(name, version, kept + figures)
-    if model and client.get_model_version(name, version).model_id:
+    if model and model_id_of(client.get_model_version(name, version)):
         link_version(client, model, name, version)
     for key, value in tags.items():
         client.set_model_version_tag(name, version, key, value)
@@ -148,16 +149,23 @@ def register(
     return version, aliases
 
 
+def model_id_of(version: Any) -> str | None:
+    """Return the id of a version's logged model; None in earlier releases, whose versions have none."""
+    source = str(version.source)
+    return source.removeprefix(FROM_MODEL[:-2]) if source.startswith(FROM_MODEL) else None
+
+
 def adapter_uri(version: Any) -> str:
     """Return where a version's adapter is: in its logged model or, in earlier releases, in its run."""
-    return f"models:/{version.model_id}" if version.model_id else f"runs:/{version.run_id}/adapter"
+    return version.source if model_id_of(version) else f"runs:/{version.run_id}/adapter"
 
 
 def registered_figures(client: MlflowClient, version: Any) -> dict[str, str]:
     """Return the test rows' figures of a version's model or, in earlier releases, of its tags."""
-    if not version.model_id:
+    model_id = model_id_of(version)
+    if model_id is None:
         tags = {key: text for key, text in version.tags.items() if key.startswith("tuned_")}
         return {key.removeprefix("tuned_"): f"{float(text):.6g}" for key, text in tags.items()}
-    measured = client.get_logged_model(version.model_id).metrics or []
+    measured = client.get_logged_model(model_id).metrics or []
     newest = sorted(measured, key=lambda metric: metric.timestamp)
     return {each.key.removeprefix("tuned/"): f"{each.value:.6g}" for each in newest}

@@ -378,8 +378,9 @@ def test_version_one_is_registered_as_candidate(finished: Finished) -> None:
     assert (export["version"], export["aliases"]) == ("1", ["candidate"])
     assert version.tags["git_commit"] == finished.commit
     assert version.tags["gate"] == evaluation["gate"]["reason"]
-    assert version.source == f"models:/{version.model_id}"
-    model = client.get_logged_model(version.model_id)
+    (output,) = client.get_run(version.run_id).outputs.model_outputs
+    assert version.source == f"models:/{output.model_id}"
+    model = client.get_logged_model(output.model_id)
     measured = {each.key: each for each in model.metrics}
     test = next(
         each.dataset

@@ -60,12 +60,10 @@ def test_a_row_is_a_trace_with_all_models_and_what_they_were_judged_by(
     unjudged = {"result": None, "base_right": None, "tuned_right": None}
     log_answers_or_later(client, run_id, [row(1, champion="champion says 1"), row(2, **unjudged)])
     first, second = traces(client, run_id)
-    spans = {span.name: span for span in first.data.spans}
+    (span,) = first.data.spans
     texts = {name: f"{name} says 1" for name in ("base", "champion", "tuned")}
-    assert {name: spans[name].outputs for name in texts} == spans["test row"].outputs == texts
-    asked = {"instruction": "Answer.", "question": "What is 1 + 1?"}
-    assert all(span.inputs == asked for span in spans.values()) and len(spans) == 4
-    assert {spans[name].parent_id for name in texts} == {spans["test row"].span_id}
+    assert span.outputs == texts
+    assert span.inputs == {"instruction": "Answer.", "question": "What is 1 + 1?"}
     expected: dict[str, Any] = {"expected_response": "2.", "result": "2"}
     for name in texts:
         expected |= {f"correct_{name}": name == "tuned", f"stopped_{name}": True}
@@ -129,7 +127,7 @@ def test_what_is_logged_again_is_there_once(
     assert len(begun) == 2
     log_answers_or_later(client, run_id, rows)
     before = traces(client, run_id)
-    assert [len(trace.data.spans) for trace in before] == [3, 3]
+    assert [len(trace.data.spans) for trace in before] == [1, 1]
     assert all(assessed(trace) for trace in before) and len(client.search_datasets(["0"])) == 1
     log_answers_or_later(client, run_id, rows)
     assert [t.info.request_time for t in before] == [
@@ -176,4 +174,4 @@ def test_a_server_that_cannot_take_them_costs_a_warning(
         log_answers_or_later(client, run_id, [row(1)])
     assert "fintune restore" in caplog.text and "less than 3.4" in caplog.text
     log_answers_or_later(client, run_id, [row(1)])
-    assert [len(trace.data.spans) for trace in traces(client, run_id)] == [3]
+    assert [len(trace.data.spans) for trace in traces(client, run_id)] == [1]

@@ -142,5 +142,9 @@ def test_an_old_version_stays_the_run_s_version(
     run_of_adapter(client)
     assert register(client, new, "m", {}, passed=False)[0] == "2"
     version, model = client.get_model_version("m", "2"), model_of_run(client, new)
-    assert model and version.source == f"models:/{model.model_id}"
+    assert model and version.source == adapter_uri(version) == f"models:/{model.model_id}"
+    assert '"version": "2"' in client.get_logged_model(model.model_id).tags["mlflow.modelVersions"]
+    before = client.search_model_versions("name = 'm'")
+    assert register(client, new, "m", {}, passed=False)[0] == "2"
+    assert len(client.search_model_versions("name = 'm'")) == len(before)
     assert version_of_run(client, "m", new) == "2"
