@@ -20,10 +20,9 @@ from fintune.params import read_params
 from fintune.processes import of_first, rank, start
 from fintune.registry.champion import fetch_champion
 from fintune.registry.recovery import read_curve, run_of_adapter
-from fintune.registry.results import log_results, log_rows
+from fintune.registry.results import log_evaluation
 from fintune.stage import log, run, write_json, write_text
 from fintune.tracking.client import connect
-from fintune.tracking.runs import log_table
 
 TEST, VALIDATION = (paths.rows(paths.FORMATTED, split) for split in ("test", "validation"))
 COLUMNS = ("instruction", "input", "output", "prompt", "completion")
@@ -65,17 +64,10 @@ def main() -> None:
     write_text(paths.EVALUATION_PAGE, render(report, table, read_curve(paths.TRAIN_CURVE), params))
     write_rows(paths.PREDICTIONS, table, SCHEMA)
     write_text(paths.ROW_LOSS, row_losses(table))
-    log_table(run_id, test.rows, "test", "evaluation", TEST)
-    settings = {
-        "evaluate": params.model_dump(),
-        "generation": everything.generation.model_dump(),
-        "gate_passed": report["gate"]["passed"],
-    }
+    settings = {"evaluate": params.model_dump(), "generation": everything.generation.model_dump()}
     settings |= {"harness_data": harness_data} if harness_data else {}
-    files = [paths.EVALUATION, paths.PREDICTIONS, paths.EVALUATION_PAGE]
-    log_results(client, run_id, report, settings, files)
-    log_rows(client, run_id, "predictions", [{key: row[key] for key in SCHEMA} for row in table])
-    log_rows(client, run_id, "decodings", report["decoding"]["candidates"])
+    rows = [{key: row[key] for key in SCHEMA} for row in table]
+    log_evaluation(client, run_id, report, settings, rows)
     for line in summary(report):
         log.info("%s", line)
     if params.gate.strict and not report["gate"]["passed"]:

@@ -16,6 +16,7 @@ from fintune.processes import check_same, rank, start
 from fintune.stage import log, run, whole_folder, write_json, write_text
 from fintune.tracking import runs
 from fintune.tracking.client import connect
+from fintune.tracking.datasets import describe_table, log_data_set
 from fintune.tracking.scratch import keep_until_locked
 from fintune.training.checkpoints import fingerprint
 from fintune.training.curve import as_csv, validations
@@ -43,9 +44,10 @@ def main() -> None:
     name = f"{Path(params.base.model).name} r{params.train.lora.r} lr{params.train.learning_rate:g}"
     with runs.training_run(scratch, name, runs.sweep_run(client, root)) as (run_id, live):
         run_record = runs.describe_run(run_id, sections, hardware(), Path.cwd())
-        for split, path in INPUTS.items():
-            context = "training" if split == "train" else split
-            runs.log_table(run_id, read_columns(path), split, context, path)
+        read = ((read_columns(path), split, path) for split, path in INPUTS.items())
+        run_record["datasets"] = [describe_table(*each) for each in read]
+        for described in run_record["datasets"]:
+            log_data_set(client, run_id, described)
         result = fine_tune(params, validation, scratch, live.add)
         with whole_folder(paths.ADAPTER) as folder:
             said = usual_instruction(INPUTS["train"]), template_of(validation)

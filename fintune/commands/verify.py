@@ -105,7 +105,7 @@ def _verify(folder: Path, key: Any, client: Any, version: Any) -> Iterator[Line]
         return
     yield from _data_and_code(claims, lock)
     yield from _run(claims, lock, client)
-    yield from _figures(folder, lock, version)
+    yield from _figures(folder, lock, version, client)
 
 
 def _files(folder: Path, key: Any, found: dict[str, str]) -> Iterator[Line]:
@@ -242,7 +242,7 @@ def _run(claims: Claims, lock: Lock, client: Any) -> Iterator[Line]:
         yield _same("loss in MLflow's run", logged, f"{loss:.6g}")
 
 
-def _figures(folder: Path, lock: Lock, version: Any) -> Iterator[Line]:
+def _figures(folder: Path, lock: Lock, version: Any, client: Any) -> Iterator[Line]:
     """Hold what card, bill of materials and registry say of its quality against evaluation.json."""
     content = lock.read(paths.EVALUATION)
     outs = (out for stage in lock.stages.values() for out in stage.get("outs", []))
@@ -274,10 +274,13 @@ def _figures(folder: Path, lock: Lock, version: Any) -> Iterator[Line]:
                 lines.append(_same(f"{BOM}: {each['type']}", each["value"], expected.get("value")))
         yield from _together(BOM, lines)
     if version:
+        from fintune.registry.versions import registered_figures
+
+        registered = registered_figures(client, version)
         lines = [
-            _same(f"registry: {name}", version.tags[f"tuned_{name}"], str(value))
+            _same(f"registry: {name}", registered[name], f"{value:.6g}")
             for name, value in evaluation["tuned"].items()
-            if f"tuned_{name}" in version.tags
+            if name in registered
         ]
         yield from _together("registry", lines)
 

@@ -23,10 +23,11 @@ COLUMNS = {
     "result": "result",
     "kind": "kind",
 }
+SIDES = ("base", "tuned", "champion")  # the champion's columns are null where it is not compared
 SCHEMA = {
-    **dict.fromkeys((*COLUMNS, "base", "tuned", "tuned_greedy"), pa.string()),
-    **dict.fromkeys(("base_stopped", "tuned_stopped", "base_right", "tuned_right"), pa.bool_()),
-    **dict.fromkeys(("base_loss", "tuned_loss", "base_rouge_l", "tuned_rouge_l"), pa.float64()),
+    **dict.fromkeys((*COLUMNS, *SIDES, "tuned_greedy"), pa.string()),
+    **{f"{side}_{key}": pa.bool_() for key in ("stopped", "right") for side in SIDES},
+    **{f"{side}_{key}": pa.float64() for key in ("loss", "rouge_l") for side in SIDES},
 }
 
 
@@ -82,12 +83,16 @@ def conclude(
 def predictions(
     rows: list[dict[str, Any]], measured: Measured, sums: dict[str, Sums]
 ) -> list[dict[str, Any]]:
-    """Tabulate each test row's question, reference, and both models' first answers and figures."""
+    """Tabulate each test row's question, reference, and each model's first answer and figures."""
     table = []
     for i, row in enumerate(rows):
         line = {key: row.get(column) for key, column in COLUMNS.items()}
         line["tuned_greedy"] = measured.results["tuned"].greedy[i].text
-        for name in ("base", "tuned"):
+        for name in SIDES:
+            if name not in sums:
+                parts = ("stopped", "right", "loss", "rouge_l")
+                line |= {name: None} | dict.fromkeys(f"{name}_{part}" for part in parts)
+                continue
             answer, (nll, tokens) = measured.results[name].answers[i][0], sums[name]["loss"]
             line |= {name: answer.text, f"{name}_stopped": answer.stopped}
             line[f"{name}_right"] = is_correct(result_of(row), answer.text, row["input"])

@@ -102,11 +102,14 @@ def without_model_files(name: str) -> bool:
     return name not in ADDED and not name.startswith("code/")
 
 
-def write_model_files(folder: Path, decoding: Mapping[str, float], run_id: str) -> None:
+def write_model_files(
+    folder: Path, decoding: Mapping[str, float], run_id: str, model_id: str | None = None
+) -> None:
     """Add the files that make an adapter's folder an MLflow model: `MLmodel`, packages, code, example.
 
     Args:
         decoding: the settings and `max_new_tokens`, as evaluation.json has them.
+        model_id: of the logged model; None where the files are artifacts of the run.
     """
     from fintune.generation.decoding import SETTINGS
 
@@ -135,7 +138,11 @@ def write_model_files(folder: Path, decoding: Mapping[str, float], run_id: str) 
         pip_requirements=[f"{name}=={_version(name)}" for name in PACKAGES],
         signature=signature,
         input_example=pd.DataFrame([EXAMPLE]),
-        mlflow_model=mlflow.models.Model(run_id=run_id, artifact_path="adapter"),
+        mlflow_model=mlflow.models.Model(
+            run_id=run_id,
+            artifact_path=f"models:/{model_id}" if model_id else "adapter",
+            model_id=model_id,
+        ),
     )
 
 

@@ -8,19 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from fintune import paths
-from fintune.export.card import read_records, write_card
+from fintune.evaluation.gate import gate_lines
+from fintune.export.card import metric_lines, read_records, write_card
 from fintune.export.pyfunc import write_model_files
 from fintune.export.signature import seal, signing_key
 from fintune.generation.tuned import generation_config
 from fintune.integrity import hash_files
 from fintune.lineage import PARENT_RUN, locked_params, locked_stages
+from fintune.metrics import METRICS
 from fintune.model.adapter import AdapterInfo, read_training
 from fintune.params import MergeExport
 from fintune.registry.recovery import has_metric
 from fintune.registry.results import log_results
-from fintune.registry.versions import register, version_of_run
+from fintune.registry.versions import FIGURES, model_id_of, register, version_of_run
+from fintune.tracking.models import model_of_run
 
 log = logging.getLogger("fintune")
+SHOWN = ("accuracy", "perplexity", "rouge_l", "stop_rate", "loop_rate")  # on a version's page
 REGISTERED = (
     "registered_model",
     "version",
@@ -47,23 +51,51 @@ def register_adapter(
     Returns:
         The version, or None; its aliases; and why it is not registered, or an empty text.
     """
-    evaluation = records["evaluation"]
+    evaluation, name = records["evaluation"], params.registered_model
+    known, model = version_of_run(client, name, run_id), model_of_run(client, run_id)
+    if known and model_id_of(client.get_model_version(name, known)) is None:
+        model = None  # it is an artifact of its run, as in earlier releases
+    model_id = model.model_id if model else None
     with tempfile.TemporaryDirectory() as scratch:
         files = Path(scratch) / "model"
-        write_model_files(files, evaluation["decoding"], run_id)
+        write_model_files(files, evaluation["decoding"], run_id, model_id)
         tokenizer = trained.load_tokenizer()
         generation_config(tokenizer, evaluation["decoding"]).save_pretrained(files)
         write_card(files, trained, records, None, params)
         seal(files, hash_files(paths.ADAPTER) | hash_files(files), signing_key())
-        client.log_artifacts(run_id, str(files), "adapter")  # where the adapter is
-    quality = {f"tuned_{key}": str(value) for key, value in evaluation["tuned"].items()}
-    gate = {"gate": evaluation["gate"]["reason"]}
-    tags = records["run"]["tags"] | hashes | quality | gate
-    name, passed = params.registered_model, evaluation["gate"]["passed"]
+        if model_id:
+            client.log_model_artifacts(model_id, str(files))  # where the adapter is
+        else:
+            client.log_artifacts(run_id, str(files), "adapter")
+    said = {k: text for k, text in records["run"]["tags"].items() if not k.startswith("mlflow.")}
+    tags = said | hashes | {"gate": evaluation["gate"]["reason"]}
+    passed = evaluation["gate"]["passed"]
     reason = why_not(params, passed)
-    if reason and version_of_run(client, name, run_id) is None:
+    if reason and known is None:
         return None, [], reason
-    return *register(client, run_id, name, tags, passed), ""
+    figures = describe_figures(evaluation, client.get_run(run_id).info)
+    return *register(client, run_id, name, tags, passed, figures), ""
+
+
+def describe_figures(evaluation: dict[str, Any], run: Any) -> str:
+    """Describe an evaluation for a version's page: the figures that matter, the gate and the report.
+
+    Args:
+        run: the info of its run, which has the report.
+    """
+    report = f"#/experiments/{run.experiment_id}/runs/{run.run_id}/artifacts/{paths.EVALUATION_PAGE.name}"
+    lines = ["| | base | tuned | difference |", "|---|---|---|---|"]
+    shown = {METRICS[key].title for key in SHOWN}
+    lines += [f"| {' | '.join(line)} |" for line in metric_lines(evaluation) if line[0] in shown]
+    rules = [f"- {line.strip()}" for line in gate_lines(evaluation["gate"])[1:]]
+    verdict = "passed" if evaluation["gate"]["passed"] else "failed"
+    parts = (
+        f"{FIGURES} on {evaluation['rows']} test rows ([report]({report}))",
+        "\n".join(lines),
+        f"Gate: {verdict}",
+        "\n".join(rules),
+    )
+    return "".join(f"\n\n{part}" for part in parts if part)
 
 
 def why_not(params: MergeExport, passed: bool) -> str:

@@ -11,6 +11,7 @@ from fintune.evaluation.gate import gate_lines
 from fintune.registry.recovery import RECORD, find_run
 from fintune.registry.versions import where_registered
 from fintune.stage import read_json
+from fintune.tracking.client import experiment_name
 
 ROWS = {
     "accuracy": "right answers",
@@ -32,11 +33,12 @@ def summarise(client: MlflowClient | None) -> str:
     evaluation, export, train = map(
         read_json, (paths.EVALUATION, paths.EXPORT, paths.TRAIN_METRICS)
     )
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    uri, page = os.environ.get("MLFLOW_TRACKING_URI", ""), _page(client)
     browse = (
-        f"open {shown(uri)}"
+        f"open {shown(uri).rstrip('/')}/{page}"
         if uri.startswith("http")
-        else f"mlflow ui --backend-store-uri sqlite:///{paths.MLFLOW_DATABASE}   then http://127.0.0.1:5000"
+        else f"mlflow ui --backend-store-uri sqlite:///{paths.MLFLOW_DATABASE}   then "
+        f"http://127.0.0.1:5000/{page}"
     )
     gate = "\n".join(gate_lines(evaluation["gate"]))
     return f"""{format_comparison(evaluation)}
@@ -55,6 +57,14 @@ Ask it            python -m fintune ask "..."
 Browse the runs   {browse}
 Try a change      dvc exp run -S train.learning_rate=1e-3   then   make experiments
 Keep this one     git add -A && git commit -m "..."   then   python -m fintune lineage {paths.ADAPTER}"""
+
+
+def _page(client: MlflowClient | None) -> str:
+    """Return the address of the runs' page in MLflow's UI, in its view for training."""
+    experiment = client.get_experiment_by_name(experiment_name()) if client else None
+    if experiment is None:
+        return ""
+    return f"#/experiments/{experiment.experiment_id}/runs?workflowType=machine_learning"
 
 
 def registration(client: MlflowClient | None, export: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import mlflow
 from mlflow.tracking import MlflowClient
 
-from fintune.registry.versions import NOT_THERE
+from fintune.registry.versions import NOT_THERE, adapter_uri
 from fintune.stage import read_json
 
 log = logging.getLogger("fintune")
@@ -50,9 +50,7 @@ def fetch_champion(
         return _not_fetched(Champion(), name, error)
     found = Champion(version=str(version.version), run_id=str(version.run_id))
     try:
-        folder = mlflow.artifacts.download_artifacts(
-            run_id=version.run_id, artifact_path="adapter", dst_path=str(into)
-        )
+        folder = mlflow.artifacts.download_artifacts(adapter_uri(version), dst_path=str(into))
         reason = _unlike(Path(folder), adapter)
     except Exception as error:
         return _not_fetched(found, name, error)

@@ -12,8 +12,10 @@ from mlflow.tracking import MlflowClient
 from fintune import paths
 from fintune.data.tables import read_rows
 from fintune.lineage import locked_params, locked_stages, project_root
-from fintune.registry.results import log_results, log_rows
+from fintune.registry.answers import log_answers_or_later
+from fintune.registry.results import log_evaluation
 from fintune.stage import read_json
+from fintune.tracking.models import model_of_run
 from fintune.tracking.runs import COMPLETE, log_training
 from fintune.tracking.scratch import existing_run, forget_locked
 
@@ -24,8 +26,9 @@ log = logging.getLogger("fintune")
 def run_of_adapter(client: MlflowClient) -> str:
     """Return the id of the adapter's run, logging it again from the files if it is missing.
 
-    A run that was logged again has a new id; its tag `first_run_id` has the one in `models/run.json`. The
-    checkpoints of a training that dvc.lock has are removed.
+    A run that was logged again has a new id; its tag `first_run_id` has the one in `models/run.json`. A run
+    of an earlier release gets the logged model that it lacks. The checkpoints of a training that dvc.lock has
+    are removed.
     """
     run_record = read_json(paths.RUN, *RECORD)
     metrics = read_json(paths.TRAIN_METRICS)
@@ -39,7 +42,7 @@ def run_of_adapter(client: MlflowClient) -> str:
         ).info.run_id
         log.info("MLflow has no run %s; logging it again as %s", run_record["run_id"], run_id)
     run = client.get_run(run_id)
-    if run.data.tags.get(COMPLETE) != "true":
+    if run.data.tags.get(COMPLETE) != "true" or model_of_run(client, run_id) is None:
         log_training(client, {**run_record, "run_id": run_id}, metrics, curve)
     if run.info.status != "FINISHED":
         client.set_terminated(run_id, "FINISHED")
@@ -68,16 +71,14 @@ def read_curve(path: Path) -> list[dict[str, float | None]]:
 
 
 def restore_evaluation(client: Any, run_id: str) -> None:
-    """Add the evaluation's results to a run that lacks them."""
+    """Add the evaluation's results to a run that lacks them, or its answers."""
     if has_metric(client, run_id, "tuned/loss"):
+        if paths.PREDICTIONS.is_file():
+            log_answers_or_later(client, run_id, read_rows(paths.PREDICTIONS, []))
         return
     report = read_json(paths.EVALUATION)
     settings = locked_params(locked_stages().get("evaluate", {}))
-    files = (paths.EVALUATION, paths.PREDICTIONS, paths.EVALUATION_PAGE)
-    there = [file for file in files if file.is_file()]
-    log_results(client, run_id, report, settings | {"gate_passed": report["gate"]["passed"]}, there)
-    log_rows(client, run_id, "predictions", read_rows(paths.PREDICTIONS, []))
-    log_rows(client, run_id, "decodings", report["decoding"]["candidates"])
+    log_evaluation(client, run_id, report, settings, read_rows(paths.PREDICTIONS, []))
     log.info("MLflow had no evaluation of this adapter; logged it again")
 
 

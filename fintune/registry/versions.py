@@ -9,10 +9,13 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from fintune.errors import UserError
+from fintune.tracking.models import link_version, model_of_run
 
 LATER = ("evaluate.", "generation.")  # sections that are tags of a run
 MOST_CHANGES = 8  # that a version's description names
 SAME = "the data are the same"
+FROM_MODEL = "models:/m-"  # begins the source of a version that is a logged model
+FIGURES = "**Evaluated**"  # begins the last part of a version's description
 DATA = (  # hashes in the order of the stages: the first that differs says what happened
     ("md5.data/raw", "the source's rows are others"),
     ("md5.data/split", "the same rows are split otherwise"),
@@ -103,11 +106,17 @@ def _settings(client: MlflowClient, run_id: str) -> dict[str, str]:
 
 
 def register(
-    client: MlflowClient, run_id: str, name: str, tags: dict[str, str], passed: bool
+    client: MlflowClient,
+    run_id: str,
+    name: str,
+    tags: dict[str, str],
+    passed: bool,
+    figures: str = "",
 ) -> tuple[str, list[str]]:
     """Register the run's adapter as a version of `name`, unless it is registered, and move the aliases.
 
-    A new version's description says what changed against the last one.
+    A new version's description says what changed against the last one, and ends with the figures. Of a
+    version that is registered, the figures are replaced and the rest stays as people have left it.
 
     Returns:
         The version and its aliases: `candidate` always, `champion` if the gate passed.
@@ -117,13 +126,46 @@ def register(
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    version = version_of_run(client, name, run_id)
+    version, model = version_of_run(client, name, run_id), model_of_run(client, run_id)
     if version is None:
-        source, said = f"runs:/{run_id}/adapter", changes(client, run_id, name, tags)
-        version = str(client.create_model_version(name, source, run_id, description=said).version)
+        said = changes(client, run_id, name, tags) + figures
+        model_id = model.model_id if model else None
+        source = f"models:/{model_id}" if model else f"runs:/{run_id}/adapter"
+        made = client.create_model_version(
+            name, source, run_id, description=said, model_id=model_id
+        )
+        version = str(made.version)
+    elif figures:
+        before = client.get_model_version(name, version).description or ""
+        kept = before.partition(FIGURES)[0].rstrip()
+        client.update_model_version(name, version, kept + figures)
+    if model and model_id_of(client.get_model_version(name, version)):
+        link_version(client, model, name, version)
     for key, value in tags.items():
         client.set_model_version_tag(name, version, key, value)
     aliases = ["candidate", *(["champion"] if passed else [])]
     for alias in aliases:
         client.set_registered_model_alias(name, alias, version)
     return version, aliases
+
+
+def model_id_of(version: Any) -> str | None:
+    """Return the id of a version's logged model; None in earlier releases, whose versions have none."""
+    source = str(version.source)
+    return source.removeprefix(FROM_MODEL[:-2]) if source.startswith(FROM_MODEL) else None
+
+
+def adapter_uri(version: Any) -> str:
+    """Return where a version's adapter is: in its logged model or, in earlier releases, in its run."""
+    return version.source if model_id_of(version) else f"runs:/{version.run_id}/adapter"
+
+
+def registered_figures(client: MlflowClient, version: Any) -> dict[str, str]:
+    """Return the test rows' figures of a version's model or, in earlier releases, of its tags."""
+    model_id = model_id_of(version)
+    if model_id is None:
+        tags = {key: text for key, text in version.tags.items() if key.startswith("tuned_")}
+        return {key.removeprefix("tuned_"): f"{float(text):.6g}" for key, text in tags.items()}
+    measured = client.get_logged_model(model_id).metrics or []
+    newest = sorted(measured, key=lambda metric: metric.timestamp)
+    return {each.key.removeprefix("tuned/"): f"{each.value:.6g}" for each in newest}

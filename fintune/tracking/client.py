@@ -3,11 +3,12 @@
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import mlflow
 from filelock import FileLock
+from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from fintune import paths
@@ -15,6 +16,11 @@ from fintune.errors import ANOTHER_STORE, UserError, explain_store, shown
 from fintune.params import read_name
 from fintune.tracking.database import prepare_database, sqlite_uri
 
+KIND = (
+    "mlflow.experimentKind",
+    "custom_model_development",
+)  # else the UI guesses: pages for agents
+GUESSED = "_inferred"  # ends what it guesses
 UNNAMED = "fintune"  # the experiment where no params.yaml names it
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # the default retries for minutes
 os.environ.setdefault("MLFLOW_ENABLE_ASYNC_LOGGING", "false")
@@ -97,11 +103,13 @@ def _client(root: Path, uri: str, local: bool) -> MlflowClient:
     name = experiment_name()
     try:
         client = MlflowClient()
-        if client.get_experiment_by_name(name) is None:
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
             location = (root / paths.MLFLOW_ARTIFACTS).as_uri() if local else None
-            # else the UI shows its pages for agents
-            kind = {"mlflow.experimentKind": "custom_model_development"}
-            client.create_experiment(name, artifact_location=location, tags=kind)
+            client.create_experiment(name, artifact_location=location, tags=dict([KIND]))
+        elif experiment.tags.get(KIND[0], GUESSED).endswith(GUESSED):
+            with suppress(MlflowException):  # who may only read does without
+                client.set_experiment_tag(experiment.experiment_id, *KIND)
         mlflow.set_experiment(name)
     except Exception as error:  # each store raises its own library's errors
         raise UserError(explain_store(error, uri)) from None

@@ -30,6 +30,7 @@ ARTIFACTS = (  # columns that hold the addresses of artifacts
     ("logged_models", "artifact_location"),
     ("model_versions", "source"),
     ("model_versions", "storage_location"),
+    ("trace_tags", "value"),
 )
 
 

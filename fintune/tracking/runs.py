@@ -7,19 +7,16 @@ or that a server lost can be logged again from the files.
 import json
 import logging
 import os
-import shutil
-import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import mlflow
-import pyarrow as pa
 from mlflow.entities import Param as MlflowParam
 from mlflow.entities import RunTag
 from mlflow.tracking import MlflowClient
+from ruamel.yaml import YAML
 
 from fintune import paths
 from fintune.lineage import (
@@ -30,16 +27,19 @@ from fintune.lineage import (
     locked_params,
     output_hashes,
 )
-from fintune.params import flatten, with_usual
+from fintune.params import PARAMS_FILE, flatten, with_usual
 from fintune.stage import write_text
 from fintune.tracking.client import experiment_name, store_lock
-from fintune.tracking.points import LiveCurve, changed, log_missing, points_of
+from fintune.tracking.datasets import log_data_set
+from fintune.tracking.models import begin_model, finish_model, linked_points
+from fintune.tracking.points import LiveCurve, log_missing, points_of
 from fintune.tracking.scratch import RUN_ID, existing_run, own_scratch
 
 log = logging.getLogger("fintune")
 
 COMPLETE = "training_logged"
 SWEEP = "experiments_on_commit"
+MOST_NAMED = 4  # changes in a run's name
 
 
 @contextmanager
@@ -48,7 +48,7 @@ def training_run(scratch: Path, name: str, parent: str | None) -> Iterator[tuple
 
     Args:
         scratch: the training's own folder, where the run's id outlives a kill.
-        name: of a new run; under `dvc exp run`, the experiment's name replaces it.
+        name: of a new run; under `dvc exp run`, what the experiment changed replaces it.
         parent: the run under which the UI nests a new one, if any.
 
     Yields:
@@ -63,7 +63,7 @@ def training_run(scratch: Path, name: str, parent: str | None) -> Iterator[tuple
         run = mlflow.start_run(
             run_id=known,
             parent_run_id=None if known else parent,
-            run_name=None if known else os.environ.get("DVC_EXP_NAME") or name,
+            run_name=None if known else name_of_run(name),
             log_system_metrics=True,
         )
         write_text(id_file, run.info.run_id)
@@ -76,6 +76,25 @@ def training_run(scratch: Path, name: str, parent: str | None) -> Iterator[tuple
                 mlflow.end_run("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             raise
         _or_later(mlflow.end_run)
+
+
+def name_of_run(name: str) -> str:
+    """Return what an experiment of DVC changed, with the experiment's name; else the given name."""
+    experiment = os.environ.get("DVC_EXP_NAME")
+    if not experiment:
+        return name
+    yaml = YAML(typ="safe")
+    baseline = git(Path(), "show", f"{os.environ.get('DVC_EXP_BASELINE_REV')}:./{PARAMS_FILE}")
+    before = flatten(yaml.load(baseline) or {})
+    now = flatten(yaml.load(PARAMS_FILE.read_text(encoding="utf-8")))
+    changed = [
+        f"{key.removeprefix('train.')}={json.dumps(value)}"
+        for key, value in now.items()
+        if baseline and before.get(key) != value
+    ]
+    more = [f"{len(changed) - MOST_NAMED} more"] if len(changed) > MOST_NAMED else []
+    told = ", ".join([*changed[:MOST_NAMED], *more])
+    return f"{told} ({experiment})" if told else experiment
 
 
 def sweep_run(client: MlflowClient, root: Path) -> str | None:
@@ -116,7 +135,9 @@ def search_run(client: MlflowClient, name: str, space: dict[str, str]) -> str:
         run_id = str(found[0].info.run_id)
         client.update_run(run_id, status="RUNNING")
         return run_id
-    run_id = str(client.create_run(experiment, run_name=name, tags={"search": name}).info.run_id)
+    tried = ", ".join(key.removeprefix("train.") for key in space)
+    title = f"search of {tried} ({name})"
+    run_id = str(client.create_run(experiment, run_name=title, tags={"search": name}).info.run_id)
     client.log_batch(run_id, params=[MlflowParam(key, value) for key, value in space.items()])
     return run_id
 
@@ -185,32 +206,20 @@ def log_training(
     metrics: dict[str, float],
     curve: list[dict[str, float | None]],
 ) -> None:
-    """Log parameters, lineage, final metrics, the adapter, and what was not logged live of the curve."""
+    """Log parameters, data sets, final metrics, the adapter, and what was not logged live of the curve."""
     run_id = run_record["run_id"]
+    for described in run_record.get("datasets", []):  # records of earlier releases have none
+        log_data_set(client, run_id, described)
+    model = begin_model(client, run_record)
+    step = int(metrics.get("best_step", metrics["steps"]))
     params = [MlflowParam(key, value) for key, value in run_record["params"].items()]
     tags = [RunTag(key, value) for key, value in run_record["tags"].items()]
     tags.append(RunTag("mlflow.note.content", _description(metrics)))
-    finals = changed(client, run_id, metrics)
+    finals = linked_points(client, run_id, model, metrics)
     client.log_batch(run_id, metrics=finals, params=params, tags=tags)
     log_missing(client, run_id, points_of(curve), {})
-    upload(client, run_id, paths.ADAPTER, "adapter")
+    finish_model(client, run_id, model, step)
     client.set_tag(run_id, COMPLETE, "true")
-
-
-def upload(client: MlflowClient, run_id: str, path: Path, artifact_path: str | None = None) -> None:
-    """Log a file, or a folder's content, as artifacts.
-
-    DVC's hard links are read-only. MLflow's store on disk would copy the mode, and fail to overwrite the
-    file the next time.
-    """
-    with tempfile.TemporaryDirectory() as scratch:
-        copy = Path(scratch) / path.name
-        if path.is_dir():
-            shutil.copytree(path, copy, copy_function=shutil.copyfile)
-            client.log_artifacts(run_id, str(copy), artifact_path)
-        else:
-            shutil.copyfile(path, copy)
-            client.log_artifact(run_id, str(copy), artifact_path)
 
 
 def _description(metrics: dict[str, float]) -> str:
@@ -233,25 +242,3 @@ def _or_later(action: Callable[..., Any], *arguments: Any) -> None:
         action(*arguments)
     except Exception as error:  # the adapter is on disk, and evaluate logs the run again
         log.warning("MLflow: %s; evaluate logs the run again from the files", error)
-
-
-def log_table(
-    run_id: str, rows: pa.Table | list[dict[str, Any]], name: str, context: str, source: Path
-) -> None:
-    """Log a table as an input of the run: its digest, columns and path, not its rows."""
-    table = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(rows)
-    frame = table.select(["instruction", "input", "output"]).to_pandas()
-    with warnings.catch_warnings(), _active(run_id):
-        warnings.simplefilter("ignore")  # MLflow has two readers for a local file
-        mlflow.log_input(mlflow.data.from_pandas(frame, source=str(source), name=name), context)
-
-
-@contextmanager
-def _active(run_id: str) -> Iterator[None]:
-    """Make a run active, unless it already is."""
-    active = mlflow.active_run()
-    if active and active.info.run_id == run_id:
-        yield
-        return
-    with mlflow.start_run(run_id=run_id, log_system_metrics=False):
-        yield

@@ -120,7 +120,16 @@ def test_every_trial_is_one_run_below_the_search_s(searched: Searched) -> None:
     (parent,) = [run for run in runs if "search" in run.data.tags]
     trials = [run for run in runs if run is not parent]
     assert {run.data.tags["mlflow.parentRunId"] for run in trials} == {parent.info.run_id}
-    assert sorted(run.info.run_name for run in trials) == sorted(experiments(searched.project))
+    named = {run.data.tags["dvc_experiment"]: run for run in trials}
+    assert sorted(named) == sorted(experiments(searched.project))
+    for name, run in named.items():
+        params = {key: json.loads(run.data.params[key]) for key in KNOWN[:2]}
+        told = [
+            f"learning_rate={params['train.learning_rate']}",
+            f"lora.r={params['train.lora.r']}",
+        ]
+        assert run.info.run_name == f"{', '.join(told)} ({name})"
+    assert parent.info.run_name.startswith("search of learning_rate, lora.r (search-")
     assert {run.info.status for run in runs} == {"FINISHED"}
     assert parent.data.params == dict(text.split("=", 1) for text in SPACE)
     lowest = min(run.data.metrics["validation_loss"] for run in trials)

@@ -80,7 +80,10 @@ def test_all_of_them_are_in_both_with_the_same_parameters(swept: Project) -> Non
     assert of_mlflow == wanted
     assert {type(rate) for rate, _ in of_dvc + of_mlflow} == {float}
     assert all(run.info.status == "FINISHED" for run in runs)
-    assert {run.info.run_name for run in runs} == {each["name"] for each in shown(swept)}
+    experiments = {run.data.tags["dvc_experiment"]: run.info.run_name for run in runs}
+    assert set(experiments) == {each["name"] for each in shown(swept)}
+    assert all(title.endswith(f"({name})") for name, title in experiments.items())
+    assert len(set(experiments.values())) == len(runs)
 
 
 def test_they_lie_under_one_run_that_names_the_commit(swept: Project) -> None:

@@ -169,10 +169,10 @@ def test_a_run_that_mlflow_lost_is_logged_again_once(trained: Project, tmp_path:
         assert logged_curve(client, run.info.run_id, name) == pytest.approx(expected)
     finals = read_json(project / "reports/train.json")
     assert {k: v for k, v in run.data.metrics.items() if k in finals} == pytest.approx(finals)
-    artifact = "adapter/adapter_model.safetensors"
-    (tmp_path / "logged").mkdir()
-    logged = Path(client.download_artifacts(run.info.run_id, artifact, str(tmp_path / "logged")))
-    assert logged.read_bytes() == (project / "models" / artifact).read_bytes()
+    (model,) = client.get_run(run.info.run_id).outputs.model_outputs
+    stored = client.get_logged_model(model.model_id).artifact_location.removeprefix("file://")
+    name = "adapter_model.safetensors"
+    assert (Path(stored) / name).read_bytes() == (project / "models/adapter" / name).read_bytes()
 
     project.stage("evaluate")
 

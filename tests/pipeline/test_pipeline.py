@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pyarrow.parquet as pq
 import pytest
 from dvc.dependency import ParamsDependency
@@ -25,8 +26,9 @@ from ruamel.yaml import YAML
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
+from fintune.evaluation.gate import gate_lines
 from fintune.integrity import hash_files, write_sums
-from fintune.metrics import METRICS
+from fintune.metrics import METRICS, number
 from fintune.params import Params
 from support.project import ROOT, Project
 
@@ -330,14 +332,22 @@ def test_final_metrics_are_logged_as_the_files_have_them(finished: Finished) -> 
                 assert logged[key.replace(".", "/")] == pytest.approx(value, rel=1e-5), key
 
 
-def test_the_adapter_and_the_tables_are_in_the_run(finished: Finished, tmp_path: Path) -> None:
+def model_files(project: Project, run: Run) -> Path:
+    """Return the folder of the one model that a run has made."""
+    (output,) = store(project).get_run(run.info.run_id).outputs.model_outputs
+    location = store(project).get_logged_model(output.model_id).artifact_location
+    return Path(location.removeprefix("file://"))
+
+
+def test_the_adapter_is_a_model_and_the_tables_are_in_the_run(finished: Finished) -> None:
     run = run_of(finished.project)
-    client = store(finished.project)
-    name = "adapter/adapter_model.safetensors"
-    logged = Path(client.download_artifacts(run.info.run_id, name, str(tmp_path)))
-    assert logged.read_bytes() == (finished.project / "models" / name).read_bytes()
+    name = "adapter_model.safetensors"
+    logged = model_files(finished.project, run) / name
+    assert logged.read_bytes() == (finished.project / "models/adapter" / name).read_bytes()
     tables = {each.dataset.name: each for each in run.inputs.dataset_inputs}
     assert len(run.inputs.dataset_inputs) == 3 and set(tables) == set(SPLITS)
+    for name, table in tables.items():
+        assert {tag.key: tag.value for tag in table.tags} == {"mlflow.data.context": name}
     rows = {
         name: report(finished.project, "format")[name]["rows"] for name in ("train", "validation")
     }
@@ -378,8 +388,25 @@ def test_version_one_is_registered_as_candidate(finished: Finished) -> None:
     assert (export["version"], export["aliases"]) == ("1", ["candidate"])
     assert version.tags["git_commit"] == finished.commit
     assert version.tags["gate"] == evaluation["gate"]["reason"]
+    (output,) = client.get_run(version.run_id).outputs.model_outputs
+    assert version.source == f"models:/{output.model_id}"
+    model = client.get_logged_model(output.model_id)
+    measured = {each.key: each for each in model.metrics}
+    test = next(
+        each.dataset
+        for each in client.get_run(version.run_id).inputs.dataset_inputs
+        if each.dataset.name == "test"
+    )
     for key, value in evaluation["tuned"].items():
-        assert float(version.tags[f"tuned_{key}"]) == value
+        if value is not None:
+            point = measured[f"tuned/{key}"]
+            assert point.value == pytest.approx(value, rel=1e-5)
+            assert (point.dataset_name, point.dataset_digest) == ("test", test.digest)
+    assert model.params == run_of(finished.project).data.params
+    assert json.loads(model.tags["mlflow.modelVersions"]) == [
+        {"name": "financial-qa", "version": "1"}
+    ]
+    assert not any(key.startswith(("tuned_", "mlflow.")) for key in version.tags)
     stages = ("fetch", "split", "format", "train", "evaluate")
     assert md5_tags(version.tags) == locked_md5(finished.project, *stages)
 
@@ -426,7 +453,7 @@ def test_only_what_is_to_be_registered_becomes_a_version(copy: Callable[[], Proj
         assert (export["version"], export["aliases"]) == (None, [])
         assert store(project).search_registered_models() == []
     (run,) = runs(project)
-    assert "adapter/MLmodel" in artifacts(project, run) and "merged_loss" in run.data.metrics
+    assert (model_files(project, run) / "MLmodel").is_file() and "merged_loss" in run.data.metrics
     assert (project / "models/merged/model.safetensors").is_file()
     project.set(merge_export__register="always")
     project.stage("merge_export")
@@ -541,8 +568,9 @@ def test_an_experiment_is_a_second_run_in_the_same_file(
     assert second.info.status == "FINISHED"
     assert json.loads(second.data.params["train.learning_rate"]) == 1e-4
     assert json.loads(second.data.params["train.max_steps"]) == 3
-    assert second.info.run_name == second.data.tags["dvc_experiment"]
-    assert second.info.run_name in experiment.output
+    name = second.data.tags["dvc_experiment"]
+    assert second.info.run_name == f"learning_rate=0.0001, max_steps=3 ({name})"
+    assert name in experiment.output
     assert second.data.metrics["tuned/loss"] != first.data.metrics["tuned/loss"]
 
 
@@ -557,12 +585,18 @@ def test_an_experiment_is_registered_with_its_own_lineage(experiment: Finished) 
     now = locked_md5(experiment.project, *stages)
     assert tags == {path: md5 for path, md5 in now.items() if path in tags}
     assert tags["models/adapter"] == now["models/adapter"]
-    assert version.description == (
+    said, figures = version.description.split("\n\n", 1)
+    assert said == (
         "Against version 1: train.learning_rate is 0.0001 and was 0.003; train.max_steps is 3 and was 6; "
         "the data are the same."
     )
+    evaluation = report(experiment.project, "evaluation")
+    assert f"/runs/{version.run_id}/artifacts/evaluation.html" in figures
+    assert all(f"- {line.strip()}" in figures for line in gate_lines(evaluation["gate"])[1:])
+    loss = number(evaluation["tuned"]["perplexity"])
+    assert re.search(rf"\| Answer perplexity \| \S+ \| {loss} \|", figures)
     first = client.get_model_version("financial-qa", "1")
-    assert first.description == "The first version of financial-qa."
+    assert first.description.startswith("The first version of financial-qa.\n\n**Evaluated**")
 
 
 def test_an_experiment_in_a_temporary_folder_logs_to_the_same_file(
@@ -574,9 +608,10 @@ def test_an_experiment_in_a_temporary_folder_logs_to_the_same_file(
     _, second = runs(project)
     assert second.info.status == "FINISHED"
     assert json.loads(second.data.params["train.max_steps"]) == 2
-    assert second.info.run_name in done.stdout
+    assert second.info.run_name == f"max_steps=2 ({second.data.tags['dvc_experiment']})"
+    assert second.data.tags["dvc_experiment"] in done.stdout
     assert ".dvc" not in second.info.artifact_uri
-    assert [a.path for a in store(project).list_artifacts(second.info.run_id, "adapter")]
+    assert (model_files(project, second) / "adapter_model.safetensors").is_file()
     assert git(project, "status", "--porcelain") == ""
 
 
@@ -690,6 +725,15 @@ def artifacts(project: Project, run: Run) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
+def names_in(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def same(some: list[Any], others: list[Any]) -> bool:
+    """Return whether two lists have the same, in any order."""
+    return sorted(map(str, some)) == sorted(map(str, others)) and some != []
+
+
 def test_a_replaced_store_gets_all_of_it_again_once(
     finished: Finished, copy: Callable[[], Project]
 ) -> None:
@@ -709,6 +753,15 @@ def test_a_replaced_store_gets_all_of_it_again_once(
     ours = {k: v for k, v in first.data.tags.items() if not k.startswith("mlflow.")}
     assert set(ours.items()) <= set(run.data.tags.items())
     assert artifacts(project, run) == artifacts(finished.project, first)
+    first_files, files = model_files(finished.project, first), model_files(project, run)
+    assert names_in(files) == names_in(first_files) >= {"MLmodel", "adapter_config.json"}
+    data_sets = ([each.to_dictionary() for each in of.inputs.dataset_inputs] for of in (run, first))
+    assert same(next(data_sets), next(data_sets))
+    mlflow.set_tracking_uri(f"sqlite:///{project / 'mlflow.db'}")  # by which records are read
+    (asked,) = store(project).search_datasets()
+    rows = pq.read_table(project / "reports/predictions.parquet").num_rows
+    found = store(project).search_traces(locations=[run.info.experiment_id], run_id=run.info.run_id)
+    assert len(found) == len(asked.records) == rows
     stored = Path(run.info.artifact_uri.removeprefix("file://"))
     assert all(file.stat().st_mode & 0o200 for file in stored.rglob("*")), (
         "MLflow could not overwrite it"
@@ -716,6 +769,8 @@ def test_a_replaced_store_gets_all_of_it_again_once(
     (version,) = store(project).search_model_versions()
     before = store(finished.project).get_model_version("financial-qa", "1")
     assert version.run_id == run.info.run_id and version.tags == before.tags
+    told, before_told = version.description, before.description
+    assert told.replace(run.info.run_id, "") == before_told.replace(first.info.run_id, "")
     aliases = store(project).get_registered_model("financial-qa").aliases
     assert {alias: str(number) for alias, number in aliases.items()} == {"candidate": "1"}
 
@@ -735,7 +790,7 @@ def test_an_experiment_from_dvc_s_cache_is_logged_again_once(
     for _ in range(2):
         project.run("python", "-m", "fintune", "restore")
     (run,) = runs(project)
-    assert run.info.run_name in experiment.output
+    assert run.data.tags["dvc_experiment"] in experiment.output
     assert json.loads(run.data.params["train.max_steps"]) == 3
     assert {"validation_loss", "tuned/loss", "merged_loss"} <= set(run.data.metrics)
 
@@ -851,7 +906,9 @@ def test_what_was_changed_is_found_by_verify(copy: Callable[[], Project]) -> Non
         return "\n".join(failed)
 
     store_file = sqlite3.connect(project / "mlflow.db")
-    store_file.execute("UPDATE model_version_tags SET value = '0.01' WHERE key = 'tuned_loss'")
+    store_file.execute(
+        "UPDATE logged_model_metrics SET metric_value = 0.01 WHERE metric_name = 'tuned/loss'"
+    )
     store_file.execute("UPDATE params SET value = '64' WHERE key = 'train.lora.r'")
     store_file.commit()
     found = failures("financial-qa@candidate")

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import mlflow
 import pytest
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
@@ -139,10 +140,12 @@ def test_both_runs_are_on_the_server_and_differ_in_what_bob_changed(
 def test_artifacts_come_from_s3_through_the_server(
     team: Team, client: MlflowClient, tmp_path: Path
 ) -> None:
-    first = runs(client)[0]
-    name = "adapter/adapter_model.safetensors"
-    got = Path(client.download_artifacts(first.info.run_id, name, str(tmp_path)))
-    assert got.read_bytes() == (team.ann / "models" / name).read_bytes()
+    (model,) = client.get_run(runs(client)[0].info.run_id).outputs.model_outputs
+    got = mlflow.artifacts.download_artifacts(
+        f"models:/{model.model_id}", dst_path=str(tmp_path), tracking_uri=team.address
+    )
+    name = "adapter_model.safetensors"
+    assert (Path(got) / name).read_bytes() == (team.ann / "models/adapter" / name).read_bytes()
 
 
 def test_bob_finds_where_ann_s_version_comes_from(team: Team) -> None:

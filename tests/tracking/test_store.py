@@ -16,7 +16,7 @@ from mlflow.store.db import utils
 from mlflow.store.tracking.dbmodels.initial_models import Base as InitialBase
 
 from fintune.errors import UserError
-from fintune.tracking.client import connect
+from fintune.tracking.client import connect, experiment_name
 from support.project import ROOT
 
 
@@ -29,7 +29,7 @@ def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def used(tmp_path: Path, empty_store: Path) -> Path:
-    """Make a project's folder with a run, an artifact and a registered version."""
+    """Make a project's folder with a run, an artifact, a model, a trace and registered versions."""
     folder = tmp_path / "project"
     folder.mkdir()
     client = connect(folder)
@@ -38,6 +38,14 @@ def used(tmp_path: Path, empty_store: Path) -> Path:
         client.log_artifact(run.info.run_id, str(folder / "MLmodel"), "adapter")
     client.create_registered_model("model")
     client.create_model_version("model", f"runs:/{run.info.run_id}/adapter", run.info.run_id)
+    model = client.create_logged_model(run.info.experiment_id, "adapter", run.info.run_id)
+    client.log_model_artifact(model.model_id, str(folder / "MLmodel"))
+    client.finalize_logged_model(model.model_id, "READY")
+    client.create_registered_model("logged")
+    client.create_model_version("logged", f"models:/{model.model_id}", run.info.run_id)
+    with mlflow.start_span("row") as span:
+        span.set_inputs("question")
+    mlflow.flush_trace_async_logging()
     return folder
 
 
@@ -48,7 +56,7 @@ def names(folder: Path) -> set[str]:
 CONNECT = """
 from pathlib import Path
 from fintune.errors import UserError
-from fintune.tracking.client import connect
+from fintune.tracking.client import connect, experiment_name
 try:
     connect(Path.cwd()).log_text(__import__("mlflow").start_run().info.run_id, "text", "file")
 except UserError as error:
@@ -138,6 +146,7 @@ import mlflow
 print(mlflow.artifacts.load_text(f"{version.source}/MLmodel"))
 mlflow.MlflowClient().log_text(version.run_id, "added", "added.txt")
 print((mlflow.artifacts.download_artifacts("models:/model/1")))
+print(mlflow.artifacts.load_text("models:/logged/1/MLmodel"))
 """
 
 
@@ -151,7 +160,8 @@ def test_a_project_that_was_moved_or_copied_keeps_its_runs(
     how(used, here)
     done = run(here, CONNECT + ADD)
     assert f"mlflow.db was in {used / 'mlartifacts'} before" in done.stderr
-    assert done.stdout.splitlines()[0] == "weights", done.stderr
+    told = done.stdout.splitlines()
+    assert told[0] == told[-1] == "weights", done.stderr
     assert {path.name for path in (here / "mlartifacts").rglob("*.txt")} == {"added.txt"}
     assert len(list((here / "mlartifacts").rglob("file"))) == 1  # of a new run
     if how is shutil.copytree:
@@ -161,6 +171,27 @@ def test_a_project_that_was_moved_or_copied_keeps_its_runs(
     assert "before" not in run(here, CONNECT).stderr
     with closing(sqlite3.connect(here / "mlflow.db")) as database:
         assert str(used) not in "\n".join(database.iterdump())
+
+
+@pytest.mark.parametrize(
+    ("kind", "after"),
+    [
+        (None, "custom_model_development"),
+        ("genai_development_inferred", "custom_model_development"),
+        ("genai_development", "genai_development"),  # a user's choice
+    ],
+)
+def test_an_experiment_has_the_kind_that_fits_it(used: Path, kind: str | None, after: str) -> None:
+    """Those of earlier releases have none, or what the UI guessed."""
+    tag, client = "mlflow.experimentKind", connect(used)
+    experiment = client.get_experiment_by_name(experiment_name())
+    assert experiment.tags[tag] == "custom_model_development"
+    if kind:
+        client.set_experiment_tag(experiment.experiment_id, tag, kind)
+    else:
+        client.delete_experiment_tag(experiment.experiment_id, tag)
+    client = connect(used)
+    assert client.get_experiment(experiment.experiment_id).tags[tag] == after
 
 
 @pytest.mark.parametrize("name", ["what?x=1", "100%41", "a#b", "a@b:c d", "Ann's"])
