@@ -24,6 +24,7 @@ from pathlib import Path
 
 import requests
 from selenium import webdriver
+from selenium.common.exceptions import TimeoutException
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
@@ -38,9 +39,9 @@ from fintune.tracking.client import connect
 from fintune.tracking.database import sqlite_uri
 
 OUT = Path("docs/screenshots")
-SIZE = (1600, 1000)
+REPORT, PAGES = (1350, 1560), (1600, 1000)  # sizes of the browser's window
 OPTIONS = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run")
-SECONDS = 120  # for a page, or the server
+SECONDS = 60  # for a page, or the server
 SETTLED = 3  # seconds that a page's charts take once its texts are there
 CLOSED = ("mlflow.assistant.chat_panel.close", "mlflow.detect_issues.guidance.got_it")
 TRAINING = "workflowType=machine_learning"  # the view for training
@@ -98,7 +99,7 @@ def _wait_for(address: str, process: subprocess.Popen[bytes]) -> None:
 
 
 @contextmanager
-def chromium(height: int = SIZE[1]) -> Iterator[webdriver.Chrome]:
+def chromium(size: tuple[int, int]) -> Iterator[webdriver.Chrome]:
     """Start a headless browser with a profile of its own."""
     browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not browser or not driver:
@@ -106,7 +107,8 @@ def chromium(height: int = SIZE[1]) -> Iterator[webdriver.Chrome]:
     options = webdriver.ChromeOptions()
     options.binary_location = browser
     with tempfile.TemporaryDirectory() as profile:
-        for option in (*OPTIONS, f"--user-data-dir={profile}", f"--window-size={SIZE[0]},{height}"):
+        own = (f"--user-data-dir={profile}", "--window-size={},{}".format(*size))
+        for option in (*OPTIONS, *own):
             options.add_argument(option)
         page = webdriver.Chrome(options=options, service=Service(driver))
         try:
@@ -115,12 +117,34 @@ def chromium(height: int = SIZE[1]) -> Iterator[webdriver.Chrome]:
             page.quit()
 
 
+def only_curves(page: webdriver.Chrome) -> None:
+    """Show the charts of the curves alone: the first ones are of the base, which has one figure for all."""
+    page.find_element(By.CSS_SELECTOR, "input[placeholder*='Search metric']").send_keys("curve")
+
+
+def as_charts(page: webdriver.Chrome) -> None:
+    """Show the models as charts."""
+    toggle = page.find_element(By.CSS_SELECTOR, "input[name='view-mode'][value='CHART']")
+    page.execute_script("arguments[0].click()", toggle)
+
+
+ACTIONS = {"curves": only_curves, "models": as_charts}
+
+
 def take(page: webdriver.Chrome, address: str, texts: tuple[str, ...], name: str) -> None:
     """Open a page, wait until it shows its texts, close what lies over it, and take its picture."""
     page.get(address)
-    WebDriverWait(page, SECONDS).until(
-        lambda _: all(text in page.find_element(By.TAG_NAME, "body").text for text in texts)
-    )
+
+    def shown() -> str:
+        return str(page.execute_script("return document.body.innerText"))
+
+    try:
+        WebDriverWait(page, SECONDS).until(lambda _: all(text in shown() for text in texts))
+    except TimeoutException:
+        missing = ", ".join(text for text in texts if text not in shown())
+        raise UserError(f"{address}: no {missing} on the page within {SECONDS} s") from None
+    if act := ACTIONS.get(name):
+        act(page)
     for _ in range(2):  # closing one can open another
         for each in CLOSED:
             for button in page.find_elements(By.CSS_SELECTOR, f"[data-component-id='{each}']"):
@@ -134,9 +158,9 @@ def main() -> None:
     """Take the pictures of the report and of MLflow's pages."""
     argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()
     chosen = pages()
-    with chromium(1400) as page:
-        take(page, paths.EVALUATION_PAGE.resolve().as_uri(), ("Gate",), "report")
-    with server() as address, chromium() as page:
+    with chromium(REPORT) as page:
+        take(page, paths.EVALUATION_PAGE.resolve().as_uri(), ("Evaluation:",), "report")
+    with server() as address, chromium(PAGES) as page:
         for name, (path, texts) in chosen.items():
             take(page, address + path, texts, name)
 

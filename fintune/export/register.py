@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from fintune import paths
-from fintune.evaluation.gate import gate_lines
 from fintune.export.card import metric_lines, read_records, write_card
 from fintune.export.pyfunc import write_model_files
 from fintune.export.signature import seal, signing_key
@@ -19,7 +18,7 @@ from fintune.metrics import METRICS
 from fintune.model.adapter import AdapterInfo, read_training
 from fintune.params import MergeExport
 from fintune.registry.recovery import has_metric
-from fintune.registry.results import log_results
+from fintune.registry.results import VERDICTS, log_results
 from fintune.registry.versions import FIGURES, model_id_of, register, version_of_run
 from fintune.tracking.models import model_of_run
 
@@ -84,11 +83,12 @@ def describe_figures(evaluation: dict[str, Any], run: Any) -> str:
         run: the info of its run, which has the report.
     """
     report = f"#/experiments/{run.experiment_id}/runs/{run.run_id}/artifacts/{paths.EVALUATION_PAGE.name}"
-    lines = ["| | base | tuned | difference |", "|---|---|---|---|"]
+    lines = ["| | base | tuned | improvement |", "|---|---|---|---|"]
     shown = {METRICS[key].title for key in SHOWN}
     lines += [f"| {' | '.join(line)} |" for line in metric_lines(evaluation) if line[0] in shown]
-    rules = [f"- {line.strip()}" for line in gate_lines(evaluation["gate"])[1:]]
-    verdict = "passed" if evaluation["gate"]["passed"] else "failed"
+    gate = evaluation["gate"]
+    rules = [f"- {VERDICTS[each['passed']]}: {each['reason']}" for each in gate["rules"]]
+    verdict = "passed" if gate["passed"] else "failed"
     parts = (
         f"{FIGURES} on {evaluation['rows']} test rows ([report]({report}))",
         "\n".join(lines),

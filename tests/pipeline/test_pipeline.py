@@ -26,7 +26,6 @@ from ruamel.yaml import YAML
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
-from fintune.evaluation.gate import gate_lines
 from fintune.integrity import hash_files, write_sums
 from fintune.metrics import METRICS, number
 from fintune.params import Params
@@ -592,7 +591,9 @@ def test_an_experiment_is_registered_with_its_own_lineage(experiment: Finished) 
     )
     evaluation = report(experiment.project, "evaluation")
     assert f"/runs/{version.run_id}/artifacts/evaluation.html" in figures
-    assert all(f"- {line.strip()}" in figures for line in gate_lines(evaluation["gate"])[1:])
+    rules = evaluation["gate"]["rules"]
+    said = {True: "holds", False: "broken"}
+    assert all(f"- {said[rule['passed']]}: {rule['reason']}" in figures for rule in rules)
     loss = number(evaluation["tuned"]["perplexity"])
     assert re.search(rf"\| Answer perplexity \| \S+ \| {loss} \|", figures)
     first = client.get_model_version("financial-qa", "1")
