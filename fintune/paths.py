@@ -38,6 +38,7 @@ SCRATCH = Path(".checkpoints")
 MLFLOW_DATABASE = Path("mlflow.db")
 MLFLOW_ARTIFACTS = Path("mlartifacts")
 SEARCH_DATABASE = Path("search.db")
+EXCHANGES = Path(".exchanges")  # those that MLflow does not have yet
 
 
 def rows(folder: Path, split: str) -> Path:

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 
-from fintune.commands.ask import load
+from fintune.usage.models import load
 from fintune.errors import UserError
 from fintune.export.push import push
 from fintune.export.signature import check_folder, public_key, seal, signing_key

@@ -1,0 +1,128 @@
+"""Models side by side: the one that is asked, its base, and the champion."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from threading import Event
+
+from mlflow.tracking import MlflowClient
+
+from fintune import paths
+from fintune.errors import UserError
+from fintune.generation.decoding import SETTINGS
+from fintune.usage.models import (
+    Opened,
+    Said,
+    answer,
+    identify,
+    load,
+    open_model,
+    settings_of,
+    with_settings,
+)
+
+
+@dataclass
+class Side:
+    """A model on the page; it is opened when it is first asked."""
+
+    title: str
+    opens: Callable[[], Opened]
+    names: Callable[[], tuple[str, str | None]]  # NAME/VERSION or folder, and MLflow's id
+    opened: Opened | None = None
+    known: tuple[str, str | None] | None = None
+
+    def open(self) -> Opened:
+        """Load the model, once.
+
+        Raises:
+            UserError: it cannot be.
+        """
+        if self.opened is None:
+            self.opened = self.opens()
+        return self.opened
+
+    @property
+    def decoding(self) -> dict[str, float]:
+        """The settings and `max_new_tokens` that it was evaluated with."""
+        return settings_of(self.open().config)
+
+    def identity(self) -> tuple[str, str | None]:
+        """Return NAME/VERSION of the model or its folder, and MLflow's id of it, if it has one."""
+        if self.known is None:
+            self.known = self.names()
+        return self.known
+
+    def answer(
+        self,
+        question: str,
+        instruction: str | None,
+        settings: Mapping[str, float],
+        take: Callable[[str], None],
+        stop: Event,
+    ) -> Said:
+        """Answer a question with these settings, and give the text on as it is generated."""
+        opened = self.open()
+        changed = settings != settings_of(opened.config)
+        config = with_settings(opened.config, settings) if changed else opened.config
+        return answer(opened, question, instruction, take, config, stop)
+
+
+def sides_of(source: str, name: str, client: Callable[[], MlflowClient]) -> list[Side]:
+    """Return the sides of a page: the tuned model, opened, then base and champion.
+
+    Args:
+        source: a folder, NAME@ALIAS or NAME/VERSION.
+        name: of the registered model whose champion is shown.
+        client: connects to MLflow.
+
+    Raises:
+        UserError: the tuned model cannot be opened.
+    """
+    champion = f"{name}@champion"
+
+    def is_one(opened: Opened) -> Opened:
+        if tuned.identity()[0] == identify(client(), champion)[0]:
+            raise UserError(f"the champion is the tuned model itself, {tuned.identity()[0]}")
+        return opened
+
+    def base() -> Opened:
+        opened = tuned.open()
+        if not opened.has_adapter:  # the base is not in a merged model
+            opened = load(paths.ADAPTER)
+        return replace(opened, adapted=False)
+
+    tuned = Side("tuned", lambda: open_model(source), lambda: identify(client(), source))
+    tuned.open()
+    return [
+        tuned,
+        Side("base", base, lambda: (f"base of {tuned.identity()[0]}", None)),
+        Side(
+            "champion",
+            lambda: is_one(open_model(champion)),
+            lambda: identify(client(), champion),
+        ),
+    ]
+
+
+def check_settings(settings: Mapping[str, float | None]) -> dict[str, float]:
+    """Check decoding settings that were typed.
+
+    Raises:
+        UserError: one is missing, or out of its range.
+    """
+    limits = {
+        "temperature": (0, 2),
+        "top_p": (0.01, 1),
+        "min_p": (0, 1),
+        "top_k": (0, 100_000),
+        "repetition_penalty": (0.5, 2),
+        "max_new_tokens": (1, 4096),
+    }
+    found = {}
+    for key in (*SETTINGS, "max_new_tokens"):
+        value, (low, high) = settings.get(key), limits[key]
+        if value is None or not low <= value <= high:
+            raise UserError(f"{key.replace('_', ' ')}: a number from {low:g} to {high:g} is needed")
+        whole = key in ("top_k", "max_new_tokens")
+        found[key] = int(value) if whole else float(value)
+    return found
