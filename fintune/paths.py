@@ -11,6 +11,7 @@ GENERAL_TEXT = Path("assets/general-text.jsonl")
 
 DATA = Path("data")
 OWN_DATA = DATA / "source"
+COLLECTED = OWN_DATA / "collected.parquet"
 RAW = DATA / "raw"
 RAW_ROWS = RAW / "qa.parquet"
 MANIFEST = RAW / "manifest.json"

@@ -43,8 +43,9 @@ def main(given: argparse.Namespace) -> None:
     from fintune.lineage import project_root
     from fintune.params import read_name
     from fintune.tracking.client import UNNAMED, connect
+    from fintune.usage.card import Room
     from fintune.usage.exchanges import Log
-    from fintune.usage.page import Room, serve
+    from fintune.usage.page import serve
     from fintune.usage.sides import sides_of
 
     disable_progress_bar()

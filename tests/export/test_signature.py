@@ -16,11 +16,11 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 
-from fintune.usage.models import load
 from fintune.errors import UserError
 from fintune.export.push import push
 from fintune.export.signature import check_folder, public_key, seal, signing_key
 from fintune.integrity import hash_files
+from fintune.usage.models import load
 
 PHRASE = "correct horse"
 
