@@ -106,8 +106,10 @@ class Answer:
         self.state.text = f"{end}; {exchange.tokens} tokens, {exchange.seconds:.1f} s"
         with self.feedback:
             with ui.row():
-                self.right = ui.button("👍 Right", on_click=lambda: self.judge(True))
-                self.wrong = ui.button("👎 Wrong", on_click=lambda: self.judge(False))
+                self.right = ui.button("Right", icon="thumb_up", on_click=lambda: self.judge(True))
+                self.wrong = ui.button(
+                    "Wrong", icon="thumb_down", on_click=lambda: self.judge(False)
+                )
             self._press()
             better = ui.textarea("A better answer").props("autogrow outlined").classes("w-full")
             ui.button("Save the correction", on_click=lambda: self.correct(better.value))

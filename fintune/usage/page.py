@@ -21,6 +21,8 @@ h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1.1rem; font-weight: 600; l
 h3 { font-size: 1rem; font-weight: 600; line-height: 1.4; margin: 0; }
 .sides { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 1rem; }
 .side { border: 1px solid #767676; border-radius: .5rem; padding: .75rem; min-width: 0; }
+article { border-top: 1px solid #767676; padding-top: .75rem; }
+.sides { margin-top: .5rem; } .side > * + * { margin-top: .4rem; }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; }
 .told { color: #424242; font-size: .9rem; overflow-wrap: anywhere; }
 .fault { color: #a30000; font-weight: 600; overflow-wrap: anywhere; }
@@ -47,7 +49,7 @@ class Page:
         ui.button.default_props("no-caps")
         ui.add_css(STYLE)
         ui.context.client.on_delete(self.stop.set)
-        with ui.element("main").classes("w-full"):
+        with ui.column().classes("w-full"):
             text_element("h1", f"Ask {source}")
             self.question = ui.textarea("Question").props("autogrow outlined autofocus")
             self.passage = ui.textarea("Passage that the question is about (optional)")
