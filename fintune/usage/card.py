@@ -79,9 +79,12 @@ class Answer:
             said = done.result()
             exchange.answer, exchange.ended = said.text, said.ended
             exchange.tokens, exchange.seconds = said.tokens, said.seconds
+        except UserError as error:  # the model was not asked: there is nothing to keep
+            exchange.error = explained(error)
+            self._show(stop.is_set())
+            return
         except Exception as error:
-            if not isinstance(error, UserError):
-                log.warning("the page: %s failed", self.side.title, exc_info=error)
+            log.warning("the page: %s failed", self.side.title, exc_info=error)
             exchange.answer, exchange.error = "".join(self.texts).strip(), explained(error)
             exchange.seconds = time.monotonic() - begun
         self._show(stop.is_set())

@@ -5,6 +5,7 @@ downloaded; so names of persons and places are not found.
 """
 
 import importlib.util
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -56,6 +57,8 @@ def _analyzer() -> Any:
 
     # else the recogniser of e-mail addresses fetches a list of domains from the network
     tldextract.extract = tldextract.TLDExtract(suffix_list_urls=(), cache_dir=None)
+
+    logging.getLogger("presidio-analyzer").setLevel(logging.ERROR)  # tells of each other language
 
     class WithoutModel(SpacyNlpEngine):  # type: ignore[misc]
         """Words alone."""
