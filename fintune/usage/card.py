@@ -12,7 +12,6 @@ from nicegui.elements.mixins.text_element import TextElement
 
 from fintune.errors import UserError, explain, first_line, redacted
 from fintune.usage.exchanges import Exchange, Log
-from fintune.usage.models import Said
 from fintune.usage.sides import Side
 
 log = logging.getLogger("fintune")
@@ -37,7 +36,14 @@ class Room:
 
     sides: list[Side]
     log: Log
+    stops: list[Event] = field(default_factory=list)  # one of each page
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "model"))
+
+    def end(self) -> None:
+        """End the answers that are being generated."""
+        for stop in self.stops:
+            stop.set()
+        self.pool.shutdown(cancel_futures=True)
 
 
 class Answer:
@@ -59,13 +65,26 @@ class Answer:
         exchange, loop = self.exchange, asyncio.get_running_loop()
         begun = time.monotonic()
 
-        def work() -> Said:
+        def work() -> None:
+            """Answer, and keep the exchange, also if the page is closed meanwhile."""
             self.began = True
             exchange.at = time.time()
-            self.side.open()
-            return self.side.answer(
-                question, instruction, exchange.decoding, self.texts.append, stop
-            )
+            try:
+                self.side.open()
+                exchange.model, exchange.logged_model = self.side.identity()
+                said = self.side.answer(
+                    question, instruction, exchange.decoding, self.texts.append, stop
+                )
+                exchange.answer, exchange.ended = said.text, said.ended
+                exchange.tokens, exchange.seconds = said.tokens, said.seconds
+            except Exception as error:
+                exchange.error = explained(error)
+                if isinstance(error, UserError):  # no failure of the model
+                    return
+                log.warning("the page: %s failed", self.side.title, exc_info=error)
+                exchange.answer = "".join(self.texts).strip()
+                exchange.seconds = time.time() - exchange.at
+            self.room.log.keep(exchange)
 
         done = loop.run_in_executor(self.room.pool, work)
         seen, since = 0, begun
@@ -75,20 +94,8 @@ class Answer:
                 seen, since = len(self.texts), time.monotonic()
                 self.text.text = "".join(self.texts)
             self.state.text = self._state(time.monotonic() - since)
-        try:
-            said = done.result()
-            exchange.answer, exchange.ended = said.text, said.ended
-            exchange.tokens, exchange.seconds = said.tokens, said.seconds
-        except UserError as error:  # the model was not asked: there is nothing to keep
-            exchange.error = explained(error)
-            self._show(stop.is_set())
-            return
-        except Exception as error:
-            log.warning("the page: %s failed", self.side.title, exc_info=error)
-            exchange.answer, exchange.error = "".join(self.texts).strip(), explained(error)
-            exchange.seconds = time.monotonic() - begun
+        done.result()
         self._show(stop.is_set())
-        await loop.run_in_executor(None, self._keep_new)
 
     def _state(self, silent: float) -> str:
         if not self.began:
@@ -135,17 +142,9 @@ class Answer:
     def correct(self, text: str | None) -> None:
         """Take a better answer, which also says that this one was wrong; an empty one takes it back."""
         self.exchange.correction = (text or "").strip() or None
-        if self.exchange.correction and self.exchange.approved is None:
+        if self.exchange.correction:
             self.exchange.approved = False
             self._press()
-        self.room.log.keep(self.exchange)
-
-    def _keep_new(self) -> None:
-        """Say by which model this is, and keep it; without MLflow the model is named by its folder."""
-        try:
-            self.exchange.model, self.exchange.logged_model = self.side.identity()
-        except Exception as error:
-            log.info("MLflow: %s is not identified (%s)", self.side.title, first_line(error))
         self.room.log.keep(self.exchange)
 
     def tell_where(self) -> None:

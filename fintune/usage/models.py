@@ -11,7 +11,6 @@ from time import monotonic
 from typing import Any
 
 import torch
-from mlflow.tracking import MlflowClient
 from transformers import GenerationConfig, StoppingCriteria, TextStreamer
 
 from fintune import paths
@@ -21,12 +20,9 @@ from fintune.generation.tuned import generation_config, load_tuned, prompt_token
 from fintune.integrity import check_outputs
 from fintune.lineage import project_root
 from fintune.params import Generation, read_params
-from fintune.registry.recovery import RECORD, find_run
-from fintune.registry.versions import download_version, find_version, version_of_run
-from fintune.stage import read_json
+from fintune.registry.versions import download_version
 from fintune.tracking.client import connect
-
-FOLDERS = (str(paths.MERGED), str(paths.ADAPTER))
+from fintune.usage.identity import FOLDERS
 
 
 @dataclass(frozen=True)
@@ -81,22 +77,6 @@ def load(folder: Path) -> Opened:
         return Opened(model, tokenizer, GenerationConfig.from_pretrained(folder))
     decoding = own_decoding(read_params().generation)
     return Opened(model, tokenizer, generation_config(tokenizer, decoding))
-
-
-def identify(client: MlflowClient, source: str) -> tuple[str, str | None]:
-    """Return NAME/VERSION of a model and MLflow's id of it, if it has one.
-
-    What is registered nowhere is its folder.
-    """
-    if source in FOLDERS and paths.RUN.is_file() and paths.EXPORT.is_file():
-        name = read_json(paths.EXPORT, "registered_model")["registered_model"]
-        run = find_run(client, read_json(paths.RUN, *RECORD))
-        number = version_of_run(client, name, run) if run else None
-        source = f"{name}/{number}" if number else source
-    if Path(source).is_dir() or source in FOLDERS:
-        return source, None
-    version = find_version(client, source)
-    return f"{version.name}/{version.version}", getattr(version, "model_id", None) or None
 
 
 def own_decoding(given: Generation) -> dict[str, float]:

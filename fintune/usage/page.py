@@ -13,7 +13,7 @@ from fintune.usage.exchanges import Exchange
 from fintune.usage.guard import Access, Guard
 from fintune.usage.sides import check_settings
 
-SHOWN = 20  # questions on the page
+SHOWN = 30  # questions on the page
 STYLE = """
 body { font-family: system-ui, sans-serif; }
 .nicegui-content { max-width: 75rem; margin: 0 auto; align-items: stretch; }
@@ -43,6 +43,7 @@ class Page:
 
     def __init__(self, room: Room, source: str) -> None:
         self.room, self.stop, self.answers = room, Event(), list[Answer]()
+        room.stops.append(self.stop)
         tuned = room.sides[0]
         self.evaluated = tuned.decoding
         ui.colors(primary="#0b5394")
@@ -135,7 +136,7 @@ class Page:
                         Answer(
                             self.room,
                             side,
-                            Exchange(question, side.title, dict(settings), passage, instruction),
+                            Exchange(question, side.source, dict(settings), passage, instruction),
                         )
                         for side in (self.room.sides[0], *chosen)
                     ]
@@ -158,6 +159,7 @@ def serve(
     """Serve the page until it is interrupted."""
     app.add_middleware(Guard, access=access)
     app.on_startup(ready)
+    app.on_shutdown(room.end)
 
     def root() -> None:
         Page(room, source)

@@ -33,7 +33,8 @@ def finder() -> Callable[[str], list[str]]:
     from detect_secrets.core.scan import scan_line
     from detect_secrets.settings import transient_settings
 
-    classes = {each.__name__ for each in get_mapping_from_secret_type_to_class().values()}
+    known: dict[str, Any] = get_mapping_from_secret_type_to_class()  # type: ignore[assignment]
+    classes = {each.__name__ for each in known.values()}
     plugins = {"plugins_used": [{"name": name} for name in sorted(classes - NOISY)]}
 
     def kinds(text: str) -> list[str]:
@@ -56,7 +57,8 @@ def _analyzer() -> Any:
     from presidio_analyzer.nlp_engine import SpacyNlpEngine
 
     # else the recogniser of e-mail addresses fetches a list of domains from the network
-    tldextract.extract = tldextract.TLDExtract(suffix_list_urls=(), cache_dir=None)
+    offline = tldextract.TLDExtract(suffix_list_urls=(), cache_dir=None)
+    tldextract.extract = offline  # type: ignore[assignment]
 
     logging.getLogger("presidio-analyzer").setLevel(logging.ERROR)  # tells of each other language
 
@@ -64,7 +66,7 @@ def _analyzer() -> Any:
         """Words alone."""
 
         def load(self) -> None:
-            self.nlp = {"en": spacy.blank("en")}
+            self.nlp = {"en": spacy.blank("en")}  # type: ignore[assignment]
 
     engine = WithoutModel()
     engine.load()

@@ -1,24 +1,29 @@
 """Models side by side: the one that is asked, its base, and the champion."""
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from threading import Event
+from time import monotonic
 
 from mlflow.tracking import MlflowClient
 
 from fintune import paths
 from fintune.errors import UserError
 from fintune.generation.decoding import SETTINGS
+from fintune.usage.identity import identify
 from fintune.usage.models import (
     Opened,
     Said,
     answer,
-    identify,
     load,
     open_model,
     settings_of,
     with_settings,
 )
+
+log = logging.getLogger("fintune")
+AGAIN_SECONDS = 60  # until MLflow is asked again
 
 
 @dataclass
@@ -26,10 +31,12 @@ class Side:
     """A model on the page; it is opened when it is first asked."""
 
     title: str
+    source: str
     opens: Callable[[], Opened]
-    names: Callable[[], tuple[str, str | None]]  # NAME/VERSION or folder, and MLflow's id
+    names: Callable[[], tuple[str, str | None]]  # asks MLflow
     opened: Opened | None = None
     known: tuple[str, str | None] | None = None
+    asked: float = -AGAIN_SECONDS  # when MLflow did not say it
 
     def open(self) -> Opened:
         """Load the model, once.
@@ -47,10 +54,17 @@ class Side:
         return settings_of(self.open().config)
 
     def identity(self) -> tuple[str, str | None]:
-        """Return NAME/VERSION of the model or its folder, and MLflow's id of it, if it has one."""
-        if self.known is None:
-            self.known = self.names()
-        return self.known
+        """Return NAME/VERSION of the model, and MLflow's id of it, if it has one.
+
+        While MLflow is away, the model is called as it was asked for.
+        """
+        if self.known is None and monotonic() - self.asked >= AGAIN_SECONDS:
+            try:
+                self.known = self.names()
+            except Exception as error:  # each store raises its own library's errors
+                self.asked = monotonic()
+                log.warning("MLflow does not say which version %s is: %s", self.source, error)
+        return self.known or (self.source, None)
 
     def answer(
         self,
@@ -91,13 +105,17 @@ def sides_of(source: str, name: str, client: Callable[[], MlflowClient]) -> list
             opened = load(paths.ADAPTER)
         return replace(opened, adapted=False)
 
-    tuned = Side("tuned", lambda: open_model(source), lambda: identify(client(), source))
+    def version() -> tuple[str, str | None]:
+        return f"base of {identify(client(), source)[0]}", None
+
+    tuned = Side("tuned", source, lambda: open_model(source), lambda: identify(client(), source))
     tuned.open()
     return [
         tuned,
-        Side("base", base, lambda: (f"base of {tuned.identity()[0]}", None)),
+        Side("base", f"base of {source}", base, version),
         Side(
             "champion",
+            champion,
             lambda: is_one(open_model(champion)),
             lambda: identify(client(), champion),
         ),

@@ -29,7 +29,8 @@ class StandIn:
     """A model that says what it was asked, and obeys words in the question."""
 
     def __init__(self, title: str) -> None:
-        self.title, self.opened, self.decoding = title, None, dict(DECODING)
+        self.title = self.source = title
+        self.opened, self.decoding = None, dict(DECODING)
 
     def open(self) -> None:
         self.opened = SimpleNamespace()
