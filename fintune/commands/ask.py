@@ -11,6 +11,7 @@ import sys
 
 from fintune import paths
 from fintune.errors import UserError
+from fintune.params import read_params
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +37,7 @@ def main(given: argparse.Namespace) -> None:
 
     disable_progress_bar()  # loading is over before anyone can read it
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    opened = open_model(given.model)
+    opened = open_model(given.model, lambda: read_params().generation)
     if given.greedy:
         opened.config.update(**options(GREEDY))
 

@@ -41,7 +41,7 @@ def main(given: argparse.Namespace) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from fintune.lineage import project_root
-    from fintune.params import read_name
+    from fintune.params import read_name, read_params
     from fintune.tracking.client import UNNAMED, connect
     from fintune.usage.card import Room
     from fintune.usage.exchanges import Log
@@ -51,7 +51,12 @@ def main(given: argparse.Namespace) -> None:
     disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     root = project_root()
-    sides = sides_of(given.model, read_name() or UNNAMED, lambda: connect(root))
+    sides = sides_of(
+        given.model,
+        read_name() or UNNAMED,
+        lambda: connect(root),
+        lambda: read_params().generation,
+    )
     log = Log(root)
     log.start()
     host = f"[{given.host}]" if ":" in given.host else given.host

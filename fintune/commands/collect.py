@@ -11,7 +11,7 @@ from collections import Counter
 from fintune import paths
 from fintune.errors import UserError
 from fintune.lineage import project_root
-from fintune.params import Params, read_params
+from fintune.params import read_params
 
 log = logging.getLogger("fintune")
 
@@ -72,12 +72,13 @@ def main(given: argparse.Namespace) -> None:
         print(f"nothing to write to {paths.COLLECTED}")
         return
     write_rows(paths.COLLECTED, rows, dict.fromkeys(collection.COLUMNS, pa.string()))
-    print(f"{paths.COLLECTED} has {len(rows)} rows; {_next(params)}")
+    sources = [part.source for part in (params.fetch, *params.fetch.more)]
+    print(f"{paths.COLLECTED} has {len(rows)} rows; {_next(sources)}")
 
 
-def _next(params: Params) -> str:
+def _next(sources: list[str]) -> str:
     """Say what trains on the rows."""
-    if str(paths.COLLECTED) in (part.source for part in (params.fetch, *params.fetch.more)):
+    if str(paths.COLLECTED) in sources:
         return "`dvc repro` trains on them"
     return f"""to train on them, add to fetch in params.yaml, then `dvc repro`:
 

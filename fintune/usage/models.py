@@ -19,7 +19,7 @@ from fintune.generation.decoding import GREEDY, SETTINGS, options
 from fintune.generation.tuned import generation_config, load_tuned, prompt_tokens
 from fintune.integrity import check_outputs
 from fintune.lineage import project_root
-from fintune.params import Generation, read_params
+from fintune.params import Generation
 from fintune.registry.versions import download_version
 from fintune.tracking.client import connect
 from fintune.usage.identity import FOLDERS
@@ -50,19 +50,22 @@ class Said:
     ended: bool
 
 
-def open_model(source: str) -> Opened:
+def open_model(source: str, given: Callable[[], Generation]) -> Opened:
     """Load a model from a folder or a registered version.
+
+    Args:
+        given: reads the parameters, for a model without a decoding of its own.
 
     Raises:
         UserError: it is not there, cannot be loaded, or is not what its checksums say.
     """
     if Path(source).is_dir() or source in FOLDERS:
-        return load(Path(source))
+        return load(Path(source), given)
     with tempfile.TemporaryDirectory() as scratch:
-        return load(download_version(connect(project_root()), source, Path(scratch)))
+        return load(download_version(connect(project_root()), source, Path(scratch)), given)
 
 
-def load(folder: Path) -> Opened:
+def load(folder: Path, given: Callable[[], Generation]) -> Opened:
     """Load a model from a folder; its decoding is its own, else this project's.
 
     Raises:
@@ -75,7 +78,7 @@ def load(folder: Path) -> Opened:
     model, tokenizer = load_tuned(folder)
     if (folder / "generation_config.json").is_file():
         return Opened(model, tokenizer, GenerationConfig.from_pretrained(folder))
-    decoding = own_decoding(read_params().generation)
+    decoding = own_decoding(given())
     return Opened(model, tokenizer, generation_config(tokenizer, decoding))
 
 

@@ -11,6 +11,7 @@ from mlflow.tracking import MlflowClient
 from fintune import paths
 from fintune.errors import UserError
 from fintune.generation.decoding import SETTINGS
+from fintune.params import Generation
 from fintune.usage.identity import identify
 from fintune.usage.models import (
     Opened,
@@ -81,13 +82,16 @@ class Side:
         return answer(opened, question, instruction, take, config, stop)
 
 
-def sides_of(source: str, name: str, client: Callable[[], MlflowClient]) -> list[Side]:
+def sides_of(
+    source: str, name: str, client: Callable[[], MlflowClient], given: Callable[[], Generation]
+) -> list[Side]:
     """Return the sides of a page: the tuned model, opened, then base and champion.
 
     Args:
         source: a folder, NAME@ALIAS or NAME/VERSION.
         name: of the registered model whose champion is shown.
         client: connects to MLflow.
+        given: reads the parameters, for a model without a decoding of its own.
 
     Raises:
         UserError: the tuned model cannot be opened.
@@ -102,13 +106,15 @@ def sides_of(source: str, name: str, client: Callable[[], MlflowClient]) -> list
     def base() -> Opened:
         opened = tuned.open()
         if not opened.has_adapter:  # the base is not in a merged model
-            opened = load(paths.ADAPTER)
+            opened = load(paths.ADAPTER, given)
         return replace(opened, adapted=False)
 
     def version() -> tuple[str, str | None]:
         return f"base of {identify(client(), source)[0]}", None
 
-    tuned = Side("tuned", source, lambda: open_model(source), lambda: identify(client(), source))
+    tuned = Side(
+        "tuned", source, lambda: open_model(source, given), lambda: identify(client(), source)
+    )
     tuned.open()
     return [
         tuned,
@@ -116,7 +122,7 @@ def sides_of(source: str, name: str, client: Callable[[], MlflowClient]) -> list
         Side(
             "champion",
             champion,
-            lambda: is_one(open_model(champion)),
+            lambda: is_one(open_model(champion, given)),
             lambda: identify(client(), champion),
         ),
     ]

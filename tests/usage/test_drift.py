@@ -53,18 +53,29 @@ def test_use_is_counted_since_the_registration(client: MlflowClient, tmp_path: P
     log.send(client)
     lines = [line.split() for line in use_of(client, version(3, now - 60)).splitlines()]
     assert lines[1:5] == [
-        ["answers", *"4 of 5; 1 failed".split()],
-        ["approved", *"1 of 2 judged".split()],
-        ["corrected", *"1 of 5".split()],
-        [*"did not end".split(), *"1 of 4".split()],
+        ["answers", *["4", "of", "5;", "1", "failed"]],
+        ["approved", *["1", "of", "2", "judged"]],
+        ["corrected", *["1", "of", "5"]],
+        [*["did", "not", "end"], *["1", "of", "4"]],
     ]
-    assert lines[5] == "unlike 1 of 2 questions are unlike the training data".split()
-    assert lines[6][2:6] == "quel est le prix".split()
+    assert lines[5] == [
+        "unlike",
+        "1",
+        "of",
+        "2",
+        "questions",
+        "are",
+        "unlike",
+        "the",
+        "training",
+        "data",
+    ]
+    assert lines[6][2:6] == ["quel", "est", "le", "prix"]
     assert len(lines) == 7
     assert "no traces since" in use_of(client, version(7, now))
 
 
 def test_a_share_is_of_what_no_training_question_has() -> None:
     known = np.unique(shingles(["profit fell", "revenue rose"])[0])
-    assert new_shares(["profit fell", "profit rose", "xyzzy"], known) == [0, 4 / 9, 1]
+    assert new_shares(["profit fell", "profit rose", "xyzzy"], known) == [0, 3 / 9, 1]
     assert new_shares([], known) == []

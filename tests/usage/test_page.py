@@ -192,6 +192,15 @@ def test_all_that_it_loads_is_on_this_machine(page: webdriver.Chrome) -> None:
     assert not [each for each in page.get_log("browser") if each["level"] == "SEVERE"]
 
 
+def test_texts_are_shown_as_texts(page: webdriver.Chrome) -> None:
+    text = "<img src=x onerror=\"document.title='run'\"> {{ 7 * 7 }} **bold**"
+    ask(page, text)
+    wait_for_texts(page, f"tuned read <b>{text}</b>")
+    assert page.find_element(By.CSS_SELECTOR, "article h2").text == text
+    assert not page.find_elements(By.CSS_SELECTOR, "article img, article b, article strong")
+    assert page.title == "Ask stand-in"
+
+
 def test_on_a_narrow_screen_all_is_there_without_scrolling_sideways(page: webdriver.Chrome) -> None:
     page.set_window_size(500, 800)  # the narrowest that a window can be; the viewport is set below
     page.execute_cdp_cmd(
