@@ -2,16 +2,19 @@
 
 python -m fintune collect                       # all that were asked so far
 python -m fintune collect --since 2026-11-01
+python -m fintune collect --measure             # after `dvc repro`: which of them are right now
 """
 
 import argparse
 import logging
 from collections import Counter
+from collections.abc import Callable
 
 from fintune import paths
+from fintune.data.unpacking import Row
 from fintune.errors import UserError
 from fintune.lineage import project_root
-from fintune.params import read_params
+from fintune.params import Generation, read_params
 
 log = logging.getLogger("fintune")
 
@@ -24,10 +27,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--unchecked", action="store_true", help="do not look for secrets and personal data"
     )
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help=f"collect nothing: have {paths.MERGED} answer the collected questions, and compare",
+    )
 
 
 def main(given: argparse.Namespace) -> None:
-    """Write the rows, and say what became of the other exchanges."""
+    """Write the rows, and say what became of the other exchanges; or measure what they changed."""
+    if given.measure:
+        _measure(lambda: read_params().generation)
+        return
     import pyarrow as pa
 
     from fintune.data.questions import questions_of
@@ -74,6 +85,27 @@ def main(given: argparse.Namespace) -> None:
     write_rows(paths.COLLECTED, rows, dict.fromkeys(collection.COLUMNS, pa.string()))
     sources = [part.source for part in (params.fetch, *params.fetch.more)]
     print(f"{paths.COLLECTED} has {len(rows)} rows; {_next(sources)}")
+
+
+def _measure(given: Callable[[], Generation]) -> None:
+    """Print how many collected questions were answered right in their traces, and how many are now."""
+    from fintune.data.tables import read_rows
+    from fintune.usage.collection import COLUMNS, compare
+    from fintune.usage.models import answer, open_model
+
+    if not paths.COLLECTED.is_file():
+        raise UserError(f"{paths.COLLECTED}: not found; `python -m fintune collect` makes it")
+    rows = read_rows(paths.COLLECTED, COLUMNS)
+    opened = open_model(str(paths.MERGED), given)
+
+    def again(row: Row) -> str:
+        return answer(opened, row["input"], row["instruction"], lambda text: None).text
+
+    before, after = compare(rows, again)
+    print(f"of {len(rows)} collected questions were right: {sum(before)} before, {sum(after)} now")
+    for row, was, is_now in zip(rows, before, after, strict=True):
+        if not is_now:
+            print(f"{row['origin']}: {'right before, ' if was else ''}wrong now")
 
 
 def _next(sources: list[str]) -> str:

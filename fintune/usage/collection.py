@@ -10,12 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from tqdm.auto import tqdm
 
 from fintune.data.questions import normalize_question, questions_of
 from fintune.data.similar import Forest, group_similar
 from fintune.data.tables import read_rows
 from fintune.data.unpacking import Row
 from fintune.errors import UserError
+from fintune.evaluation.correctness import is_correct
 from fintune.usage.exchanges import Exchange
 
 log = logging.getLogger("fintune")
@@ -141,6 +143,29 @@ def kept_rows(path: Path, since: datetime.datetime | None, new: list[Row]) -> li
         ),
         *new,
     ]
+
+
+def is_right(row: Row, answer: str) -> bool:
+    """Return whether an answer says what a collected row's output says.
+
+    Where the output has no result that can be checked, the texts have to be equal but for case and spaces.
+    """
+    right = is_correct(row["output"], answer, row["input"])
+    if right is None:
+        said, wanted = (" ".join(text.casefold().split()) for text in (answer, row["output"]))
+        return said == wanted
+    return right
+
+
+def compare(rows: list[Row], answer: Callable[[Row], str]) -> tuple[list[bool], list[bool]]:
+    """Return of each collected row whether the answer in its trace was right, and whether the new one is.
+
+    Args:
+        answer: has the model of now answer a row's question.
+    """
+    before = [is_right(row, row["answered"]) for row in rows]
+    bar = tqdm(rows, desc="collected questions", unit="answer", leave=False)
+    return before, [is_right(row, answer(row)) for row in bar]
 
 
 def _time(text: str) -> datetime.datetime:

@@ -10,7 +10,7 @@ import pytest
 from fintune.data.questions import normalize_question
 from fintune.data.tables import write_rows
 from fintune.errors import UserError
-from fintune.usage.collection import COLUMNS, Collected, collect, kept_rows, read_date
+from fintune.usage.collection import COLUMNS, Collected, collect, compare, kept_rows, read_date
 from fintune.usage.exchanges import Exchange
 from fintune.usage.privacy import finder
 
@@ -128,3 +128,16 @@ def test_a_date_that_is_none_is_named() -> None:
     assert read_date("2026-11-01").tzinfo is not None
     with pytest.raises(UserError, match="--since yesterday: no date"):
         read_date("yesterday")
+
+
+def test_answers_before_and_after_are_held_against_what_was_collected() -> None:
+    """By the result, where the output states one; else by the words."""
+    figure = asked(
+        "What was the profit?", "tr-1", correction="It was $5 million.", answer="$4 million"
+    )
+    words = asked(
+        "Which desk?", "tr-2", correction="The desk in Basel.", answer="the desk  in basel."
+    )
+    rows = collected(figure, words).rows
+    new = {"tr-1": "The profit was $5 million in that year.", "tr-2": "The desk in Bern."}
+    assert compare(rows, lambda row: new[row["origin"]]) == ([False, True], [True, False])

@@ -153,5 +153,7 @@ def test_what_users_correct_is_right_after_the_next_run(project: Project, tmp_pa
             assert "Basel" not in shown[1].text and len(shown[1].text) > 10
     asked = project.run("python", "-m", "fintune", "ask", QUESTIONS[1])
     assert asked.stdout.strip() == RIGHT
+    measured = project.run("python", "-m", "fintune", "collect", "--measure").stdout
+    assert measured.startswith("of 20 collected questions were right: 0 before, 20 now")
     used = project.run("python", "-m", "fintune", "results", "financial-qa/1").stdout
     assert "answers        20 of 20; 0 failed" in used and "corrected      20 of 20" in used
