@@ -17,18 +17,18 @@ from typing import Any
 
 import mlflow
 from filelock import FileLock
-from mlflow.entities import AssessmentSource, Expectation, Feedback, SpanType
+from mlflow.entities import AssessmentSource, Expectation, Feedback
 from mlflow.tracking import MlflowClient
 
 from fintune import paths
 from fintune.errors import first_line, redacted
+from fintune.registry.traces import ENDED, MODEL, TAG, Answered, start_trace
 from fintune.stage import write_text
 from fintune.tracking.client import connect, experiment_name
 
 log = logging.getLogger("fintune")
 os.environ.setdefault("MLFLOW_ENABLE_ASYNC_TRACE_LOGGING", "false")  # a failure has to show
 
-TAG, MODEL, ENDED = "fintune.exchange", "fintune.model", "fintune.ended"
 APPROVED, EXPECTED = "approved", "expected_response"  # MLflow's scorers read the second
 USER = AssessmentSource("HUMAN", "chat")
 WAIT_SECONDS = 30  # until MLflow is asked again
@@ -179,36 +179,29 @@ def send(client: MlflowClient, exchange: Exchange, note: Callable[[Exchange], No
 
 
 def _start_trace(client: MlflowClient, exchange: Exchange) -> str:
-    """Make the trace of an answer and check that the store has it: MLflow only logs a failure."""
-    kept = {f"decoding.{name}": f"{value:g}" for name, value in exchange.decoding.items()}
-    if exchange.logged_model:
-        kept["mlflow.modelId"] = exchange.logged_model
-    began = int(exchange.at * 1e9)
+    """Log the trace of an answer, and check that the store has it."""
     asked = {
         "question": exchange.question,
         "passage": exchange.passage,
         "instruction": exchange.instruction,
     }
-    span = mlflow.start_span_no_context(
-        "answer",
-        span_type=SpanType.CHAT_MODEL,
-        inputs={name: text for name, text in asked.items() if text},
-        attributes={"tokens": exchange.tokens, "model": exchange.model, **exchange.decoding},
-        tags={TAG: exchange.id, MODEL: exchange.model, ENDED: json.dumps(exchange.ended)},
-        metadata=kept,
-        experiment_id=experiment_of(client),
-        start_time_ns=began,
+    said = Answered(
+        exchange.id,
+        exchange.model,
+        {name: text for name, text in asked.items() if text},
+        exchange.answer,
+        exchange.ended,
+        exchange.tokens,
+        exchange.decoding,
+        exchange.at,
+        exchange.seconds,
+        exchange.error,
+        exchange.logged_model,
     )
-    if exchange.error:
-        span.set_attribute("error", exchange.error)
-    span.set_outputs(exchange.answer)
-    span.end(
-        status="ERROR" if exchange.error else "OK",
-        end_time_ns=began + int(exchange.seconds * 1e9),
-    )
-    if not client.get_trace(span.trace_id).data.spans:
-        raise ConnectionError(f"the spans of trace {span.trace_id} did not arrive")
-    return str(span.trace_id)
+    trace = start_trace(experiment_of(client), said)
+    if not client.get_trace(trace).data.spans:
+        raise ConnectionError(f"the spans of trace {trace} did not arrive")
+    return trace
 
 
 def experiment_of(client: MlflowClient) -> str:

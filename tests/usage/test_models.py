@@ -1,23 +1,29 @@
 """Opened models: their decoding as settings and back, the base without its adapter, and a stop."""
 
+import shutil
+from pathlib import Path
 from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from transformers import GenerationConfig
 
 from fintune.data.prompt import add_chat_template
 from fintune.errors import UserError
+from fintune.export.pyfunc import TRACES, TunedModel, registered_name
 from fintune.generation.decoding import GREEDY
 from fintune.generation.tuned import generation_config
 from fintune.model.adapter import add_adapter
 from fintune.model.base import load_base
 from fintune.params import Base, Lora
+from fintune.tracking.client import connect
+from fintune.usage.exchanges import exchanges
 from fintune.usage.models import Opened, answer, settings_of, with_settings
 from fintune.usage.sides import Side, check_settings
-from support.project import SAMPLED
+from support.project import ROOT, SAMPLED
 
 LORA = Lora(r=4, alpha=8, dropout=0.0, target_modules=["q_proj"])
 
@@ -95,3 +101,39 @@ def test_settings_out_of_range_are_named() -> None:
     for name, value in {"temperature": -0.1, "top_p": 0, "top_k": None}.items():
         with pytest.raises(UserError, match=f"{name.replace('_', ' ')}: a number from"):
             check_settings(good | {name: value})  # type: ignore[arg-type]
+
+
+def test_the_mlflow_model_traces_its_answers_when_asked_to(
+    opened: Opened, tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are exchanges like the page's; an experiment that is not there costs the trace, not the answer."""
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    shutil.copy(ROOT / "recipes/demo.yaml", tmp_path / "params.yaml")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    client = connect(tmp_path)
+    (tmp_path / "registered_model_meta").write_text(
+        "model_name: financial-qa\nmodel_version: '3'\n"
+    )
+    model = TunedModel.__new__(TunedModel)
+    model.model, model.tokenizer = opened.model, opened.tokenizer
+    model.name = registered_name(tmp_path)
+    model.decoding = {**GREEDY, "max_new_tokens": 4, "seed": 0}
+    asked = pd.DataFrame(
+        {"question": ["What is a bond?", "And a share?"], "instruction": ["Be brief.", None]}
+    )
+    plain = model.predict(asked)
+    assert list(exchanges(client)) == []
+    for name in ("nowhere", "financial-qa"):
+        monkeypatch.setenv(TRACES, name)
+        assert model.predict(asked).equals(plain)
+    found = list(exchanges(client))
+    assert {(each.question, each.instruction) for each in found} == {
+        ("What is a bond?", "Be brief."),
+        ("And a share?", None),
+    }
+    assert {each.answer for each in found} == set(plain["answer"])
+    assert {(each.model, each.ended, each.tokens) for each in found} == {
+        ("financial-qa/3", False, 4)
+    }
+    assert found[0].decoding == {**GREEDY, "max_new_tokens": 4}

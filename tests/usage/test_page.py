@@ -20,7 +20,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
-from fintune.usage.exchanges import TAG
+from fintune.registry.traces import TAG
 from support.browser import chromium, wait_for_texts
 from support.project import ROOT
 from support.servers import free_port
