@@ -42,4 +42,7 @@ def main(given: argparse.Namespace) -> None:
     name = given.version or identify(client, str(paths.MERGED))[0]
     if name not in FOLDERS:
         send_waiting(client, root)
-        print(f"\n{use_of(client, find_version(client, name))}")
+        if used := use_of(client, find_version(client, name)):
+            print(f"\n{used}")
+        elif given.version:
+            print(f"\nUse of {name}: no traces since it was registered")

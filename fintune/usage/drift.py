@@ -20,14 +20,17 @@ USUAL = 0.95  # of the test questions are no more unlike the training's than thi
 EXAMPLES = 3
 
 
-def use_of(client: MlflowClient, version: Any) -> str:
-    """Say how a registered version is used: answers, what users say of them, and unlike questions."""
+def use_of(client: MlflowClient, version: Any) -> str | None:
+    """Say how a registered version is used: answers, what users say of them, and unlike questions.
+
+    Without a trace since its registration, None.
+    """
     name = f"{version.name}/{version.version}"
     since = version.creation_timestamp / 1000
     found = [each for each in exchanges(client, since) if each.model == name]
-    day = datetime.fromtimestamp(since, UTC).strftime("%Y-%m-%d")
     if not found:
-        return f"Use of {name}  no traces since it was registered on {day}"
+        return None
+    day = datetime.fromtimestamp(since, UTC).strftime("%Y-%m-%d")
     lines = [f"Use of {name} since it was registered on {day}", *summary(found), *unlike(found)]
     return "\n".join(lines)
 
