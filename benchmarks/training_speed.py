@@ -284,7 +284,8 @@ def our_steps(
         max_grad_norm=1.0, epochs=9.0, max_steps=steps, rows_per_step=rows_per_step,
         parallel=parallel, processes="auto", attention="auto", kernels=kernels, checkpointing=checkpointing,
         dequantize="auto" if products == "fp8" else dequantize, products=products,
-        tokens_per_pass=tokens_per_pass, validate_every_steps=steps, early_stopping_patience=None,
+        tokens_per_pass=tokens_per_pass, validate_every_steps=steps, checkpoint_every_steps=None,
+        early_stopping_patience=None,
         keep="last",
         end_token="new", seed=0,
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """The parameters: one frozen, strict class for each section of params.yaml.
 
-No value has a default. `read_params` validates the whole file at every stage and reports every
-problem at once, so a typo in `train` is found before `fetch` runs.
+Keys whose value is the same in most projects may be left out. `read_params` validates the whole file at
+every stage and reports every problem at once, so a typo in `train` is found before `fetch` runs.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ SECRET = re.compile(
 )  # in a URL's query
 # a method of pydantic's metaclass, which it takes for an attribute of MergeExport's parent
 warnings.filterwarnings("ignore", 'Field name "register" in "MergeExport" shadows')
-ALL_LINEAR = "all-linear"
+ALL_LINEAR: Literal["all-linear"] = "all-linear"
 AUTO, VALUES = "(auto)", "(values)"  # tags of generation.decoding's two forms, left out of messages
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -88,14 +88,14 @@ class Source(Section):
     """A source of question-answer records, its shape, and the share of its questions that is taken."""
 
     source: Name
-    revision: Name | None
-    config: Name | None
-    split: Name
-    share: Annotated[float, Field(gt=0, le=1)]
-    shape: Literal["auto", "columns", "messages"]
-    turns: Literal["last", "all"]
+    revision: Name | None = None
+    config: Name | None = None
+    split: Name = "train"
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    shape: Literal["auto", "columns", "messages"] = "auto"
+    turns: Literal["last", "all"] = "last"
     columns: Columns
-    default_instruction: Name | None
+    default_instruction: Name | None = None
 
     @field_validator("source")
     @classmethod
@@ -123,8 +123,8 @@ class Source(Section):
 class Fetch(Source):
     """The source of the records, perhaps more of them, and the handling of unusable rows."""
 
-    more: list[Source]
-    invalid_rows: Literal["drop", "refuse"]
+    more: list[Source] = []
+    invalid_rows: Literal["drop", "refuse"] = "drop"
 
 
 class Split(Section):
@@ -133,10 +133,10 @@ class Split(Section):
     A null fraction holds out only the rows that `fetch.columns.split` assigns.
     """
 
-    seed: Seed
+    seed: Seed = 13
     validation_fraction: Fraction | None
     test_fraction: Fraction | None
-    near_duplicate_similarity: Annotated[float, Field(ge=0.5, le=1)] | None
+    near_duplicate_similarity: Annotated[float, Field(ge=0.5, le=1)] | None = 0.7
 
     @model_validator(mode="after")
     def _something_left_to_train_on(self) -> "Split":
@@ -149,7 +149,7 @@ class Base(Section):
     """The base model: a local folder, or a hub id pinned to a commit."""
 
     model: Name
-    revision: Name | None
+    revision: Name | None = None
 
     @property
     def is_folder(self) -> bool:
@@ -180,9 +180,9 @@ class Base(Section):
 class Format(Section):
     """The layout of prompts and answers, the maximum length of a row in tokens, and longer rows' handling."""
 
-    template: Literal["seed", "base"]
+    template: Literal["seed", "base"] = "seed"
     max_tokens: Annotated[int, Field(ge=16)]
-    overlong: Literal["truncate", "drop"]
+    overlong: Literal["truncate", "drop"] = "truncate"
 
 
 class Lora(Section):
@@ -190,14 +190,12 @@ class Lora(Section):
 
     r: Count
     alpha: Annotated[int | float, Field(gt=0)]
-    dropout: Annotated[float, Field(ge=0, lt=1)]
-    target_modules: Annotated[list[Name], Field(min_length=1)] | Literal["all-linear"]
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: Annotated[list[Name], Field(min_length=1)] | Literal["all-linear"] = ALL_LINEAR
 
 
-PLACE = {
-    "parallel",
-    "processes",
-}  # of `train`: where it is computed; a training goes on with other ones
+# of `train`: where it is computed, and what is kept of it; a training goes on with other ones
+PLACE = {"parallel", "processes", "checkpoint_every_steps"}
 
 
 class Train(Section):
@@ -208,30 +206,31 @@ class Train(Section):
     base's products are, does by some thousandths of a nat. `auto` chooses by hardware.
     """
 
-    quantization: Literal["nf4", "none"]
-    precision: Literal["auto", "bfloat16", "float16", "float32"]
+    quantization: Literal["nf4", "none"] = "nf4"
+    precision: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     lora: Lora
     learning_rate: Positive
-    schedule: Literal["cosine", "linear", "constant"]
-    warmup_fraction: Annotated[float, Field(ge=0, lt=1)]
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)]
-    max_grad_norm: Positive
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    max_grad_norm: Positive = 1.0
     epochs: Positive
-    max_steps: Count | None
+    max_steps: Count | None = None
     rows_per_step: Count
-    parallel: Literal["auto", "none", "ddp", "fsdp"]
-    processes: Annotated[int | Literal["auto"], PlainValidator(_auto_or_count)]
-    attention: Literal["auto", "varlen", "sdpa", "padded"]
-    kernels: Literal["auto", "fused", "plain"]
-    checkpointing: Literal["auto", "none", "selective", "full"]
-    dequantize: Literal["auto", "once", "always"]
-    products: Literal["auto", "bfloat16", "fp8"]
-    tokens_per_pass: Annotated[int | Literal["auto"], PlainValidator(_auto_or_count)]
+    parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"
+    processes: Annotated[int | Literal["auto"], PlainValidator(_auto_or_count)] = "auto"
+    attention: Literal["auto", "varlen", "sdpa", "padded"] = "auto"
+    kernels: Literal["auto", "fused", "plain"] = "auto"
+    checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
+    dequantize: Literal["auto", "once", "always"] = "auto"
+    products: Literal["auto", "bfloat16", "fp8"] = "auto"
+    tokens_per_pass: Annotated[int | Literal["auto"], PlainValidator(_auto_or_count)] = "auto"
     validate_every_steps: Count
-    early_stopping_patience: Count | None
-    keep: Literal["best_loss", "best_answers", "last"]
-    end_token: Literal["new", "base"]
-    seed: Seed
+    checkpoint_every_steps: Count | None = None
+    early_stopping_patience: Count | None = None
+    keep: Literal["best_loss", "best_answers", "last"] = "best_loss"
+    end_token: Literal["new", "base"] = "new"
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _fused_packs(self) -> "Train":
@@ -277,7 +276,7 @@ class Generation(Section):
     decoding: Annotated[
         Annotated[Literal["auto"], Tag(AUTO)] | Annotated[Sampler, Tag(VALUES)],
         Discriminator(lambda given: VALUES if isinstance(given, dict | Sampler) else AUTO),
-    ]
+    ] = "auto"
     max_new_tokens: Count
 
     @field_validator("decoding", mode="before")
@@ -308,9 +307,9 @@ class Embedding(Section):
 class Harness(Section):
     """Tasks of lm-evaluation-harness for base and tuned model; an empty `tasks` runs none."""
 
-    tasks: list[Name]
-    include_path: Name | None
-    limit: Count | None
+    tasks: list[Name] = []
+    include_path: Name | None = None
+    limit: Count | None = None
 
 
 class Gate(Section):
@@ -325,23 +324,23 @@ class Gate(Section):
     min_accuracy_gain: Annotated[float, Field(ge=-1, le=1)] | None
     max_forgetting: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
     max_loss_above_champion: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
-    strict: bool
+    strict: bool = False
 
 
 class Evaluate(Section):
     """The comparison of base, tuned model and champion on the test rows."""
 
     max_rows: Count | None
-    samples_per_prompt: Count
-    engine: Literal["built_in", "vllm"]
-    rows_per_batch: Annotated[int | Literal["auto"], PlainValidator(_auto_or_count)]
-    kernels: Literal["auto", "fused", "plain"]
-    embedding: Embedding | None
+    samples_per_prompt: Count = 2
+    engine: Literal["built_in", "vllm"] = "built_in"
+    rows_per_batch: Annotated[int | Literal["auto"], PlainValidator(_auto_or_count)] = "auto"
+    kernels: Literal["auto", "fused", "plain"] = "auto"
+    embedding: Embedding | None = None
     general_text: Name | None
-    champion: Annotated[str, Field(pattern=r"^[^/:@]+$")] | None
-    harness: Harness
-    bootstrap_samples: Count
-    seed: Seed
+    champion: Annotated[str, Field(pattern=r"^[^/:@]+$")] | None = "registered"
+    harness: Harness = Harness()
+    bootstrap_samples: Count = 1000
+    seed: Seed = 0
     gate: Gate
 
     def champion_of(self, registered: str) -> str | None:
@@ -368,14 +367,14 @@ class MergeExport(Section):
     base's nor the data's is.
     """
 
-    weights: Literal["trained_on", "original"]
-    dtype: Literal["bfloat16", "float16", "float32"]
-    check_rows: Count
-    max_loss_difference: Positive
-    gguf: list[Literal["f16", "q8_0"]]
+    weights: Literal["trained_on", "original"] = "trained_on"
+    dtype: Literal["bfloat16", "float16", "float32"] = "float16"
+    check_rows: Count = 64
+    max_loss_difference: Positive = 0.02
+    gguf: list[Literal["f16", "q8_0"]] = []
     registered_model: Annotated[str, Field(pattern=r"^[^/:@]+$")]
-    register: Literal["passed", "always", "never"]
-    license: Name | None
+    register: Literal["passed", "always", "never"] = "passed"
+    license: Name | None = None
 
 
 class Params(Section):
@@ -416,6 +415,42 @@ def read_params(path: Path = PARAMS_FILE) -> Params:
         problems = [_describe(problem) for problem in error.errors()]
     lines = "\n".join(f"  {line}" for line in problems)
     raise UserError(f"{path}: {len(problems)} problem{'s' * (len(problems) > 1)}\n{lines}")
+
+
+def with_usual(sections: dict[str, Any]) -> dict[str, Any]:
+    """Return sections of a parameter file with the values that left-out keys have."""
+    return {
+        name: _filled(Params.model_fields[name].annotation, given)
+        if name in Params.model_fields and isinstance(given, dict)
+        else given
+        for name, given in sections.items()
+    }
+
+
+def _filled(annotation: Any, given: dict[str, Any]) -> dict[str, Any]:
+    sections = [kind for kind in _members(annotation) if issubclass(kind, Section)]
+    found = dict(given)
+    for key, field in sections[0].model_fields.items() if sections else ():
+        if isinstance(value := given.get(key), dict):
+            found[key] = _filled(field.annotation, value)
+        elif not field.is_required() and key not in given:
+            usual = field.default
+            found[key] = usual.model_dump() if isinstance(usual, Section) else usual
+    return found
+
+
+def left_out(section: Section, prefix: str = "") -> dict[str, Any]:
+    """Return the values of the keys that a parameter file leaves out, by dotted key."""
+    found: dict[str, Any] = {}
+    for key in type(section).model_fields:
+        value = getattr(section, key)
+        if isinstance(section, Columns):
+            continue  # there, null is nothing that is taken
+        if key not in section.model_fields_set:
+            found[prefix + key] = value.model_dump() if isinstance(value, Section) else value
+        elif isinstance(value, Section):
+            found |= left_out(value, f"{prefix}{key}.")
+    return found
 
 
 def read_name(path: Path = PARAMS_FILE) -> str | None:
@@ -477,6 +512,8 @@ def _describe(problem: Any) -> str:
         case "extra_forbidden":
             near = difflib.get_close_matches(path[-1], _keys_at(path[:-1]), n=1, cutoff=0.5)
             return f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
+        case "model_type" | "dict_type":
+            return f"{key}: {problem['input']!r} where keys are expected"
         case "missing":
             return f"{key}: missing"
         case "value_error":

@@ -15,7 +15,7 @@ COLLECTED = OWN_DATA / "collected.parquet"
 RAW = DATA / "raw"
 RAW_ROWS = RAW / "qa.parquet"
 MANIFEST = RAW / "manifest.json"
-DROPPED = RAW / "dropped.csv"
+DROPPED = Path("dropped.csv")  # in each of the three folders of rows
 SPLIT = DATA / "split"
 FORMATTED = DATA / "formatted"
 

@@ -9,7 +9,7 @@ from typing import Any
 from fintune import paths
 from fintune.data.formatting import format_rows, tokens_told
 from fintune.data.prompt import describe_layout, load_tokenizer
-from fintune.data.tables import SPLITS
+from fintune.data.tables import SPLITS, list_dropped
 from fintune.errors import UserError
 from fintune.hub.models import KNOWN, check_base, check_positions, read_config_file
 from fintune.params import read_params
@@ -25,11 +25,13 @@ def main() -> None:
     check_type(config)
     tokenizer = load_tokenizer(params.base, "new", params.format.template)
     log.info("%s", describe_layout(tokenizer))
-    report = {}
+    report, lost = {}, []
     for split in SPLITS:
         source, target = (paths.rows(each, split) for each in (paths.SPLIT, paths.FORMATTED))
-        report[split] = format_rows(tokenizer, source, target, params.format, split)
+        report[split], dropped = format_rows(tokenizer, source, target, params.format, split)
+        lost += [(split, *each) for each in dropped]
         log.info("%s: %s", split, tokens_told(report[split]))
+    list_dropped(paths.FORMATTED, ("split", "row", "reason", "text"), lost)
     write_json(paths.FORMAT_METRICS, report)
 
 

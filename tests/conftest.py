@@ -92,7 +92,6 @@ def make_project(
         (folder / "assets/demo-base").mkdir(parents=True)
         (folder / "assets/demo-base/README.md").write_text("Not used here: base.model is base.\n")
         (folder / "data/source").mkdir(parents=True)
-        (folder / ".dvc").mkdir()
         shutil.copy(ROOT / ".dvc/config", folder / ".dvc/config")
         shutil.copy(ROOT / "assets/general-text.jsonl", folder / "assets/general-text.jsonl")
         questions = (ROOT / "assets/demo-questions.jsonl").read_text().splitlines()[::7]

@@ -12,7 +12,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from fintune import paths
-from fintune.params import Params, read_params
+from fintune.params import Params, left_out, read_params
 from fintune.training.checkpoints import CODE
 from tools.smollm2 import OUT as MADE_BASE
 
@@ -402,7 +402,8 @@ def test_recipe_is_valid(recipe: Path, tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "assets").symlink_to(ROOT / "assets")
     (tmp_path / MADE_BASE).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    read_params(recipe)
+    params = read_params(recipe)
+    assert bool(left_out(params)) == (recipe.stem == "own-data")
 
 
 def test_dvc_sends_nothing_and_hydra_is_off() -> None:

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 from dvc.utils.serialize import modify_yaml
+from ruamel.yaml import YAML
 
 from fintune.errors import UserError
-from fintune.params import read_name, read_params
+from fintune.params import Params, left_out, read_name, read_params, with_usual
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "recipes/demo.yaml"
@@ -99,6 +100,12 @@ def test_settings_that_exclude_each_other(tmp_path: Path, edits: list[str], expe
             "\n    output: output",
             "",
             "fetch.columns: give input and output, or",
+        ),
+        ("more: []", "more: none", "fetch.more"),
+        (
+            "  lora:\n    r: 32",
+            "  lora: 16\n  x:\n    r: 32",
+            "train.lora: 16 where keys are expected",
         ),
         ("model: assets/demo-base", "model: some/where/else", "base: model: some/where/else"),
         ("model: assets/demo-base", "model: acme/tiny", "set revision to one of the commits"),
@@ -227,3 +234,62 @@ def test_an_applied_experiment_changes_one_line(recipe: Path, tmp_path: Path) ->
     assert len(before) == len(after)
     changed_lines = [new for old, new in zip(before, after, strict=True) if old != new]
     assert [line.split("#")[0].rstrip() for line in changed_lines] == ["  learning_rate: 0.00123"]
+
+
+def test_keys_with_a_usual_value_may_be_left_out(tmp_path: Path) -> None:
+    """What is left out is taken as most recipes have it, and can be shown."""
+    short = tmp_path / "short.yaml"
+    short.write_text(SHORT)
+    params = read_params(short)
+    taken = left_out(params)
+    assert taken["train.seed"] == 0 and taken["train.lora.target_modules"] == "all-linear"
+    assert taken["fetch.share"] == 1.0 and taken["split.near_duplicate_similarity"] == 0.7
+    assert taken["evaluate.harness"] == {"tasks": [], "include_path": None, "limit": None}
+    given = YAML(typ="safe").load(short)
+    assert not {f"{section}.{key}" for section in given for key in given[section]} & set(taken)
+    assert Params.model_validate(with_usual(given)).model_dump() == params.model_dump()
+    assert not left_out(Params.model_validate(with_usual(given)))
+    assert not left_out(read_params(DEMO))
+
+
+def test_a_required_key_is_named(tmp_path: Path) -> None:
+    for key in ("registered_model", "learning_rate", "source"):
+        short = tmp_path / "short.yaml"
+        short.write_text("\n".join(each for each in SHORT.splitlines() if f" {key}:" not in each))
+        assert f".{key}: missing" in problems(short)
+
+
+SHORT = """
+fetch:
+  source: assets/demo-questions.jsonl
+  columns: {input: input, output: output}
+  default_instruction: Answer.
+split:
+  validation_fraction: 0.1
+  test_fraction: 0.1
+base:
+  model: assets/demo-base
+format:
+  max_tokens: 256
+train:
+  lora: {r: 16, alpha: 32}
+  learning_rate: 1e-3
+  epochs: 1
+  rows_per_step: 16
+  validate_every_steps: 20
+generation:
+  max_new_tokens: 64
+evaluate:
+  max_rows: 64
+  general_text: assets/general-text.jsonl
+  gate:
+    min_perplexity_reduction: 0.1
+    min_stop_rate: 0.9
+    max_loop_rate: 0.05
+    min_accuracy_gain:
+    max_forgetting: 0.5
+    max_loss_above_champion: 0.05
+merge_export:
+  check_rows: 8
+  registered_model: short
+"""

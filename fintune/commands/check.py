@@ -19,7 +19,7 @@ from typing import Any
 
 from fintune.errors import UserError
 from fintune.lineage import project_root
-from fintune.params import PARAMS_FILE, read_params, read_valid_sections
+from fintune.params import PARAMS_FILE, left_out, read_params, read_valid_sections
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,9 +44,7 @@ def main(given: argparse.Namespace) -> None:
 
     logging.getLogger("transformers").setLevel(logging.ERROR)  # of rows that format would cut
     found, about = Findings(), dict[str, Any]()
-    found.check(
-        "parameters", lambda: f"{given.recipe}: {'valid' * bool(read_params(given.recipe))}"
-    )
+    found.check("parameters", lambda: _said(given.recipe, left_out(read_params(given.recipe))))
     try:
         sections = read_valid_sections(given.recipe)
     except UserError:
@@ -59,6 +57,13 @@ def main(given: argparse.Namespace) -> None:
     if problems := found.problems:
         names = ", ".join(dict.fromkeys(each.what for each in problems))
         sys.exit(f"error: {len(problems)} problem{'s' * (len(problems) > 1)}: {names}")
+
+
+def _said(recipe: Path, taken: dict[str, Any]) -> str:
+    shown = [
+        f"{key} {json.dumps(value)}" for key, value in taken.items() if value not in (None, [])
+    ]
+    return f"{recipe}: valid" + (f"; left out, so taken: {', '.join(shown)}" if shown else "")
 
 
 def _positive(text: str) -> float:

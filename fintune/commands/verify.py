@@ -29,6 +29,7 @@ from fintune.lineage import (
     output_hashes,
     project_root,
 )
+from fintune.params import with_usual
 
 HOLDS, FAILS, UNCHECKED = "holds", "FAILS", "unchecked"
 Line = tuple[str, str]
@@ -199,7 +200,9 @@ def _same_params(by: str, said: dict[str, str], lock: Lock) -> Line:
     locked: dict[str, Any] = {}
     for name in UPSTREAM:
         locked |= locked_params(lock.stages.get(name, {}))
-    expected = as_texts(locked)
+    expected = as_texts(with_usual(locked)) | as_texts(locked)
+    former = set(expected) - set(as_texts(locked)) - set(said)  # keys that came later
+    expected = {key: value for key, value in expected.items() if key not in former}
     names = {*said, *expected}
     apart = sorted(key for key in names if _value(said.get(key)) != _value(expected.get(key)))
     if not apart:

@@ -24,7 +24,7 @@ from fintune.data.prompt import (
 )
 from fintune.data.records import counted, warn_of_dropped
 from fintune.data.stream import batches, open_rows, ordered, writer
-from fintune.data.tables import COLUMNS
+from fintune.data.tables import COLUMNS, LISTED
 from fintune.data.unpacking import Row
 from fintune.data.words import sentence_ends, word_ends
 from fintune.errors import UserError, brief
@@ -35,6 +35,10 @@ LONGEST_WORD = 40  # characters
 # not fit, as no token but white space is as long. Tokenizing 10 MB takes gigabytes.
 READ, READ_A_TOKEN = 100_000, 64
 AT_ONCE = 1_024  # rows
+
+Lost = tuple[
+    int, str, str
+]  # a dropped row: its number from 1, the reason, the beginning of its question
 
 
 def schema_of(given: pa.Schema) -> pa.Schema:
@@ -170,7 +174,7 @@ class Formatted(NamedTuple):
 
     rows: pa.RecordBatch
     events: Counter[str]
-    examples: list[str]  # of dropped rows
+    lost: list[Lost]  # number in the batch, reason, beginning of its question
     reason: str  # a chat template's, for refusing a row
 
 
@@ -194,14 +198,9 @@ def format_batch(batch: pa.RecordBatch, tokenizer: Tokenizer, params: Format) ->
             except Refused as refused:
                 event, reason = "template", str(refused)
         found.append((formatted, event))
-    examples = [
-        f"{brief(row['input'], 60)!r} "
-        + (
-            f"fails: the base's chat template {reason}"
-            if event == "template"
-            else f"is {str(event).replace('_', ' ')}"
-        )
-        for row, (formatted, event) in zip(rows, found, strict=True)
+    lost = [
+        (number, str(event), brief(row["input"], 100))
+        for number, (row, (formatted, event)) in enumerate(zip(rows, found, strict=True), start=1)
         if not formatted
     ]
     kept = [formatted for formatted, _ in found if formatted]
@@ -209,25 +208,26 @@ def format_batch(batch: pa.RecordBatch, tokenizer: Tokenizer, params: Format) ->
     return Formatted(
         pa.RecordBatch.from_pylist(kept, schema=schema),
         Counter(event for _, event in found if event),
-        examples,
+        lost,
         reason,
     )
 
 
 def format_rows(
     tokenizer: Tokenizer, source: Path, target: Path, params: Format, split: str
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], list[Lost]]:
     """Format the rows of one split, from one table to another.
 
     Returns:
-        The token counts of the rows that fit, with the rows truncated and dropped, by reason.
+        The token counts of the rows that fit, with the rows truncated and dropped, by reason; and the first
+        of those that were dropped: number, reason and beginning.
 
     Raises:
         UserError: no row is left.
     """
     file = open_rows(source, COLUMNS)
     count = file.metadata.num_rows
-    events, examples, reason = Counter[str](), list[str](), ""
+    events, lost, reason, begin = Counter[str](), list[Lost](), "", 0
     tokens = [np.empty(0, np.int32)]
     work = partial(format_batch, tokenizer=tokenizer, params=params)
     with writer(target, schema_of(file.schema_arrow)) as write:
@@ -235,18 +235,25 @@ def format_rows(
             write(pa.Table.from_batches([done.rows]))
             tokens.append(done.rows.column("tokens").to_numpy())
             events += done.events
-            examples = [*examples, *done.examples][:3]
+            lost += [(begin + number, event, text) for number, event, text in done.lost]
+            del lost[LISTED:]
+            begin += done.rows.num_rows + len(done.lost)
             reason = done.reason or reason
         kept = np.concatenate(tokens)
         _check_kept(len(kept), count, events, reason, params, split)
+    examples = (
+        f"{brief(text, 60)!r} "
+        + (
+            f"fails: the base's chat template {reason}"
+            if event == "template"
+            else f"is {event.replace('_', ' ')}"
+        )
+        for _, event, text in lost
+    )
     warn_of_dropped(f"format {split}", count - len(kept), examples, count)
-    truncated = events.pop("truncated", 0)
-    return {
-        **describe_tokens(kept),
-        "rows_truncated": truncated,
-        "rows_dropped": count - len(kept),
-        "dropped": dict(sorted(events.items())),
-    }
+    report = describe_tokens(kept)
+    report |= {"rows_truncated": events.pop("truncated", 0), "rows_dropped": count - len(kept)}
+    return report | {"dropped": dict(sorted(events.items()))}, lost
 
 
 def _check_kept(

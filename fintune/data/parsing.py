@@ -15,17 +15,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from fintune.data.parquet import open_parquet
 from fintune.data.stream import BATCH
 from fintune.data.unpacking import (
     Piece,
     Row,
     explained,
     lines_of,
-    source_limit,
     text_of,
-    too_large,
     unpacked,
     whole_text,
 )
@@ -37,7 +35,7 @@ LINES = (".jsonl", ".ndjson", ".jsonlines")
 SEPARATED = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
 FORMATS = (".parquet", ".json", *LINES, *SEPARATED)
 OTHER = {";": "semicolons", "\t": "tabs", "|": "bars"}  # as spreadsheets and databases write CSV
-PACKED = (".gz", ".zst")
+PACKED = (".gz", ".zst", ".bz2", ".xz")
 
 
 def suffix_of(name: str) -> tuple[str, ...]:
@@ -73,7 +71,9 @@ def open_table(path: Path, name: str) -> Pieces:
         format_ = format_ or _format_of(path, name)
     with explained(format_):
         if format_ == ".parquet":
-            return _parquet(path)
+            names, batches = open_parquet(path)
+            _refuse_twins(names, "")
+            return Pieces(names, True, batches)
         if format_ in SEPARATED:
             return _separated(path, SEPARATED[format_])
         if format_ in LINES:
@@ -128,29 +128,6 @@ def _refuse_twins(names: Iterable[str], place: str) -> None:
     twins = [name for name, count in Counter(names).items() if count > 1 and name]
     if twins:
         raise RecordError(f"{place}: two columns have the name {brief(twins[0])!r}; rename one")
-
-
-def _parquet(path: Path) -> Pieces:
-    with path.open("rb") as file:
-        is_plain = file.read(4) == b"PAR1"
-    source: Any = path
-    if not is_plain:
-        with unpacked(path) as read:
-            source = pa.BufferReader(read(source_limit() + 1))
-    file_ = pq.ParquetFile(source)
-    names = file_.schema_arrow.names
-    _refuse_twins(names, "")
-    groups = (file_.metadata.row_group(i) for i in range(file_.metadata.num_row_groups))
-    if sum(group.total_byte_size for group in groups) > source_limit():
-        raise too_large("unpacked, it has")
-
-    def read_batches(wanted: Collection[str]) -> Iterator[Piece]:
-        with explained(".parquet"):
-            columns = [name for name in names if name in wanted]
-            for batch in file_.iter_batches(BATCH, columns=columns, use_threads=False):
-                yield Piece(pa.Table.from_batches([batch]))
-
-    return Pieces(names, True, read_batches)
 
 
 def _separated(path: Path, separator: str) -> Pieces:

@@ -20,13 +20,12 @@ from fintune.data.records import (
     warn_of_dropped,
 )
 from fintune.data.shapes import Columns, Unusable, rows_of
-from fintune.data.tables import COLUMNS, OPTIONAL
+from fintune.data.tables import COLUMNS, LISTED, OPTIONAL
 from fintune.data.unpacking import Row
 from fintune.errors import RecordError, brief
 
 log = logging.getLogger("fintune")
 
-LISTED = 1000  # rows that were dropped, of each source
 SCHEMA = pa.schema([(name, pa.string()) for name in (*COLUMNS, *OPTIONAL)])
 
 

@@ -121,7 +121,8 @@ def hint(names: Iterable[str], columns: Columns) -> str:
 
 def describe(columns: Columns) -> str:
     """Say which columns of a source hold what."""
-    return ", ".join(f"{role} {name}" for role, name in columns.items() if name is not None)
+    named = ((role, name) for role, name in columns.items() if name is not None)
+    return ", ".join(name if name == role else f"{name} as {role}" for role, name in named)
 
 
 def rows_of(row: Row, columns: Columns, turns: Literal["last", "all"]) -> list[Row]:

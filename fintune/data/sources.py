@@ -1,7 +1,5 @@
 """Sources of rows: a file, a URL or a hub data set."""
 
-import csv
-import io
 import logging
 import os
 import shutil
@@ -21,13 +19,12 @@ from fintune.data.records import counted
 from fintune.data.selection import SCHEMA, Rules, Selected, check_selected, select_records
 from fintune.data.shapes import describe, hint, recognise
 from fintune.data.stream import BATCH, ordered, spool, unspool, writer
-from fintune.data.tables import COLUMNS, is_table_file, opened, placed
+from fintune.data.tables import COLUMNS, check_sizes, is_table_file, list_dropped, opened, placed
 from fintune.data.unpacking import Piece, Row
 from fintune.errors import RecordError, UserError
 from fintune.hub.datasets import read_dataset
 from fintune.lineage import project_root
 from fintune.params import Fetch, Source
-from fintune.stage import write_text
 
 log = logging.getLogger("fintune")
 # dvc.yaml lists files in these as fetch's dependencies
@@ -62,9 +59,7 @@ def fetch_records(params: Fetch, target: Path) -> dict[str, Any]:
                     write(pa.Table.from_batches([batch]).select(names))
     finally:
         shutil.rmtree(scratch)
-    listed = io.StringIO()
-    csv.writer(listed).writerows([("source", "row", "reason", "text"), *dropped])
-    write_text(folder / paths.DROPPED.name, listed.getvalue())
+    list_dropped(folder, ("source", "row", "reason", "text"), dropped)
     return entries[0] if len(entries) == 1 else _joined(entries)
 
 
@@ -98,7 +93,7 @@ def _fetch(
                 break
             columns = better
         if columns != part.columns.model_dump():
-            log.info("%s: recognised as %s", part.source, describe(columns))
+            log.info("%s: recognised the columns %s", part.source, describe(columns))
         dropped = check_selected(told, part.source, hint(names, columns))
     read = told.kept + sum(dropped.values())  # of a conversation, each answer that is learned
     log.info("%s: %d rows, %d kept; dropped: %s", part.source, read, told.kept, counted(dropped))
@@ -203,8 +198,10 @@ def opened_source(part: Source) -> Iterator[tuple[Pieces, dict[str, Any]]]:
     elif source.count("/") != 1 or source.startswith((".", "~", "/")):
         raise UserError(f"fetch.source: {source}: no such file, and neither a URL nor a hub id")
     else:
-        dataset, origin = read_dataset(source, part.revision, part.config, part.split)
         with placed(source):
+            dataset, origin = read_dataset(
+                source, part.revision, part.config, part.split, check_sizes
+            )
             yield _hub_table(dataset), origin
         return
     with opened(source) as table:

@@ -31,7 +31,7 @@ from fintune.data.questions import normalize_question
 from fintune.data.records import hash_of, warn_of_dropped
 from fintune.data.similar import Forest, group_similar
 from fintune.data.stream import batches, open_rows, ordered, spool, unspool
-from fintune.data.tables import COLUMNS, SPLITS
+from fintune.data.tables import COLUMNS, LISTED, SPLITS, list_dropped
 from fintune.errors import UserError, brief
 from fintune.params import Split
 from fintune.paths import rows as rows_of
@@ -95,6 +95,7 @@ def split_rows(source: Path, folder: Path, params: Split) -> tuple[dict[str, int
             counts, params, groups, normalize_question(example), bool(keys["assigned"].any())
         )
         write_in_order(file, unique, counts, [rows_of(folder, each) for each in SPLITS], scratch)
+        list_dropped(folder, ("row", "reason", "text"), _lost(file, kept, order, unique))
         left_out = {
             "duplicate": len(order) - len(unique),
             "held_out_question": len(kept) - len(order),
@@ -102,6 +103,16 @@ def split_rows(source: Path, folder: Path, params: Split) -> tuple[dict[str, int
         return left_out, groups
     finally:
         shutil.rmtree(scratch)
+
+
+def _lost(
+    file: pq.ParquetFile, kept: Numbers, order: Numbers, unique: Numbers
+) -> Iterator[tuple[int, str, str]]:
+    """Yield the first rows of each reason for leaving one out: number, reason and beginning."""
+    reasons = {"held_out_question": np.flatnonzero(~kept), "duplicate": np.setdiff1d(order, unique)}
+    for reason, found in reasons.items():
+        for row, text in zip(found, inputs_of(file, found[:LISTED]), strict=False):
+            yield int(row) + 1, reason, brief(text, 100)
 
 
 def _read_keys(file: pq.ParquetFile, seed: int, texts: Path) -> dict[str, Numbers]:

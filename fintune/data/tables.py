@@ -1,24 +1,32 @@
 """Tables of rows: read a source in any supported format; read and write parquet between stages."""
 
+import csv
+import io
 import stat
+import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from fintune import paths
 from fintune.data.download import downloaded
+from fintune.data.parquet import open_parquet, size_of
 from fintune.data.parsing import Pieces, names_of, open_table, rows_in, suffix_of
 from fintune.data.stream import open_rows
-from fintune.data.unpacking import Row, source_limit, too_large
+from fintune.data.unpacking import AT_ONCE, Row, explained, source_limit, too_large, unpacked
 from fintune.errors import RecordError
+from fintune.stage import write_text
 
 COLUMNS = ("instruction", "input", "output")
 OPTIONAL = ("result", "kind", "split", "group", "turns")
 Choice = Callable[[list[str]], Collection[str]]  # of the names of columns
+LISTED = 1000  # dropped rows that are listed, of each source and split
 SPLITS = ("train", "validation", "test")
 
 
@@ -72,6 +80,40 @@ def _check_file(path: Path) -> None:
         raise RecordError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
+def check_sizes(files: Iterable[Path] = (), stated: int = 0) -> None:
+    """Check that all files of a data set together have no more bytes than a source may have, unpacked.
+
+    Args:
+        stated: the bytes that they have as they are, before there are files.
+
+    Raises:
+        RecordError: they have, or one is an archive of a kind that is not looked into.
+    """
+    total, limit = stated, source_limit()
+    for file in files:
+        with placed(file.name), explained(suffix_of(file.name)[0]):
+            total += _unpacked_size(file)
+    if total > limit:
+        raise too_large("its files have" if stated else "unpacked, its files have")
+
+
+def _unpacked_size(file: Path) -> int:
+    with file.open("rb") as opened:
+        start = opened.read(8)
+    if start.startswith((b"7z\xbc\xaf", b"Rar!", b"\x04\x22\x4d\x18")):
+        raise RecordError(
+            ": an archive whose size is not known before it is unpacked; it is not read"
+        )
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            return sum(member.file_size for member in archive.infolist())
+    if start.startswith(b"PAR1"):
+        names, batches = open_parquet(file)
+        return sum(size_of(piece.content) for piece in batches(names))
+    with unpacked(file) as read:
+        return sum(len(part) for part in iter(lambda: read(AT_ONCE), b""))
+
+
 def read_source(source: str, choose: Choice = set) -> list[Row]:
     """Read a table as a whole.
 
@@ -106,6 +148,13 @@ def read_columns(
     """Read columns of a table that an earlier stage wrote, without a Python object for each value."""
     names = list(columns)
     return open_rows(path, names).read(names)
+
+
+def list_dropped(folder: Path, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    """List dropped rows in a file beside those that were kept."""
+    listed = io.StringIO()
+    csv.writer(listed).writerows([columns, *rows])
+    write_text(folder / paths.DROPPED, listed.getvalue())
 
 
 def usual_instruction(path: Path) -> str:

@@ -1,6 +1,8 @@
-"""Files as bytes and lines: unpacked from gzip or zstd, piece by piece, up to a limit."""
+"""Files as bytes and lines: unpacked from gzip, zstd, bzip2 or xz, piece by piece, up to a limit."""
 
+import bz2
 import gzip
+import lzma
 import math
 import os
 import zlib
@@ -13,8 +15,24 @@ import pyarrow as pa
 
 from fintune.errors import RecordError, brief
 
+PARSER_ERRORS = (
+    OSError,
+    EOFError,
+    zlib.error,
+    lzma.LZMAError,
+    ValueError,
+    ArithmeticError,
+    pa.ArrowException,
+)
 AT_ONCE = 2**22  # bytes of lines
 LIMIT, LIMIT_GIB = "FINTUNE_SOURCE_GIB", 8  # the variable, and the limit without it
+
+PACKINGS: dict[bytes, Callable[[Any], Any]] = {  # by their first bytes
+    b"\x1f\x8b": gzip.open,
+    b"\x28\xb5\x2f\xfd": lambda file: pa.CompressedInputStream(pa.PythonFile(file), "zstd"),
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\x00": lzma.open,
+}
 
 Row = dict[str, Any]
 
@@ -31,7 +49,7 @@ def explained(format_: str) -> Iterator[None]:
     """Make errors of parsers errors of a record."""
     try:
         yield
-    except (OSError, EOFError, zlib.error, ValueError, ArithmeticError, pa.ArrowException) as error:
+    except PARSER_ERRORS as error:
         raise RecordError(
             f": not a readable {format_[1:] or 'compressed'} table: {brief(error)}"
         ) from None
@@ -63,16 +81,16 @@ def too_large(what: str) -> RecordError:
 
 @contextmanager
 def unpacked(path: Path) -> Iterator[Callable[[int], bytes]]:
-    """Yield a function that reads bytes of a file, unpacked from gzip or zstd, up to the limit."""
+    """Yield a function that reads bytes of a file, unpacked, up to the limit."""
     limit, count = source_limit(), 0
     with path.open("rb") as file, ExitStack() as stack:
-        start = file.read(4)
+        start = file.read(8)
         file.seek(0)
         stream: Any = file
-        if start.startswith(b"\x1f\x8b"):
-            stream = stack.enter_context(gzip.open(file))
-        elif start == b"\x28\xb5\x2f\xfd":
-            stream = stack.enter_context(pa.CompressedInputStream(pa.PythonFile(file), "zstd"))
+        if unpack := next(
+            (each for begin, each in PACKINGS.items() if start.startswith(begin)), None
+        ):
+            stream = stack.enter_context(unpack(file))
 
         def read(size: int) -> bytes:
             nonlocal count

@@ -78,7 +78,7 @@ def take_sample(part: Source, sample: Sample) -> None:
     lost = sum(told.dropped.values())
     sample.rows += told.kept * (1 + further / told.rows)
     sample.said.append(
-        f"{part.source}: {told.rows + further:,} rows; {describe(columns)}; "
+        f"{part.source}: {told.rows + further:,} rows; columns {describe(columns)}; "
         f"{lost:,} of the first {told.rows:,} would be dropped"
     )
 

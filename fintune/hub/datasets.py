@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,11 +22,13 @@ def read_dataset(
     revision: str | None,
     config: str | None,
     split: str,
+    check_sizes: Callable[[Iterable[Path], int], None],
 ) -> tuple[Any, dict[str, Any]]:
     """Download one split of a hub data set, or read it from the local cache.
 
     Args:
         config: which of its configurations; None if it has only one.
+        check_sizes: raises an error for files, or a number of bytes, that are too large.
 
     Returns:
         The rows, as a `datasets.Dataset`, and their origin: `revision`, the commit hash, and the `license` in
@@ -34,9 +36,9 @@ def read_dataset(
 
     Raises:
         UserError: no revision is set, or the hub refuses, is unreachable or fails midway; interrupted
-            downloads resume.
+            downloads resume. The data set is too large.
     """
-    commit = _commit(name, revision)
+    commit = _commit(name, revision, check_sizes)
     from huggingface_hub import snapshot_download
 
     try:
@@ -54,7 +56,7 @@ def read_dataset(
     check_snapshot(Path(folder))
     try:
         _check_own_files(_texts(card_metadata(Path(folder)).get("configs")), name)
-        dataset = _load(folder, config, split)
+        dataset = _load(folder, config, split, check_sizes)
     except UserError:
         raise
     except Exception as error:  # what its parsers of cards and files raise is not listed anywhere
@@ -66,7 +68,9 @@ def read_dataset(
     return dataset, {"revision": commit, "license": stated_license(Path(folder))}
 
 
-def _commit(name: str, revision: str | None) -> str:
+def _commit(
+    name: str, revision: str | None, check_sizes: Callable[[Iterable[Path], int], None]
+) -> str:
     """Resolve `revision` to a commit hash, once; branches and tags can move."""
     if is_offline():
         if revision and COMMIT.fullmatch(revision):
@@ -78,15 +82,16 @@ def _commit(name: str, revision: str | None) -> str:
     from huggingface_hub import HfApi
 
     try:
-        commit = HfApi().dataset_info(name, revision=revision, timeout=30).sha
+        info = HfApi().dataset_info(name, revision=revision, timeout=30, files_metadata=True)
     except Exception as error:
         raise UserError(explain_error(error, "datasets", name, revision)) from error
     if revision is None:
         raise UserError(
             f"fetch.revision: a hub data set can change; pin what {name} is today with\n"
-            f"  revision: {commit}"
+            f"  revision: {info.sha}"
         )
-    return str(commit)
+    check_sizes((), sum(file.size or 0 for file in info.siblings or ()))
+    return str(info.sha)
 
 
 def _texts(said: Any) -> Iterator[str]:
@@ -115,15 +120,19 @@ def _check_own_files(texts: Iterable[str], name: str) -> None:
             )
 
 
-def _load(folder: str, config: str | None, split: str) -> Any:
+def _load(
+    folder: str, config: str | None, split: str, check_sizes: Callable[[Iterable[Path], int], None]
+) -> Any:
     """Load a data set's folder; in CSV files, only an empty cell is a missing value, not N/A or None."""
     import datasets
 
     builder = datasets.load_dataset_builder(folder, config)
     repository = os.path.realpath(Path(folder).parents[1])  # a snapshot's files are links into it
-    for file in itertools.chain(*(builder.config.data_files or {}).values()):
+    files = [*itertools.chain(*(builder.config.data_files or {}).values())]
+    for file in files:
         if not Path(os.path.realpath(file)).is_relative_to(repository):
             raise UserError(f"fetch: {file} leads out of the data set's folder; it is not read")
+    check_sizes(map(Path, files), 0)
     if hasattr(builder.config, "keep_default_na"):
         try:
             texts = {"keep_default_na": False, "na_values": [""]}

@@ -16,6 +16,7 @@ Curve = Iterable[dict[str, float | None]]
 
 MOST_WAITING = 10_000  # points of a curve; it has some hundreds
 MOST_AT_ONCE = 1000  # MLflow takes no more in one call
+VARIES = ("second", "memory", "mfu")  # parts of the names of what is measured anew each time
 LAST_SECONDS = 60.0  # at the end of a training, for the points that wait
 
 
@@ -94,9 +95,15 @@ def log_missing(
 
 
 def changed(client: MlflowClient, run_id: str, values: dict[str, float]) -> list[Metric]:
-    """Return final metrics, without those that the run has with this value."""
+    """Return final metrics, without those that the run has with this value.
+
+    Where nothing but times and the like differs, the same was done again after a kill, and there are none.
+    """
     there = client.get_run(run_id).data.metrics
-    return [Metric(k, v, now_ms(), 0) for k, v in values.items() if there.get(k) != v]
+    new = {key: value for key, value in values.items() if there.get(key) != value}
+    if all(key in there and any(part in key for part in VARIES) for key in new):
+        return []
+    return [Metric(key, value, now_ms(), 0) for key, value in new.items()]
 
 
 def now_ms() -> int:

@@ -30,7 +30,7 @@ from fintune.lineage import (
     locked_params,
     output_hashes,
 )
-from fintune.params import flatten
+from fintune.params import flatten, with_usual
 from fintune.stage import write_text
 from fintune.tracking.client import experiment_name, store_lock
 from fintune.tracking.points import LiveCurve, changed, log_missing, points_of
@@ -141,7 +141,7 @@ def describe_run(
         tags["dvc_experiment"] = experiment
     before = finished_stages(root, ("fetch", "split", "format"))
     for entry in before:
-        params.update(locked_params(entry))
+        params.update(with_usual(locked_params(entry)))
     tags |= output_hashes(before)
     fetched = params.get("fetch", {})
     sources = [part["source"] for part in (fetched, *fetched.get("more", [])) if "source" in part]

@@ -14,7 +14,7 @@ from fintune.processes import count
 
 
 class StepTimer(TrainerCallback, ExportableState):
-    """Callback that times the steps, forwards logged values, and validates and saves at the very end.
+    """Callback that times the steps, forwards logged values, and saves in time and at the very end.
 
     `seconds` is the time from the beginning of the first step, without validations and checkpoints;
     `aside` is that of each of these two; `tokens` and `answer_tokens` are those of the `steps`, `peak_gib` is
@@ -22,8 +22,15 @@ class StepTimer(TrainerCallback, ExportableState):
     device only at validations and checkpoints, so that timing never stalls training.
     """
 
-    def __init__(self, on_log: Callable[[int, dict[str, float]], None]) -> None:
+    def __init__(
+        self, on_log: Callable[[int, dict[str, float]], None], save_every: int | None = None
+    ) -> None:
+        """Take what is called with logged values, and the steps from a checkpoint to the next one.
+
+        Each validation writes one, too: the Trainer wants that of its best step.
+        """
         self.on_log_values = on_log
+        self.save_every = save_every
         self.seconds = 0.0
         self.steps = self.tokens = self.answer_tokens = 0
         self.peak_gib = 0.0
@@ -60,6 +67,8 @@ class StepTimer(TrainerCallback, ExportableState):
         self.steps += 1
         if state.global_step >= state.max_steps:
             control.should_evaluate = control.should_save = True
+        if self.save_every and state.global_step % self.save_every == 0:
+            control.should_save = True
         # a training that goes on from a checkpoint takes the mean loss from there
         control.should_log = control.should_log or control.should_save
 

@@ -18,7 +18,7 @@ GUESSING = 0.95  # of ln(vocabulary); a loss above that is a guess among all tok
 class FiniteSteps:
     """Loss and gradient norm of each step since the last check; they stay on the device until then.
 
-    A check syncs the device. It comes with each logged loss, before each validation and so before each
+    A check syncs the device. It comes with each logged loss, so before each validation and each
     checkpoint, and on a CPU, where it costs nothing, before each update.
     """
 

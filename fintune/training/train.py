@@ -100,7 +100,7 @@ def train(
     if sharded:
         shard(model)
     arguments = _arguments(params, len(rows), dtype, scratch, plan)
-    timer = StepTimer(on_log)
+    timer = StepTimer(on_log, params.checkpoint_every_steps)
     stopping = [Patience(params.early_stopping_patience)] if params.early_stopping_patience else []
     trainer = AnswerTrainer(
         validate=validate,
@@ -143,6 +143,7 @@ def train(
             "steps": trainer.state.global_step,
             "seconds": timer.seconds,
             "validation_seconds": timer.aside["validation"],
+            "checkpoint_seconds": timer.aside["checkpoint"],
             "tokens_per_second": timer.tokens / timer.seconds,
             "rows_per_second": timer.steps * params.rows_per_step / timer.seconds,
             "mfu": flops / timer.seconds / ceiling / count(),

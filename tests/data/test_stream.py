@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import signal
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from fintune.data import formatting, ordering, parsing, splitting, stream, unpacking
+from fintune.data.formatting import format_rows
 from fintune.data.prompt import encode, load_tokenizer
 from fintune.data.sources import fetch_records
 from fintune.data.splitting import split_rows
 from fintune.data.stream import ordered, spool, unspool, writer
 from fintune.data.tables import COLUMNS, SPLITS, write_rows
 from fintune.errors import RecordError, UserError
-from fintune.params import Base, Fetch, Split, read_params
+from fintune.params import Base, Fetch, Format, Split, read_params
 from support.project import ROOT
 from support.rows import Row
 
@@ -115,7 +117,7 @@ def test_where_no_process_can_be_made_one_does_all(monkeypatch: pytest.MonkeyPat
 
 
 def test_split_and_format_are_the_same_bytes_whatever_the_processes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Any
 ) -> None:
     """Batches, row groups and the files that are sorted are made small, so that there are many."""
     for module, name in (
@@ -137,6 +139,31 @@ def test_split_and_format_are_the_same_bytes_whatever_the_processes(
     train = pq.ParquetFile(tmp_path / "1/train.parquet")
     assert train.metadata.num_row_groups == -(-train.metadata.num_rows // 50) > 2
     assert written[0][0][2]["overlapping_questions"] == 0
+    lists = [(tmp_path / count / "dropped.csv").read_text() for count in ("1", "2", "3")]
+    assert lists[0] == lists[1] == lists[2]
+    listed = [line.split(",")[1] for line in lists[0].splitlines()[1:]]
+    assert Counter(listed) == {key: n for key, n in written[0][0][0].items() if n}
+    number, _, text = next(csv.reader(lists[0].splitlines()[1:]))
+    assert made(600)[int(number) - 1]["input"] == text
+
+    params = Format(template="seed", max_tokens=80, overlong="truncate")
+    rows = made(600)
+    for number in (7, 120, 599):
+        rows[number]["input"] = f"{number} </s><response> " * 9
+    write_rows(
+        tmp_path / "rows.parquet", [{**row, "output": row["output"] + " word" * 20} for row in rows]
+    )
+    monkeypatch.setattr(formatting, "AT_ONCE", 50)
+    formatted = []
+    for count in ("1", "2", "3"):
+        monkeypatch.setenv("FINTUNE_WORKERS", count)
+        target = tmp_path / count / "formatted.parquet"
+        told = format_rows(tokenizer, tmp_path / "rows.parquet", target, params, "train")
+        formatted.append((told, target.read_bytes()))
+    assert formatted[0] == formatted[1] == formatted[2]
+    (report, lost), _ = formatted[0]
+    assert report["rows_truncated"] and report["rows_dropped"] == sum(report["dropped"].values())
+    assert [each[0] for each in lost if each[1] == "special_token"] == [8, 121, 600]
 
 
 def test_small_pieces_change_no_row_of_a_split(

@@ -1,8 +1,11 @@
 """Reading tables in every format and dropping unusable rows, by reason."""
 
+import bz2
 import gzip
 import json
+import lzma
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from fintune.data.parquet import open_parquet
 from fintune.data.records import read_passages
-from fintune.data.tables import read_rows, read_source, write_rows
+from fintune.data.tables import check_sizes, read_rows, read_source, write_rows
 from fintune.errors import RecordError
 from support.rows import select_records
 
@@ -383,6 +387,8 @@ def test_a_source_is_read_up_to_the_limit(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "packed.csv.gz").write_bytes(gzip.compress(text))
     with pa.CompressedOutputStream(str(tmp_path / "packed.csv.zst"), "zstd") as stream:
         stream.write(text)
+    (tmp_path / "packed.csv.bz2").write_bytes(bz2.compress(text))
+    (tmp_path / "packed.csv.xz").write_bytes(lzma.compress(text))
     (tmp_path / "plain.csv").write_bytes(text)
     for path in sorted(tmp_path.iterdir()):
         monkeypatch.setenv("FINTUNE_SOURCE_GIB", "1")
@@ -396,6 +402,64 @@ def test_a_source_is_read_up_to_the_limit(tmp_path: Path, monkeypatch: pytest.Mo
             monkeypatch.setenv("FINTUNE_SOURCE_GIB", wrong)
             with pytest.raises(RecordError, match=f"FINTUNE_SOURCE_GIB: '{wrong}' is no number"):
                 read_source(str(path))
+
+
+LONG = "a" * 2**20
+
+
+@pytest.mark.parametrize(
+    ("column", "encoding"),
+    [
+        (pa.array([LONG] * 300).dictionary_encode(), {}),
+        (pa.array([LONG] * 300), {}),
+        (pa.array([LONG] * 300), {"use_dictionary": False, "column_encoding": "DELTA_BYTE_ARRAY"}),
+        (pa.array([[{"role": "user", "content": LONG}]] * 300), {}),
+    ],
+    ids=["dictionary", "dictionary of plain texts", "prefixes", "nested"],
+)
+def test_a_parquet_of_few_bytes_is_read_up_to_the_limit(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    column: pa.Array,
+    encoding: dict[str, Any],
+) -> None:
+    """A value of a megabyte is there once, and read 300 times: never all of them at a time."""
+    path = tmp_path / "few.parquet"
+    pq.write_table(pa.table({"input": column}), path, compression="zstd", **encoding)
+    assert path.stat().st_size < 2**20
+    monkeypatch.setattr("fintune.data.parquet.MOST_AT_ONCE", 2**24)
+    names, batches = open_parquet(path)
+    pieces = [len(piece.content) for piece in batches(names)]
+    assert (sum(pieces), max(pieces)) == (300, 16) or (encoding and max(pieces) < 16)
+    check_sizes([path])
+    monkeypatch.setenv("FINTUNE_SOURCE_GIB", "0.25")
+    read = 0
+    with pytest.raises(RecordError, match=r"unpacked, it has more than 0\.25 GiB"):
+        for piece in open_parquet(path)[1](names):
+            read += len(piece.content)
+    assert read < 256
+    with pytest.raises(RecordError, match=r"few\.parquet: unpacked, it has more than"):
+        check_sizes([path])
+
+
+def test_the_files_of_a_data_set_are_bounded_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FINTUNE_SOURCE_GIB", "0.001")
+    text = b"input,output\n" + b"Why?,So.\n" * 80_000
+    files = [tmp_path / "a.csv", tmp_path / "b.csv.gz", tmp_path / "c.zip"]
+    files[0].write_bytes(text)
+    files[1].write_bytes(gzip.compress(text))
+    with zipfile.ZipFile(files[2], "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("c.csv", text)
+    for file in files:
+        check_sizes([file])
+    for two in (files[:2], files[1:], files[::2]):
+        with pytest.raises(RecordError, match=r"unpacked, its files have more than 0\.001 GiB"):
+            check_sizes(two)
+    (tmp_path / "d.7z").write_bytes(b"7z\xbc\xaf\x27\x1c")
+    with pytest.raises(RecordError, match=r"d\.7z: an archive whose size is not known"):
+        check_sizes([tmp_path / "d.7z"])
 
 
 def test_what_may_never_end_is_not_opened(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def test_a_run_that_works_is_forecast(project: Project) -> None:
     good = of(report, "ok")
     assert status == 0 and not of(report, "problem"), report
     assert {"parameters", "base", "data", "tracking", "repository", "disk", "device"} <= set(good)
-    assert "input input" in good["data"] and "needed" in good["disk"]
+    assert "columns instruction, input, output" in good["data"] and "needed" in good["disk"]
     seconds = report["seconds"]
     stages = {"fetch", "split", "format", "train", "evaluate", "merge_export"}
     assert set(seconds) == stages | {"in all"}

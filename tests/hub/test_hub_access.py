@@ -3,6 +3,7 @@
 The hub is tests/support/hub.py. Every test has its own cache, empty at first.
 """
 
+import gzip
 import json
 import shutil
 import subprocess
@@ -224,6 +225,26 @@ class TestDataSet:
         project.set(fetch__source=repository, fetch__revision=OLD)
         refuse(project, "fetch", environment, "which is no file of its own")
         assert not (project / "data/raw/qa.parquet").exists()
+
+    def test_a_data_set_is_read_up_to_the_limit(
+        self, hub: Hub, make_project: MakeProject, environment: Environment, tmp_path: Path
+    ) -> None:
+        """One that says so is not downloaded, and a bomb is downloaded and not unpacked."""
+        project = make_project(**THREE_COLUMNS, fetch__default_instruction="Answer.")
+        project.set(fetch__columns={"instruction": None, "input": "input", "output": "output"})
+        project.set(fetch__source="acme/bomb", fetch__revision=OLD)
+        (tmp_path / "data").mkdir()
+        lines = b"input,output\n" + b"Why?,So.\n" * 300_000
+        (tmp_path / "data/train.csv.gz").write_bytes(gzip.compress(lines))
+        hub.add("datasets", "acme/bomb", tmp_path / "data", revision=OLD)
+        limit = {"FINTUNE_SOURCE_GIB": "0.000002"}
+        hub.requests.clear()
+        refuse(project, "fetch", environment | limit, "its files have more than 2e-06 GiB")
+        assert not any("resolve" in request.path for request in hub.requests)
+        limit = {"FINTUNE_SOURCE_GIB": "0.001"}
+        refuse(project, "fetch", environment | limit, "train.csv.gz: unpacked, it has more than")
+        assert not [*Path(environment["HF_HOME"]).rglob("*.arrow")]
+        succeed(project, "fetch", environment)
 
     def test_a_link_out_of_the_cache_is_not_followed(
         self, make_project: MakeProject, environment: Environment

@@ -30,7 +30,11 @@ def test_a_pipeline_that_is_killed_ten_times_ends_as_one_that_was_not(
 ) -> None:
     """With a constant schedule, a step too many would change the adapter."""
     project = make_project(
-        real=True, train__schedule="constant", train__max_steps=5, train__validate_every_steps=2
+        real=True,
+        train__schedule="constant",
+        train__max_steps=5,
+        train__validate_every_steps=2,
+        train__checkpoint_every_steps=3,
     )
     project.commit_all()
     project.run("dvc", "config", "core.analytics", "false")

@@ -102,10 +102,18 @@ def git(project: Project, *arguments: str) -> str:
     return project.run("git", *arguments).stdout.strip()
 
 
+USUAL = re.compile(r"^  (?:share|near_duplicate_similarity|overlong|max_grad_norm):.*\n", re.M)
+
+
 @pytest.fixture(scope="module")
 def finished(make_project: Callable[..., Project]) -> Finished:
-    """Make a git repository in which the pipeline ran once and its results are committed."""
+    """Make a git repository in which the pipeline ran once and its results are committed.
+
+    Its params.yaml leaves out keys with a usual value.
+    """
     project = make_project(real=True)
+    file = project / "params.yaml"
+    file.write_text(USUAL.sub("", file.read_text()))
     project.commit_all()
     commit = git(project, "rev-parse", "HEAD")
     output = project.run("dvc", "repro").stdout
@@ -440,6 +448,7 @@ def test_dvc_shows_metrics_plots_and_params(finished: Finished, tmp_path: Path) 
     drawn = [options for entry in stage_plots for options in entry.values()]
     drawn += [{"title": title, **o} for entry in pipeline["plots"] for title, o in entry.items()]
     assert len(drawn) == 4
+    assert "below the line, training helped" in page and '"labelLimit": 0' in page
     for options in drawn:
         for key in ("title", "x_label", "y_label"):
             assert options[key] in page
@@ -770,6 +779,16 @@ def verify(project: Project, *arguments: str) -> tuple[int, list[str]]:
     done = project.run("python", "-m", "fintune", "verify", *arguments, check=False)
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, done.stdout.splitlines()
+
+
+def test_what_params_yaml_leaves_out_is_logged(finished: Finished) -> None:
+    logged = json.loads((finished.project / "models/run.json").read_text())["params"]
+    names = ("fetch.share", "split.near_duplicate_similarity", "format.overlong")
+    assert [logged[name] for name in (*names, "train.max_grad_norm")] == [
+        *("1.0", "0.7", "truncate", "1.0")
+    ]
+    locked = (finished.project / "dvc.lock").read_text()
+    assert "rows_per_step" in locked and "max_grad_norm" not in locked
 
 
 @pytest.mark.parametrize("model", ["models/merged", "models/adapter", "financial-qa@candidate"])

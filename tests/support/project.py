@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 from support.zygote import Zygote
 
 ROOT = Path(__file__).parents[2]
-COPIED = ("fintune", "stages", "recipes", "dvc.yaml", ".dvcignore", ".gitignore")
+COPIED = ("fintune", "stages", "recipes", "dvc.yaml", ".dvcignore", ".gitignore", ".dvc/plots")
 
 SAMPLED = {
     "temperature": 0.7,

@@ -84,5 +84,5 @@ def format_rows(
     with tempfile.TemporaryDirectory() as name:
         source, target = Path(name) / "rows.parquet", Path(name) / "formatted.parquet"
         write_rows(source, rows)
-        counts = formatting.format_rows(tokenizer, source, target, params, split)
+        counts, _ = formatting.format_rows(tokenizer, source, target, params, split)
         return read_rows(target), counts

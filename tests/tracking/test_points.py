@@ -121,3 +121,16 @@ def test_a_final_metric_is_logged_again_only_with_another_value(
     history = {key: client.get_metric_history(run_id, key) for key in ("a", "b")}
     assert [point.value for point in history["a"]] == [1.0]
     assert [point.value for point in history["b"]] == [2.0, 3.0]
+
+
+def test_the_same_evaluation_again_logs_no_other_times(client: MlflowClient, run_id: str) -> None:
+    """Behind a kill, times alone differ; another result has its own."""
+    tries = [
+        {"accuracy": 0.5, "answer_seconds": 9.0},
+        {"accuracy": 0.5, "answer_seconds": 8.0},
+        {"accuracy": 0.7, "answer_seconds": 7.0},
+    ]
+    for values in tries:
+        client.log_batch(run_id, metrics=changed(client, run_id, values))
+    history = client.get_metric_history(run_id, "answer_seconds")
+    assert [point.value for point in history] == [9.0, 7.0]

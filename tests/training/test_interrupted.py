@@ -73,6 +73,20 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, name: str, call: int, after: bool) 
     monkeypatch.setattr(AnswerTrainer, name, dying)
 
 
+def test_a_killed_training_goes_on_between_two_validations(
+    base: Base, tokenizer: Any, rows: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"validate_every_steps": 4, "checkpoint_every_steps": 1}
+    whole = tune(base, tokenizer, rows, tmp_path / "whole", **changes)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, "training_step", 4, False)
+        tune(base, tokenizer, rows, tmp_path / "killed", **changes)
+    again = tune(base, tokenizer, rows, tmp_path / "killed", **changes)
+    assert torch.equal(trainable(again.model), trainable(whole.model))
+    assert len(again.step_tokens) == 3  # of six
+    assert again.metrics["best_step"] in (4, 6)
+
+
 EARLY = {2: 1.0, 4: 2.0, 6: 3.0, 8: 0.5, 10: 0.4, 12: 0.3}  # patience 2 ends it at step 6
 
 
@@ -92,9 +106,10 @@ EARLY = {2: 1.0, 4: 2.0, 6: 3.0, 8: 0.5, 10: 0.4, 12: 0.3}  # patience 2 ends it
         {},
         {"keep": "last"},
         {"schedule": "cosine"},
+        {"checkpoint_every_steps": 3},
         {"losses": EARLY, "early_stopping_patience": 2, "max_steps": 12},
     ],
-    ids=["constant", "last", "cosine", "early"],
+    ids=["constant", "last", "cosine", "between", "early"],
 )
 def test_a_killed_training_does_the_steps_that_were_asked_for(
     base: Base,
@@ -133,7 +148,7 @@ def test_a_checkpoint_holds_the_time_and_tokens_of_the_steps_before_it(
     timers = []
     made = StepTimer.__init__
     monkeypatch.setattr(
-        StepTimer, "__init__", lambda self, on: timers.append(self) or made(self, on)
+        StepTimer, "__init__", lambda self, *on: timers.append(self) or made(self, *on)
     )
     whole = tune(base, tokenizer, rows, tmp_path / "whole")
     with monkeypatch.context() as patch, pytest.raises(Killed):

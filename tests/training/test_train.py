@@ -46,6 +46,7 @@ PARAMS = Train(
     products="auto",
     tokens_per_pass="auto",
     validate_every_steps=2,
+    checkpoint_every_steps=None,
     early_stopping_patience=None,
     keep="best_loss",
     end_token="new",
