@@ -116,12 +116,5 @@ def _next(sources: list[str]) -> str:
 
   more:
   - source: {paths.COLLECTED}
-    revision:
-    config:
-    split: train
-    share: 1.0
-    shape: auto
-    turns: last
     columns: {{instruction: instruction, input: input, output: output}}
-    default_instruction:
 """

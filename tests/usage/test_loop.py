@@ -11,6 +11,7 @@ from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
+from ruamel.yaml import YAML
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -49,17 +50,6 @@ SETTINGS = {
     "evaluate.gate.min_accuracy_gain": None,
     "evaluate.gate.max_forgetting": None,
     "evaluate.gate.max_loss_above_champion": 0.3,
-}
-MORE = {
-    "source": "data/source/collected.parquet",
-    "revision": None,
-    "config": None,
-    "split": "train",
-    "share": 1.0,
-    "shape": "auto",
-    "turns": "last",
-    "columns": {"instruction": "instruction", "input": "input", "output": "output"},
-    "default_instruction": None,
 }
 
 
@@ -130,11 +120,14 @@ def test_what_users_correct_is_right_after_the_next_run(project: Project, tmp_pa
                 correct(page, RIGHT)
         done = project.run("python", "-m", "fintune", "collect", "--unchecked")
         assert done.stdout.startswith("20 rows (20 corrected)"), done.stdout
-        rows = read_rows(project / MORE["source"], ["input", "output", "origin", "model"])
+        rows = read_rows(
+            project / "data/source/collected.parquet", ["input", "output", "origin", "model"]
+        )
         assert {row["input"] for row in rows} == set(QUESTIONS[:20])
         assert {row["model"] for row in rows} == {"financial-qa/1"}
         assert len({row["origin"] for row in rows}) == 20
-        project.set_all({"fetch.more": [MORE]})
+        shown = YAML(typ="safe").load(done.stdout.partition("then `dvc repro`:")[2])
+        project.set_all({"fetch.more": shown["more"]})
         project.run("dvc", "repro")
         export = json.loads((project / "reports/export.json").read_text())
         assert export["version"] == "2" and "champion" in export["aliases"]
