@@ -279,19 +279,60 @@ def test_it_is_reached_by_its_own_name_alone(address: str) -> None:
             assert refused.value.code == 403
 
 
+LOGIN = {"FINTUNE_CHAT_USER": "ann", "FINTUNE_CHAT_PASSWORD": "correct-horse"}
+AWAY = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """Serve on all addresses, with a password, and with an MLflow server that is away."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    shutil.copy(ROOT / "recipes/demo.yaml", folder / "params.yaml")
+    shutil.copy(ROOT / "dvc.yaml", folder)
+    with served(folder, "0.0.0.0", **LOGIN, **AWAY) as address:
+        yield address, folder
+
+
 def test_elsewhere_it_asks_for_user_and_password(
-    browser: webdriver.Chrome, project: Path, tmp_path: Path
+    browser: webdriver.Chrome, elsewhere: tuple[str, Path]
 ) -> None:
-    shutil.copy(project / "params.yaml", tmp_path)
-    login = {"FINTUNE_CHAT_USER": "ann", "FINTUNE_CHAT_PASSWORD": "correct-horse"}
-    with served(tmp_path, "0.0.0.0", **login) as address:
-        wrong = base64.b64encode(b"ann:correct-house").decode()
-        for headers in ({}, {"Authorization": f"Basic {wrong}"}, {"Authorization": "Basic %"}):
-            with pytest.raises(HTTPError) as refused:
-                urlopen(Request(address, headers=headers), timeout=30)
-            assert refused.value.code == 401
-        browser.get(address.replace("//", "//ann:correct-horse@"))
-        wait_for_texts(browser, "Ask stand-in")
-        ask(browser, "inside?")
-        wait_for_texts(browser, "tuned read <b>inside?</b>")
-    assert "correct-horse" not in (tmp_path / "log").read_text()
+    address, folder = elsewhere
+    wrong = base64.b64encode(b"ann:correct-house").decode()
+    for headers in ({}, {"Authorization": f"Basic {wrong}"}, {"Authorization": "Basic %"}):
+        with pytest.raises(HTTPError) as refused:
+            urlopen(Request(address, headers=headers), timeout=30)
+        assert refused.value.code == 401
+    browser.get(address.replace("//", "//ann:correct-horse@"))
+    wait_for_texts(browser, "Ask stand-in")
+    ask(browser, "inside?")
+    wait_for_texts(browser, "tuned read <b>inside?</b>")
+    assert "correct-horse" not in (folder / "log").read_text()
+
+
+def test_while_mlflow_is_away_the_page_answers_and_says_where_exchanges_wait(
+    browser: webdriver.Chrome, elsewhere: tuple[str, Path]
+) -> None:
+    address, folder = elsewhere
+    browser.get(address.replace("//", "//ann:correct-horse@"))
+    wait_for_texts(browser, "Ask stand-in")
+    ask(browser, "Is it kept?")
+    wait_for_texts(browser, "tuned read <b>Is it kept?</b>")
+    wait_for_texts(browser, "until MLflow has it (no MLflow server responds at http://127.0.0.1:9")
+    tab_to(browser, "Right")
+    press(browser, Keys.ENTER)
+    WebDriverWait(browser, 10).until(
+        lambda _: browser.switch_to.active_element.get_attribute("aria-pressed") == "true"
+    )
+    kept = [json.loads(path.read_text()) for path in (folder / ".exchanges").glob("*.json")]
+    asked = {each["question"]: each["approved"] for each in kept}
+    assert asked["Is it kept?"] is True
+
+
+def test_an_answer_whose_page_is_closed_ends_and_is_kept(
+    page: webdriver.Chrome, project: Path
+) -> None:
+    ask(page, "wait and leave")
+    wait_for_texts(page, "tuned read <b>wait and leave</b>")
+    page.get("about:blank")
+    trace = WebDriverWait(page, 50).until(trace_of(project, page, "wait and leave"))
+    assert "wait and leave" in trace.data.spans[0].outputs
