@@ -11,6 +11,7 @@ GENERAL_TEXT = Path("assets/general-text.jsonl")
 
 DATA = Path("data")
 OWN_DATA = DATA / "source"
+COLLECTED = OWN_DATA / "collected.parquet"
 RAW = DATA / "raw"
 RAW_ROWS = RAW / "qa.parquet"
 MANIFEST = RAW / "manifest.json"
@@ -38,6 +39,7 @@ SCRATCH = Path(".checkpoints")
 MLFLOW_DATABASE = Path("mlflow.db")
 MLFLOW_ARTIFACTS = Path("mlartifacts")
 SEARCH_DATABASE = Path("search.db")
+EXCHANGES = Path(".exchanges")  # those that MLflow does not have yet
 
 
 def rows(folder: Path, split: str) -> Path:

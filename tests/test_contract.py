@@ -38,7 +38,7 @@ ORDER = (
         "stage",
     ),
     *("processes", "hub", "data", "model", "tracking", "registry", "merging", "training"),
-    *("generation", "evaluation", "export", "forecast", "commands", "__main__"),
+    *("generation", "evaluation", "export", "forecast", "usage", "commands", "__main__"),
 )
 SHOWN_ELSEWHERE = {
     "fintune/errors.py",

@@ -7,7 +7,11 @@ referenced by revision, not copied.
 """
 
 import importlib.metadata
-from collections.abc import Mapping
+import logging
+import os
+import secrets
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +21,14 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+from ruamel.yaml import YAML
 
 from fintune.data.prompt import end_token_id
-from fintune.errors import UserError
+from fintune.errors import UserError, first_line
 from fintune.stage import prepare
 
+log = logging.getLogger("fintune")
+TRACES = "FINTUNE_TRACES"  # the experiment in which answers are traced
 PACKAGES = (
     "mlflow",
     "Jinja2",
@@ -56,6 +63,7 @@ class TunedModel:
         self.model, self.tokenizer = load_tuned(folder)
         signature = mlflow.models.Model.load(str(folder)).signature
         self.decoding = {spec.name: spec.default for spec in signature.params}
+        self.name = registered_name(folder)
 
     def predict(self, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> Any:
         """Answer each row's `question`, with its `instruction` if it has one.
@@ -88,8 +96,53 @@ class TunedModel:
                     f"row {row}: {error}", error_code=INVALID_PARAMETER_VALUE
                 ) from None
         decoding = Decoding(end_token_id(self.tokenizer), **wanted)
+        began = time.time()
         answers = generate(self.model, self.tokenizer, prompts, decoding, "answers")
+        if experiment := os.environ.get(TRACES):
+            log_answers(experiment, self.name, model_input, answers, wanted, began)
         return pd.DataFrame({"answer": [each.text for each in answers]}, index=model_input.index)
+
+
+def registered_name(folder: Path) -> str:
+    """Return NAME/VERSION of a downloaded version's folder, or the folder, if it is none."""
+    meta = folder / "registered_model_meta"
+    if not meta.is_file():
+        return str(folder)
+    said = YAML(typ="safe").load(meta.read_text(encoding="utf-8"))
+    return f"{said['model_name']}/{said['model_version']}"
+
+
+def log_answers(
+    experiment: str,
+    model: str,
+    asked: pd.DataFrame,
+    answers: Sequence[Any],
+    decoding: Mapping[str, float],
+    began: float,
+) -> None:
+    """Log a trace for each answer, as the chat page does; nothing but a warning comes of a failure.
+
+    Args:
+        experiment: its name.
+        model: NAME/VERSION.
+        asked: the questions, perhaps with instructions.
+        decoding: settings and `max_new_tokens`.
+        began: when they were asked, in seconds since 1970; they are answered together.
+    """
+    from fintune.registry.traces import Answered, start_trace
+
+    seconds = time.time() - began
+    settings = {name: value for name, value in decoding.items() if name != "seed"}
+    try:
+        known = mlflow.MlflowClient().get_experiment_by_name(experiment)
+        if known is None:
+            raise MlflowException(f"{TRACES}: there is no experiment {experiment}")
+        for row, said in zip(asked.to_dict("records"), answers, strict=True):
+            texts = {name: text for name, text in row.items() if isinstance(text, str) and text}
+            given = (texts, said.text, said.stopped, said.tokens, settings, began, seconds)
+            start_trace(known.experiment_id, Answered(secrets.token_hex(8), model, *given))
+    except Exception as error:  # each store raises its own library's errors
+        log.warning("no traces of these answers: %s", first_line(error))
 
 
 def _load_pyfunc(path: str) -> TunedModel:

@@ -16,11 +16,12 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 
-from fintune.commands.ask import load
 from fintune.errors import UserError
 from fintune.export.push import push
 from fintune.export.signature import check_folder, public_key, seal, signing_key
 from fintune.integrity import hash_files
+from fintune.params import read_params
+from fintune.usage.models import load
 
 PHRASE = "correct horse"
 
@@ -100,7 +101,7 @@ def test_a_changed_model_is_not_used(model: Path, harm: Callable[[Path], None], 
     harm(model)
     uses: list[Callable[[], object]] = [
         lambda: check_folder(model),
-        lambda: load(model),
+        lambda: load(model, lambda: read_params().generation),
         lambda: push("acme/model", model, False),
     ]
     for use in uses:
