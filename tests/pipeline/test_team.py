@@ -142,12 +142,13 @@ def test_artifacts_come_from_s3_through_the_server(
     team: Team, client: MlflowClient, tmp_path: Path
 ) -> None:
     (model,) = client.get_run(runs(client)[0].info.run_id).outputs.model_outputs
-    got = mlflow.artifacts.download_artifacts(
-        f"models:/{model.model_id}",
-        dst_path=str(tmp_path),
-        tracking_uri=team.address,
-        registry_uri=team.address,
-    )
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(team.address)
+    try:
+        uri = f"models:/{model.model_id}"
+        got = mlflow.artifacts.download_artifacts(uri, dst_path=str(tmp_path))
+    finally:
+        mlflow.set_tracking_uri(before)
     name = "adapter_model.safetensors"
     assert (Path(got) / name).read_bytes() == (team.ann / "models/adapter" / name).read_bytes()
 
