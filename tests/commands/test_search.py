@@ -125,8 +125,8 @@ def test_every_trial_is_one_run_below_the_search_s(searched: Searched) -> None:
     for name, run in named.items():
         params = {key: json.loads(run.data.params[key]) for key in KNOWN[:2]}
         told = [
-            f"learning_rate={params['train.learning_rate']}",
             f"lora.r={params['train.lora.r']}",
+            f"learning_rate={params['train.learning_rate']}",
         ]
         assert run.info.run_name == f"{', '.join(told)} ({name})"
     assert parent.info.run_name.startswith("search of learning_rate, lora.r (search-")

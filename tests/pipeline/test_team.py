@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mlflow
+import pyarrow.parquet as pq
 import pytest
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
@@ -141,11 +142,28 @@ def test_artifacts_come_from_s3_through_the_server(
     team: Team, client: MlflowClient, tmp_path: Path
 ) -> None:
     (model,) = client.get_run(runs(client)[0].info.run_id).outputs.model_outputs
-    got = mlflow.artifacts.download_artifacts(
-        f"models:/{model.model_id}", dst_path=str(tmp_path), tracking_uri=team.address
-    )
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(team.address)
+    try:
+        uri = f"models:/{model.model_id}"
+        got = mlflow.artifacts.download_artifacts(uri, dst_path=str(tmp_path))
+    finally:
+        mlflow.set_tracking_uri(before)
     name = "adapter_model.safetensors"
     assert (Path(got) / name).read_bytes() == (team.ann / "models/adapter" / name).read_bytes()
+
+
+def test_answers_are_traces_on_the_server(team: Team, client: MlflowClient) -> None:
+    """They went to it with their assessments; Bob has only trained."""
+    first, second = (run.info for run in runs(client))
+    where = {"locations": [first.experiment_id], "max_results": 100}
+    found = client.search_traces(**where, run_id=first.run_id)
+    table = pq.read_table(team.ann / "reports/predictions.parquet").to_pylist()
+    said = {trace.data.spans[0].outputs["tuned"] for trace in found}
+    assert len(found) == len(table) and said == {row["tuned"] for row in table}
+    names = {each.name for each in found[0].info.assessments}
+    assert {"loss_tuned", "stopped_base", "expected_response"} <= names
+    assert not client.search_traces(**where, run_id=second.run_id)
 
 
 def test_bob_finds_where_ann_s_version_comes_from(team: Team) -> None:
