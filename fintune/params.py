@@ -430,7 +430,9 @@ def with_usual(sections: dict[str, Any]) -> dict[str, Any]:
 def _filled(annotation: Any, given: dict[str, Any]) -> dict[str, Any]:
     sections = [kind for kind in _members(annotation) if issubclass(kind, Section)]
     found = dict(given)
-    for key, field in sections[0].model_fields.items() if sections else ():
+    if not sections or sections[0] is Columns:  # there, null is nothing that is taken
+        return found
+    for key, field in sections[0].model_fields.items():
         if isinstance(value := given.get(key), dict):
             found[key] = _filled(field.annotation, value)
         elif not field.is_required() and key not in given:

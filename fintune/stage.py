@@ -32,7 +32,7 @@ def prepare() -> None:
     """Enter the project's environment if need be, and configure libraries; call before they are imported.
 
     Where the package kernels is installed, bitsandbytes and transformers fetch compiled code from the hub
-    and run it; here they do not find that package.
+    and run it; here they do not find that package. MLflow and the hub's client tell their makers nothing.
 
     bitsandbytes and torch each bring an OpenMP pool. Threads that spin for long while waiting take the
     cores from the other pool: with two jobs on two cores, 4-bit training is then ten times slower. A short
@@ -48,6 +48,8 @@ def prepare() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     sys.modules["kernels"] = None  # type: ignore[assignment]
     os.environ["USE_HUB_KERNELS"] = "NO"
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     if is_worker():

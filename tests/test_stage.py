@@ -208,6 +208,29 @@ def test_no_compiled_code_is_fetched_from_the_hub(tmp_path: Path) -> None:
         assert called or done.returncode == 0, done.stderr
 
 
+def test_no_library_tells_its_makers_of_the_use() -> None:
+    ask = """
+from mlflow.telemetry.utils import is_telemetry_disabled
+from huggingface_hub.constants import HF_HUB_DISABLE_TELEMETRY
+print(is_telemetry_disabled(), HF_HUB_DISABLE_TELEMETRY)
+"""
+    quiet = ("CI", "GITHUB_ACTIONS", "PYTEST_CURRENT_TEST", "DO_NOT_TRACK")
+    quiet += ("MLFLOW_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY")
+    environment = {key: value for key, value in os.environ.items() if key not in quiet}
+    for first, expected in (
+        ("", "False False"),
+        ("import fintune.stage as s; s.prepare()", "True True"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", first + ask],
+            env=environment | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout.strip() == expected
+
+
 @pytest.mark.parametrize(
     ("visible", "place", "expected"),
     [(None, "1", "1"), ("4,6", "1", "6"), ("GPU-a,GPU-b", "0", "GPU-a"), ("3", "1", "3")],
