@@ -48,7 +48,9 @@ def conclude(
     report: dict[str, Any] = {name: summarize(sums[name]) for name in ("base", "tuned")}
     report["improvement"] = compare(sums["base"], sums["tuned"], questions, *draws)
     report["decoding"] = measured.decoding
-    report["greedy"] = {name: summarize(greedy[name]) for name in ("base", "tuned")}
+    alone = {name: summarize(greedy[name]) for name in ("base", "tuned")}
+    if not all(figures.items() <= report[name].items() for name, figures in alone.items()):
+        report["greedy"] = alone
     report["champion"] = {
         "compared": "champion" in sums,
         "version": champion.version,
