@@ -67,12 +67,14 @@ def test_a_server_that_is_slow_holds_up_no_step(
     client: MlflowClient, run_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its first answer comes after all steps; the points that waited go together."""
-    answers = threading.Event()
-    calls = wait_in(monkeypatch, "log_batch", lambda: answers.wait(60) or None)
+    asked, answers = threading.Event(), threading.Event()
+    calls = wait_in(monkeypatch, "log_batch", lambda: asked.set() or answers.wait(60) or None)
     live = LiveCurve(client, run_id)
-    for step in range(500):
+    live.add(0, {"loss": 0.0})
+    assert asked.wait(60)
+    for step in range(1, 500):
         live.add(step, {"loss": float(step)})
-    assert not live.close(seconds=0.0) and sum(calls) < 500
+    assert not live.close(seconds=0.0) and calls == [1]
     answers.set()
     live._thread.join(60)
     assert logged(client, run_id, "loss") == [(step, float(step)) for step in range(500)]
