@@ -19,7 +19,7 @@ from typing import Any
 
 from fintune.errors import UserError
 from fintune.lineage import project_root
-from fintune.params import PARAMS_FILE, left_out, read_params, read_valid_sections
+from fintune.params import PARAMS_FILE, flatten, left_out, read_params, read_valid_sections
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,12 +44,18 @@ def main(given: argparse.Namespace) -> None:
 
     logging.getLogger("transformers").setLevel(logging.ERROR)  # of rows that format would cut
     found, about = Findings(), dict[str, Any]()
-    found.check("parameters", lambda: _said(given.recipe, left_out(read_params(given.recipe))))
+    taken: dict[str, Any] = {}
+    found.check(
+        "parameters",
+        lambda: _valid(given.recipe, taken, left_out(read_params(given.recipe))),
+    )
     try:
         sections = read_valid_sections(given.recipe)
     except UserError:
         sections = {}
     check_run(found, about, sections, project_root(), given)
+    if taken:
+        found.check("left out", lambda: f"and taken as usual: {_shown(taken)}")
     if given.json:
         print(json.dumps({"findings": [asdict(each) for each in found], **about}, indent=2))
     else:
@@ -59,11 +65,20 @@ def main(given: argparse.Namespace) -> None:
         sys.exit(f"error: {len(problems)} problem{'s' * (len(problems) > 1)}: {names}")
 
 
-def _said(recipe: Path, taken: dict[str, Any]) -> str:
-    shown = [
-        f"{key} {json.dumps(value)}" for key, value in taken.items() if value not in (None, [])
-    ]
-    return f"{recipe}: valid" + (f"; left out, so taken: {', '.join(shown)}" if shown else "")
+def _valid(recipe: Path, taken: dict[str, Any], usual: dict[str, Any]) -> str:
+    taken.update(usual)
+    return f"{recipe}: valid"
+
+
+def _shown(values: dict[str, Any]) -> str:
+    """Write values by section, without those that are null or empty."""
+    sections: dict[str, list[str]] = {}
+    for key, value in flatten(values).items():
+        if value not in (None, []):
+            section, _, name = key.partition(".")
+            text = value if isinstance(value, str) else json.dumps(value)
+            sections.setdefault(section, []).append(f"{name} {text}")
+    return "; ".join(f"{section}: {', '.join(said)}" for section, said in sections.items())
 
 
 def _positive(text: str) -> float:

@@ -1,6 +1,7 @@
 """`fintune check` reports everything that it can, for the recipe and the machine that it is given."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +46,19 @@ def test_a_run_that_works_is_forecast(project: Project) -> None:
     assert report["peak_memory_gib"] > 0 and "varlen" in report["plan"]
     made = {path for path in project.folder.rglob("*") if ".git/" not in str(path)} - before
     assert not [path for path in made if "__pycache__" not in str(path)]
+    assert "left out" not in good
+
+
+def test_what_a_recipe_leaves_out_is_shown(project: Project, tmp_path: Path) -> None:
+    recipe = tmp_path / "short.yaml"
+    text = (project / "params.yaml").read_text()
+    for line in ("  share: 1.0", "  weight_decay: 0.0", "  more: []"):
+        assert line in text
+        text = re.sub(rf"^{re.escape(line)}.*\n", "", text, flags=re.M)
+    recipe.write_text(text)
+    _, report = said(project, str(recipe))
+    told = of(report, "ok")["left out"]
+    assert told == "and taken as usual: fetch: share 1.0; train: weight_decay 0.0"
 
 
 def test_everything_is_reported_not_the_first_failure_alone(
