@@ -41,6 +41,7 @@ from fintune.integrity import hash_files, sha256
 from fintune.model.adapter import read_training
 from fintune.model.base import load_plain
 from fintune.params import Base, read_params
+from fintune.tracking.models import model_of_run
 from support.project import ROOT, SAMPLED, Project
 from support.servers import free_port, running_server
 
@@ -425,7 +426,10 @@ def test_the_card_states_facts(served: Project) -> None:
         assert fact.replace("-0.", "−0.") in text or fact in text, fact
     assert "{{" not in text and "None" not in text
     mlflow.set_tracking_uri(f"sqlite:///{served / 'mlflow.db'}")
-    adapter_card = mlflow.artifacts.load_text(f"runs:/{record['run_id']}/adapter/README.md")
+    model = model_of_run(mlflow.MlflowClient(), record["run_id"])
+    assert model is not None
+    files = mlflow.artifacts.download_artifacts(f"models:/{model.model_id}")
+    adapter_card = (Path(files) / "README.md").read_text()
     assert metadata_load_text(adapter_card)["library_name"] == "peft"
 
 

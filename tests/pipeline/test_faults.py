@@ -235,7 +235,8 @@ def test_the_champion_stays_until_something_is_no_worse(trained: Project, tmp_pa
 
     with contextlib.closing(sqlite3.connect(project / "mlflow.db")) as database, database:
         lost = ("file:///nowhere", first.run_id)
-        database.execute("update runs set artifact_uri = ? where run_uuid = ?", lost)
+        model = "update logged_models set artifact_location = ? where source_run_id = ?"
+        assert database.execute(model, lost).rowcount == 1
     done = project.stage("evaluate")
     assert "the champion of financial-qa could not be fetched" in done.stderr
     report = read_json(project / "reports/evaluation.json")

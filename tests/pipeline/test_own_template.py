@@ -37,7 +37,8 @@ def test_a_chat_base_is_trained_judged_and_exported_in_its_own_layout(
     )
     checked = project.run("python", "-m", "fintune", "check", check=False)
     assert checked.stderr.strip() == "error: 1 problem: repository"
-    assert "is not a git" in checked.stdout and "git init" in checked.stdout
+    told = " ".join(checked.stdout.split())
+    assert "is not a git" in told and "git init" in told
     (row, *_) = read_rows(project / "data/formatted/test.parquet", ["prompt", "completion"])
     messages = [
         {"role": "system", "content": row["instruction"]},
