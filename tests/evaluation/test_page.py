@@ -191,6 +191,13 @@ def test_metrics_champion_forgetting_and_harness_are_there(page: str) -> None:
         assert piece in text
 
 
+def test_greedy_figures_are_shown_where_they_are_others(content: Any, params: Evaluate) -> None:
+    report, table, curve = content
+    assert "Greedy answers of the tuned model" in render(report, table, curve, params)
+    report = {key: value for key, value in report.items() if key != "greedy"}
+    assert "Greedy answers of the tuned model" not in render(report, table, curve, params)
+
+
 def test_equal_evaluations_give_equal_pages(content: Any, params: Evaluate) -> None:
     assert render(*content, params) == render(*content, params)
 
