@@ -200,9 +200,8 @@ def _same_params(by: str, said: dict[str, str], lock: Lock) -> Line:
     locked: dict[str, Any] = {}
     for name in UPSTREAM:
         locked |= locked_params(lock.stages.get(name, {}))
-    expected = as_texts(with_usual(locked)) | as_texts(locked)
-    former = set(expected) - set(as_texts(locked)) - set(said)  # keys that came later
-    expected = {key: value for key, value in expected.items() if key not in former}
+    usual = as_texts(with_usual(locked))  # of keys that came later, an earlier record says nothing
+    expected = as_texts(locked) | {key: usual[key] for key in set(said) & set(usual)}
     names = {*said, *expected}
     apart = sorted(key for key in names if _value(said.get(key)) != _value(expected.get(key)))
     if not apart:

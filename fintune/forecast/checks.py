@@ -30,7 +30,7 @@ Status = Literal["ok", "warning", "problem"]
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found: `said` holds the way out as well."""
+    """The result of a check: `said` holds the way out as well."""
 
     status: Status
     what: str
@@ -72,7 +72,7 @@ class Findings(list[Finding]):
 
 
 class _Gathered(logging.Handler):
-    """What is warned of meanwhile."""
+    """Warnings that are logged meanwhile."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)

@@ -48,7 +48,7 @@ USABLE = 0.96  # of the memory on a GPU's label, in GiB
 
 @dataclass(frozen=True)
 class Machine:
-    """What a forecast has to know of a machine; the memory is that of one GPU, or the machine's."""
+    """Figures of a machine for a forecast; the memory is that of one GPU, or the machine's."""
 
     name: str
     flops: float  # of a large matrix product

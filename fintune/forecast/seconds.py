@@ -42,7 +42,7 @@ ROW_TEXTS = 0.005  # seconds of an answer's metrics
 
 @dataclass(frozen=True)
 class Run:
-    """What the time of a run depends on."""
+    """A run, as far as its time depends on it."""
 
     size: ModelSize
     plan: Plan

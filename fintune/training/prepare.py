@@ -39,7 +39,7 @@ ROOM = 0.8  # of the free memory, for a base that is loaded whole before it is s
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `train` takes; `tokens` by split, and `cost`, what four bits cost."""
+    """Arguments of `train`; `tokens` by split, and `cost`, the loss that four bits cost."""
 
     model: PeftModel
     tokenizer: Tokenizer

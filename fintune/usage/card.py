@@ -32,7 +32,7 @@ def explained(error: Exception) -> str:
 
 @dataclass
 class Room:
-    """What all open pages share: the models, of which one answers at a time, and the exchanges."""
+    """State that all open pages share: the models, of which one answers at a time, and the exchanges."""
 
     sides: list[Side]
     log: Log

@@ -1,4 +1,4 @@
-"""What traces say of a version's use since it was registered."""
+"""Use of a version since it was registered, as its traces tell."""
 
 import math
 from collections.abc import Iterable, Sequence
