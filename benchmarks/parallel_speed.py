@@ -46,11 +46,11 @@ OURS: dict[str, dict[str, Any]] = {
     | {"quantization": "none", "checkpointing": "full", "memory_gib": 24, "rows_per_step": 16},
 }
 TRL: dict[str, dict[str, Any]] = {  # rows a step, and whether the base is sharded
-    "trl-one": {"rows": 32, "sharded": False},
-    "trl-ddp": {"rows": 32, "sharded": False},
-    "trl-ddp-64": {"rows": 64, "sharded": False},
-    "trl-fsdp": {"rows": 32, "sharded": True},
-    "trl-fsdp-64": {"rows": 64, "sharded": True},
+    "trl-one": {"rows_per_step": 32, "sharded": False},
+    "trl-ddp": {"rows_per_step": 32, "sharded": False},
+    "trl-ddp-64": {"rows_per_step": 64, "sharded": False},
+    "trl-fsdp": {"rows_per_step": 32, "sharded": True},
+    "trl-fsdp-64": {"rows_per_step": 64, "sharded": True},
 }
 USUAL = [*(name for name in OURS if name != "fsdp-24-gib"), *TRL]
 LIBRARIES = ("torch", "transformers", "accelerate", "peft", "trl", "bitsandbytes")
@@ -118,13 +118,15 @@ def measure(name: str, base: Path, steps: int, out: Path) -> None:
         prepare()  # this process sees its GPU alone, and silences its libraries
     import torch
 
-    from benchmarks.training_speed import ROWS_PER_STEP, draw_rows, our_steps
+    from benchmarks.training_speed import ROWS_PER_STEP, draw_rows, fp8_seconds, our_steps
     from fintune.hardware import hardware, peak_memory_gib
     from fintune.params import Base
     from fintune.processes import of_all, rank, start
 
     section = Base(model=str(base), revision=None)
-    rows_per_step = OURS[name].get("rows_per_step", ROWS_PER_STEP) if ours else TRL[name]["rows"]
+    rows_per_step = (
+        OURS[name].get("rows_per_step", ROWS_PER_STEP) if ours else TRL[name]["rows_per_step"]
+    )
     rows = draw_rows((steps + 1) * rows_per_step)
     if ours:
         start("train", "auto")
@@ -133,6 +135,8 @@ def measure(name: str, base: Path, steps: int, out: Path) -> None:
         ends, step_tokens, losses, more = trl_steps(section, rows, steps, **TRL[name])
     half = steps // 2
     seconds = ends[steps] - ends[half]
+    if "fp8" in name:
+        seconds = fp8_seconds(ends, step_tokens, steps)
     peaks = of_all(peak_memory_gib())
     found = {
         "device": hardware(),
@@ -193,7 +197,7 @@ def trl_steps(
         trainer = SFTTrainer(
             model,
             SFTConfig(
-                folder, per_device_train_batch_size=given["rows"] // number, max_steps=steps,
+                folder, per_device_train_batch_size=given["rows_per_step"] // number, max_steps=steps,
                 gradient_accumulation_steps=1, learning_rate=2e-4, logging_steps=steps // 2,
                 report_to="none", save_strategy="no", padding_free=True, max_length=None,
                 completion_only_loss=True, gradient_checkpointing=False, bf16=True,

@@ -335,6 +335,7 @@ class Evaluate(Section):
     engine: Literal["built_in", "vllm"] = "built_in"
     rows_per_batch: Annotated[int | Literal["auto"], PlainValidator(_auto_or_count)] = "auto"
     kernels: Literal["auto", "fused", "plain"] = "auto"
+    products: Literal["bfloat16", "fp8"] = "bfloat16"
     embedding: Embedding | None = None
     general_text: Name | None
     champion: Annotated[str, Field(pattern=r"^[^/:@]+$")] | None = "registered"
@@ -346,6 +347,14 @@ class Evaluate(Section):
     def champion_of(self, registered: str) -> str | None:
         """Return the model whose champion is measured; `registered` is the one that is exported."""
         return registered if self.champion == "registered" else self.champion
+
+    @model_validator(mode="after")
+    def _fp8_is_built_in(self) -> "Evaluate":
+        if self.products == "fp8" and (self.engine != "built_in" or self.kernels == "plain"):
+            raise ValueError(
+                "products: fp8: only engine: built_in with fused kernels has it; set bfloat16"
+            )
+        return self
 
     @model_validator(mode="after")
     def _rules_have_something_to_judge(self) -> "Evaluate":

@@ -31,7 +31,8 @@ from fintune.model.adapter import (
     read_training,
 )
 from fintune.model.base import load_base
-from fintune.model.likelihood import Likelihood, likelihood
+from fintune.model.conformance import fp8_differs
+from fintune.model.likelihood import Likelihood, fp8_is_near, likelihood
 from fintune.params import Evaluate, Generation
 from fintune.processes import rank
 
@@ -105,6 +106,10 @@ def measure(
         except UserError as error:  # a faulty champion must not stop the evaluation
             champion_fault = str(error)
     tokens = [encode(tokenizer, row["prompt"], row["completion"]) for row in test.rows]
+    if params.products == "fp8" and (why := fp8_differs(model, trained)):
+        raise UserError(f"evaluate.products: fp8: {why}; set bfloat16")
+    fp8 = params.products == "fp8" and fp8_is_near(model, tokens)
+    computed: dict[str, Any] = {"kernels": params.kernels, "fp8": fp8}
     general = [encode_passage(tokenizer, passage) for passage in passages]
     prompts = [prompt for prompt, _ in tokens]
     asked = _once(validation, tokenizer) if generation.decoding == "auto" else []
@@ -115,15 +120,14 @@ def measure(
     for name, state in states.items():
         model.set_adapter("champion" if name == "champion" else "default")
         with state():
-            scores = likelihood(model, tokens, f"{name} likelihood", params.kernels)
-            passage = (
-                likelihood(model, general, f"{name} general text", params.kernels)
-                if general
-                else None
-            )
+            scores = likelihood(model, tokens, f"{name} likelihood", **computed)
+            passage = None
+            if general:
+                passage = likelihood(model, general, f"{name} general text", **computed)
             written = partial(plain_folder, trained, tokenizer, folders[name])
             most = len(longest) + generation.max_new_tokens
-            with engine(model, tokenizer, most, params, name, written) as (generate, version):
+            using = engine(model, tokenizer, most, params, computed, name, written)
+            with using as (generate, version):
                 if not report:
                     answers = len(set(map(tuple, prompts))) * (params.samples_per_prompt + 1)
                     budget = answers * len(states) // 2  # long answers of bad candidates cost more
@@ -151,6 +155,7 @@ def measure(
         "learning_rate": train["learning_rate"],
         "epochs": train["epochs"],
         "lora_r": train["lora"]["r"],
+        **({"products": "fp8"} if fp8 else {}),
     }
     return Measured(
         results,
@@ -235,6 +240,7 @@ def engine(
     tokenizer: Any,
     most: int,
     params: Evaluate,
+    computed: dict[str, Any],
     name: str,
     write: Callable[[Path], None],
 ) -> Iterator[tuple[Generate, str]]:
@@ -243,12 +249,13 @@ def engine(
     Args:
         model: generates with its active adapter.
         most: tokens of a prompt and its answer together.
+        computed: the built-in engine's `kernels` and `fp8`.
         name: of the model, for messages.
         write: writes the same model to a folder.
     """
     rows = params.rows_per_batch
     if params.engine == "built_in":
-        how: dict[str, Any] = {"rows_at_once": rows, "kernels": params.kernels}
+        how = {"rows_at_once": rows} | computed
         yield partial(generate_answers, model, tokenizer, **how), "built_in"
         return
     dtype = base_of(model).get_output_embeddings().weight.dtype

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ def generate(
     title: str,
     rows_at_once: int | str = "auto",
     kernels: str = "auto",
+    fp8: bool = False,
 ) -> list[Answer]:
     """Generate an answer to each prompt, up to the end token.
 
@@ -49,6 +51,7 @@ def generate(
         title: of the progress bar.
         rows_at_once: maximum batch size; `auto` takes as many as memory allows, up to a few hundred.
         kernels: `fused`, `plain` (transformers' own loop) or `auto`, as for training.
+        fp8: multiply by the base's 4-bit weights in FP8; the kernels are fused then.
 
     Returns:
         One answer per prompt, in the order of the prompts.
@@ -58,7 +61,7 @@ def generate(
     end_id = decodings[0].end_id
     ends = end_tokens(tokenizer, end_id)
     plain = kernels == "plain" or (kernels == "auto" and fused_differs(model) is not None)
-    loop = _generate_with_transformers if plain else generate_with_slots
+    loop = _generate_with_transformers if plain else partial(generate_with_slots, fp8=fp8)
     drawn = uniforms(prompts, decodings)
     tokens: dict[int, list[int]] = {}
     mine = range(rank(), len(prompts), count())

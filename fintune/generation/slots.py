@@ -37,6 +37,7 @@ def generate_with_slots(
     ends: list[int],
     rows: int | str,
     finish: Callable[[int, list[int]], None],
+    fp8: bool = False,
 ) -> None:
     """Generate answers, longest prompts first; a free slot takes the next one."""
     waiting = sorted(prompts, key=lambda prompt: len(prompt.tokens))
@@ -45,7 +46,7 @@ def generate_with_slots(
     draw = TokenDraw([prompt.decoding for prompt in prompts])
     count, cache = _room(model, length, min(len(prompts), _most(model, rows)), draw.samples)
     dtype = base_of(model).get_output_embeddings().weight.dtype
-    fused = FusedModel(model, dtype, cache_weights=cache, training=False)
+    fused = FusedModel(model, dtype, cache_weights=cache, training=False, fp8=fp8)
     slots = DecodingSlots(fused, count, length, ends, limit, draw)
     owner: dict[int, int] = {}
     while waiting or owner:

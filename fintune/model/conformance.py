@@ -17,12 +17,14 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from fintune.errors import UserError
-from fintune.model.adapter import base_of, with_lora
+from fintune.hardware import has_fp8
+from fintune.model.adapter import AdapterInfo, base_of, with_lora
 from fintune.model.attention import ATTENTION, using_attention
 from fintune.model.batch import MicroBatch, TokenRow, pack, pad
 from fintune.model.fused.families import unsupported
 from fintune.model.fused.model import FusedModel
 from fintune.model.plain import PlainModel
+from fintune.model.sizes import ModelSize, lacks_for_fp8
 from fintune.model.tiny import VOCABULARY, tiny_model
 from fintune.params import Lora
 
@@ -76,6 +78,14 @@ def fused_differs(model: Any) -> str | None:
     """Return why the fused kernels are not used for a model, or None if they are."""
     config = base_of(model).config
     return unsupported(model) or agreement_of(config).differences.get("fused kernels")
+
+
+def fp8_differs(model: Any, trained: AdapterInfo) -> str | None:
+    """Return why a trained model's products cannot be in FP8, or None if they can."""
+    size = ModelSize.of(base_of(model).config, Lora(**trained.train["lora"]))
+    kernels = "plain" if fused_differs(model) else "fused"
+    able = trained.dtype == torch.bfloat16 and has_fp8()
+    return lacks_for_fp8(size, trained.train["quantization"], kernels, able)
 
 
 def _compare(config: Any) -> Agreement:

@@ -1,5 +1,6 @@
 """Measure the likelihood of the answers under a model, and its calibration."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +18,11 @@ from fintune.model.plain import PlainModel
 from fintune.model.sharding import is_sharded
 from fintune.processes import count, of_all, rank
 
+log = logging.getLogger("fintune")
+
 TOKENS_PER_BATCH = 8192  # padding included; bounds memory, affects results only by rounding
 ROOM_GIB = 6  # reserved for a batch before weights are cached in 16 bits
+FP8_ROWS, FP8_NATS = 256, 0.003  # in FP8 if the loss on so many rows changes by no more
 BINS = 10  # of the calibration, of equal width
 
 
@@ -49,7 +53,7 @@ class Likelihood:
 
 @torch.no_grad()
 def likelihood(
-    model: Any, rows: Sequence[TokenRow], title: str, kernels: str = "auto"
+    model: Any, rows: Sequence[TokenRow], title: str, kernels: str = "auto", fp8: bool = False
 ) -> Likelihood:
     """Compute the likelihood of the answers given their prompts.
 
@@ -60,8 +64,9 @@ def likelihood(
         model: a causal model, with or without an adapter; left in evaluation mode.
         title: of the progress bar.
         kernels: `fused` on packed rows, `plain` on padded ones, or `auto`, as for training.
+        fp8: multiply by the base's 4-bit weights in FP8; the kernels are fused then.
     """
-    forward = _Forward(model, kernels)
+    forward = _Forward(model, kernels, fp8)
     nll, correct = np.zeros(len(rows)), np.zeros(len(rows))
     calibration = np.zeros((BINS, 3))
     lengths = [len(prompt) + len(completion) for prompt, completion in rows]
@@ -96,6 +101,22 @@ def likelihood(
         calibration += calibration_sums(confidence, hits)
     tokens = np.array([len(completion) for _, completion in rows], dtype=float)
     return Likelihood(nll, correct, tokens, calibration)
+
+
+def fp8_is_near(model: Any, rows: Sequence[TokenRow]) -> bool:
+    """Return whether FP8 leaves the loss on the first rows as it is; warn if it does not."""
+    exact, coarse = (
+        likelihood(model, rows[:FP8_ROWS], title, "fused", fp8).loss
+        for title, fp8 in (("16 bits", False), ("FP8", True))
+    )
+    near = abs(coarse - exact) <= FP8_NATS
+    if not near:
+        log.warning(
+            "warning: evaluate.products: fp8: the loss is %.4f nats an answer token in FP8 and %.4f in "
+            "16 bits, more than %g apart; going on in 16 bits",
+            *(coarse, exact, FP8_NATS),
+        )
+    return near
 
 
 def token_figures(
@@ -136,13 +157,13 @@ def answer_logits(model: Any, rows: Sequence[TokenRow]) -> list[torch.Tensor]:
 class _Forward:
     """A forward pass to the hidden states that predict answers, with the fused or the model's own layers."""
 
-    def __init__(self, model: Any, kernels: str) -> None:
+    def __init__(self, model: Any, kernels: str, fp8: bool = False) -> None:
         model.eval()
         self.plain, self.fused = PlainModel(model), None
         if kernels == "fused" or (kernels == "auto" and fused_differs(model) is None):
             cache = not is_sharded(model) and cached_weights_gib(model) + ROOM_GIB < room_gib()
             dtype = base_of(model).get_output_embeddings().weight.dtype
-            self.fused = FusedModel(model, dtype, cache_weights=cache, training=False)
+            self.fused = FusedModel(model, dtype, cache_weights=cache, training=False, fp8=fp8)
         self.lay_out = pack if self.fused else pad
         computed = self.fused or self.plain
         self.answer_states, self.logits = computed.answer_states, computed.logits

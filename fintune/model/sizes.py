@@ -5,6 +5,7 @@ from typing import Any
 
 from fintune.params import ALL_LINEAR, Lora
 
+CODES = "its codes take the place of the 16-bit weights of a 4-bit base (dequantize: once)"
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -83,3 +84,20 @@ class ModelSize:
         """
         body = 4 * self.linear_weights + 6 * self.adapter_weights
         return float(tokens) * body + 4.0 * answer_tokens * self.vocabulary * self.hidden
+
+
+def lacks_for_fp8(size: ModelSize, quantization: str, kernels: str, has_fp8: bool) -> str | None:
+    """Return why the base's products cannot be in FP8, or None if they can.
+
+    Args:
+        has_fp8: this GPU has FP8 products, and activations are in bfloat16.
+    """
+    if not has_fp8:
+        return "it needs a GPU from Ada or Hopper on, and train.precision: bfloat16"
+    if kernels != "fused":
+        return "only fused kernels have it"
+    if quantization != "nf4":
+        return CODES
+    if any(n % 16 for sizes in size.linears.values() for n in sizes):
+        return "this base has sizes that are no multiples of 16"
+    return None

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fintune.errors import UserError
-from fintune.model.sizes import ModelSize
+from fintune.model.sizes import CODES, ModelSize, lacks_for_fp8
 from fintune.params import Train
 from fintune.training.memory import estimate_memory_gib
 
@@ -130,7 +130,9 @@ def plan_execution(
                 "and not with fsdp; set auto"
             )
         dequantize = [params.dequantize]
-    lacks = _lacks_for_fp8(model, params, kernels, has_fp8)
+    lacks = lacks_for_fp8(model, params.quantization, kernels, has_fp8)
+    if params.dequantize == "always":
+        lacks = lacks or CODES
     if sharded:
         lacks = "its codes are whole in each process, and fsdp shares the base out"
     if params.products == "fp8":
@@ -192,19 +194,6 @@ def fits_whole(
     how = (model, params.quantization, bytes_per_value, kernels, smallest)
     once = params.dequantize == "once" or params.products == "fp8"
     return sum(estimate_memory_gib(*how, once, longest).values()) <= SAFE_SHARE * free_gib
-
-
-def _lacks_for_fp8(model: ModelSize, params: Train, kernels: str, has_fp8: bool) -> str | None:
-    """Return why the base's products cannot be in FP8, or None if they can."""
-    if not has_fp8:
-        return "it needs a GPU from Ada or Hopper on, and train.precision: bfloat16"
-    if kernels != "fused":
-        return "only fused kernels have it"
-    if params.quantization != "nf4" or params.dequantize == "always":
-        return "its codes take the place of the 16-bit weights of a 4-bit base (dequantize: once)"
-    if any(size % 16 for sizes in model.linears.values() for size in sizes):
-        return "this base has sizes that are no multiples of 16"
-    return None
 
 
 def _time(plan: Plan, tokens: int) -> float:

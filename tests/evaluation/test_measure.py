@@ -21,10 +21,12 @@ from fintune.data.formatting import format_row
 from fintune.data.prompt import encode
 from fintune.data.questions import questions_of
 from fintune.data.records import read_passages
+from fintune.errors import UserError
 from fintune.evaluation.measure import measure
 from fintune.evaluation.report import conclude
 from fintune.evaluation.rows import select_rows
 from fintune.generation.decoding import GREEDY
+from fintune.hardware import has_fp8
 from fintune.model.adapter import add_adapter, save_adapter, write_training
 from fintune.model.base import load_base
 from fintune.params import Base, Evaluate, Generation, Lora, Sampler, read_params
@@ -197,6 +199,23 @@ def test_a_good_adapter_passes_every_rule(
     assert len(report["gate"]["rules"]) == 5
     assert [row["tuned"] for row in table].count(table[0]["tuned"]) < len(table)
     assert report["tuned"]["rouge_l"] > 0.8 > 0.2 > report["base"]["rouge_l"]
+
+
+@pytest.mark.skipif(has_fp8(), reason="a GPU with FP8 products")
+def test_fp8_is_refused_where_it_is_missing(
+    good: Path, rows: list[dict[str, Any]], params: Evaluate
+) -> None:
+    coarse = params.model_copy(update={"products": "fp8"})
+    with pytest.raises(
+        UserError, match=r"evaluate\.products: fp8: it needs a GPU .*; set bfloat16"
+    ):
+        evaluate(good, rows, [], coarse)
+
+
+@pytest.mark.parametrize("changes", [{"engine": "vllm"}, {"kernels": "plain"}])
+def test_fp8_belongs_to_the_fused_kernels(params: Evaluate, changes: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="products: fp8: only engine: built_in with fused kernels"):
+        Evaluate(**(params.model_dump() | {"products": "fp8"} | changes))
 
 
 @pytest.mark.parametrize("number", [2, 3])

@@ -72,16 +72,24 @@ def test_training_of_a_7b_is_as_fast_as_measured(name: str, made: Plan, dropout:
     assert speed(SIZE_7B, made, dropout) == pytest.approx(expected, rel=0.1)
 
 
-@pytest.mark.parametrize("base", ["llama3.2-1b", "smollm2-135m"])
 @pytest.mark.parametrize(
-    ("name", "graphs", "dropout"),
-    [("fused", True, 0.0), ("fused-dropout", True, 0.1), ("fused-launched", False, 0.0)],
+    ("base", "name", "made", "dropout"),
+    [
+        ("llama3.2-1b", "fused", plan(graphs=True), 0.0),
+        ("llama3.2-1b", "fused-fp8", plan(graphs=True, fp8=True), 0.0),
+        ("llama3.2-1b", "fused-fp8-dropout", plan(graphs=True, fp8=True), 0.1),
+        ("llama3.2-1b-before", "fused-launched", plan(), 0.0),
+        ("smollm2-135m", "fused", plan(graphs=True), 0.0),
+        ("smollm2-135m", "fused-dropout", plan(graphs=True), 0.1),
+        ("smollm2-135m-before", "fused-launched", plan(), 0.0),
+    ],
 )
 def test_small_bases_are_as_fast_as_measured(
-    base: str, name: str, graphs: bool, dropout: float
+    base: str, name: str, made: Plan, dropout: float
 ) -> None:
     expected = measured("training_speed_small.json", name, base)
-    assert speed(SIZES[base], plan(graphs=graphs), dropout) == pytest.approx(expected, rel=0.3)
+    size = SIZES[base.removesuffix("-before")]
+    assert speed(size, made, dropout) == pytest.approx(expected, rel=0.3)
 
 
 def test_fp8_and_several_gpus_are_as_fast_as_measured() -> None:
@@ -91,6 +99,9 @@ def test_fp8_and_several_gpus_are_as_fast_as_measured() -> None:
     assert speed(SIZE_7B, plan(), on=H200) == pytest.approx(18_272, rel=0.1)
     assert speed(SIZE_7B, plan(processes=2), on=H200) == pytest.approx(33_473, rel=0.12)
     assert speed(SIZE_7B, plan(processes=2), rows=64, on=H200) == pytest.approx(36_151, rel=0.1)
+    assert speed(SIZE_7B, plan(fp8=True), on=H200) == pytest.approx(25_652, rel=0.1)
+    of_two = plan(fp8=True, processes=2)
+    assert speed(SIZE_7B, of_two, rows=64, on=H200) == pytest.approx(50_251, rel=0.1)
 
 
 def forecast(size: ModelSize, made: Plan, on: Machine, base_bytes: int, recipe: Any) -> Any:

@@ -49,28 +49,42 @@ class _AnswerLoss(Function):
         indices: Tensor,
         softcap: float | None,
     ) -> Tensor:
-        total = torch.zeros((), dtype=torch.float32, device=states.device)
-        d_states, d_rows = torch.empty_like(states), torch.zeros_like(rows)
-        own = rows.to(states.dtype)
-        even = len(weight) // ALIGNMENT * ALIGNMENT
-        run = functions_for(states)
-        for x, target, dx in zip(
-            states.split(CHUNK), targets.split(CHUNK), d_states.split(CHUNK), strict=True
-        ):
-            logits = logits_of(x, weight, own, indices)
-            total += run.cross_entropy_(logits, target, softcap).sum()
-            d_own = logits.index_select(1, indices)
-            d_rows += (d_own.t() @ x).to(d_rows.dtype)
-            logits.index_fill_(1, indices, 0)
-            torch.mm(logits[:, :even], weight[:even], out=dx)
-            dx.addmm_(logits[:, even:], weight[even:]).addmm_(d_own, own)
-        ctx.save_for_backward(d_states, d_rows)
+        total, *gradients = _loss_and_gradients(states, rows, targets, weight, indices, softcap)
+        ctx.save_for_backward(*gradients)
         return total
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         d_states, d_rows = ctx.saved_tensors
         return d_states * gradients[0], d_rows * gradients[0], None, None, None, None
+
+
+@torch.no_grad()
+def _loss_and_gradients(
+    states: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    weight: Tensor,
+    indices: Tensor,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the summed loss in nats, and its gradients for `states` and `rows`."""
+    total = torch.zeros((), dtype=torch.float32, device=states.device)
+    d_states, d_rows = torch.empty_like(states), torch.zeros_like(rows)
+    own = rows.to(states.dtype)
+    even = len(weight) // ALIGNMENT * ALIGNMENT
+    run = functions_for(states)
+    for x, target, dx in zip(
+        states.split(CHUNK), targets.split(CHUNK), d_states.split(CHUNK), strict=True
+    ):
+        logits = logits_of(x, weight, own, indices)
+        total += run.cross_entropy_(logits, target, softcap).sum()
+        d_own = logits.index_select(1, indices)
+        d_rows += (d_own.t() @ x).to(d_rows.dtype)
+        logits.index_fill_(1, indices, 0)
+        torch.mm(logits[:, :even], weight[:even], out=dx)
+        dx.addmm_(logits[:, even:], weight[even:]).addmm_(d_own, own)
+    return total, d_states, d_rows
 
 
 def logits_of(states: Tensor, weight: Tensor, own: Tensor, indices: Tensor) -> Tensor:
@@ -245,6 +259,12 @@ class FusedModel:
             states, self.head_rows, targets, self.head, self.indices, self.softcap
         )
         return loss
+
+    def loss_and_gradients(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute `answer_loss` and its gradients, for `states` and for the head's trained rows."""
+        return _loss_and_gradients(
+            states, self.head_rows, targets, self.head, self.indices, self.softcap
+        )
 
 
 def _table(module: Any) -> tuple[Tensor, Tensor, list[int]]:

@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
-from fintune.data.prompt import encode
+from fintune.data.prompt import encode, end_token_id
+from fintune.generation.decoding import Decoding
+from fintune.generation.generate import generate
 from fintune.hardware import has_fp8
 from fintune.model.adapter import add_adapter
 from fintune.model.base import load_base
@@ -29,6 +31,7 @@ from fintune.model.fused.ops import (
     rotate,
     rotate_backward,
 )
+from fintune.model.likelihood import likelihood
 from fintune.params import Base, Lora
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -452,6 +455,20 @@ def test_products_in_fp8_are_near_those_in_16_bits(
                 parameter.data *= 1.2
         exact.sync_parameters()
         coarse = FusedModel(model, torch.bfloat16, checkpointing, cache_weights=True, fp8=True)
+
+
+@pytest.mark.skipif(not has_fp8(), reason="no GPU with FP8 products")
+def test_an_evaluation_in_fp8_is_near_one_in_16_bits(base: Base, tokenizer: Any) -> None:
+    model = adapted(base, tokenizer, "nf4", dtype=torch.bfloat16).to("cuda")
+    rows = [encode(tokenizer, *t) for t in TEXTS]
+    exact, coarse = (likelihood(model, rows, "", fp8=fp8) for fp8 in (False, True))
+    assert 0 < abs(coarse.loss - exact.loss) < 0.05
+    decoding = Decoding(end_token_id(tokenizer), 6)
+    prompts = [prompt for prompt, _ in rows]
+    fine, rough = (
+        generate(model, tokenizer, prompts, decoding, "", fp8=fp8) for fp8 in (False, True)
+    )
+    assert sum(a == b for a, b in zip(fine, rough, strict=True)) >= len(rows) / 2
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
