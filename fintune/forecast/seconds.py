@@ -127,8 +127,8 @@ def stage_seconds(
     found = {name: STARTS[name] + rows * each + DVC for name, each in ROWS.items()}
     begin = IMPORT + DVC
     load = run.base_bytes / BYTES[run.machine.on_gpu] + 0.3
-    costs = 2 if train.quantization == "nf4" else 0  # 16 bits and 4, to know what 4 cost
-    found["train"] = begin + (1 + costs) * load + training_seconds(run, train, work)
+    loads = 2 if train.quantization == "nf4" else 1  # in 16 bits as well, to know what 4 cost
+    found["train"] = begin + loads * load + training_seconds(run, train, work)
 
     share = work.answer_tokens / work.tokens
     token = token_seconds(run, train, share) * FORWARD

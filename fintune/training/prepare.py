@@ -18,6 +18,7 @@ from fintune.hardware import (
     check_disk,
     compute_dtype,
     describe_device,
+    free_memory,
     free_memory_gib,
 )
 from fintune.hub.models import check_base
@@ -67,9 +68,13 @@ def prepare(
     dtype = compute_dtype(params.precision)
     log.info("device: %s", describe_device())
     check_disk(2 * check_base(base), Path.cwd())
-    cost = quantization_cost(base, params, tokenizer, tokens["validation"], scratch)
+    cost, loaded = quantization_cost(base, params, tokenizer, tokens["validation"], scratch)
+    if count() > 1:
+        loaded = None
+    free_memory()
     parallel, on = _parallel(base, params, tokens["train"], dtype)
-    loaded = load_base(base, tokenizer, params.quantization, dtype, on, parallel == "fsdp")
+    if loaded is None:
+        loaded = load_base(base, tokenizer, params.quantization, dtype, on, parallel == "fsdp")
     model = add_adapter(loaded, tokenizer, params.lora, params.seed)
     log.info("trainable: %s", describe_adapter(model))
     return Prepared(model, tokenizer, tokens, dtype, cost, parallel == "fsdp")

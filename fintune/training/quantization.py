@@ -24,7 +24,7 @@ LARGE = 0.5  # nats an answer token; Mistral-like bases lose less than a tenth
 
 def quantization_cost(
     base: Base, train: Train, tokenizer: Any, rows: Sequence[TokenRow], scratch: Path
-) -> dict[str, float]:
+) -> tuple[dict[str, float], Any]:
     """Measure the base's loss before any training, and warn of a large cost.
 
     A model that was fine-tuned and merged loses most of what it learned when it is quantized anew, because
@@ -36,26 +36,28 @@ def quantization_cost(
 
     Returns:
         `unquantized_base_loss` and `quantized_base_loss` in nats per answer token; nothing without
-        `quantization: nf4`, or where the unquantized base does not fit into memory.
+        `quantization: nf4`, or where the unquantized base does not fit into memory. And the quantized base,
+        if it was loaded.
 
     Raises:
         UserError: a loss is not finite.
     """
     if train.quantization != "nf4":
-        return {}
+        return {}, None
+    model = None
     file, dtype = scratch / "quantization.json", compute_dtype(train.precision)
     if not of_first(file.is_file()):
         if of_first(check_base(base) / GIB * dtype.itemsize / 2 > 0.8 * room_gib()):
             log.info(
                 "what 4 bits cost is not measured: in 16 bits, the base does not fit into memory"
             )
-            return {}
+            return {}, None
         found = {}
         for name, quantization in (("unquantized", "none"), ("quantized", "nf4")):
+            model = None
+            free_memory()
             model = load_base(base, tokenizer, quantization, dtype)
             found[f"{name}_base_loss"] = likelihood(model, rows[:ROWS], f"{name} base").loss
-            del model
-            free_memory()
         if not all(map(math.isfinite, found.values())):
             raise UserError(
                 f"base.model: {base.model}: its loss is {found['unquantized_base_loss']}, in 4 bits "
@@ -74,4 +76,4 @@ def quantization_cost(
             after,
             before,
         )
-    return losses
+    return losses, model

@@ -26,12 +26,15 @@ def rows(tokenizer: Any) -> list[Any]:
 def test_it_is_the_base_s_loss_in_both(
     base: Base, tokenizer: Any, rows: list[Any], tmp_path: Path
 ) -> None:
-    found = quantization_cost(base, NF4, tokenizer, rows, tmp_path)
+    found, loaded = quantization_cost(base, NF4, tokenizer, rows, tmp_path)
     for name, kind in (("unquantized", "none"), ("quantized", "nf4")):
         model = load_base(base, tokenizer, kind, torch.float32)
         expected = likelihood(model, rows[: quantization.ROWS], "").loss
         assert found[f"{name}_base_loss"] == pytest.approx(expected, rel=1e-6)
     assert found["quantized_base_loss"] != found["unquantized_base_loss"]
+    assert loaded.is_loaded_in_4bit and likelihood(loaded, rows, "").loss == pytest.approx(
+        likelihood(model, rows, "").loss, rel=1e-6
+    )
 
 
 def test_a_large_cost_is_warned_of_once_measured(
@@ -47,7 +50,7 @@ def test_a_large_cost_is_warned_of_once_measured(
         '{"unquantized_base_loss": 2.81, "quantized_base_loss": 5.41}'
     )
     monkeypatch.setattr(quantization, "load_base", None)  # what was measured is not measured again
-    quantization_cost(base, NF4, tokenizer, rows, tmp_path)
+    assert quantization_cost(base, NF4, tokenizer, rows, tmp_path)[1] is None
     assert "loss is 2.810 nats an answer token, in 4 bits 5.410" in caplog.text
     assert "loss is 5.41 instead of 2.81" in caplog.text
     assert "set train.quantization: none" in caplog.text
@@ -62,7 +65,7 @@ def test_a_large_cost_is_warned_of_once_measured(
 def test_it_is_left_out_where_it_cannot_be_measured(
     base: Base, tokenizer: Any, rows: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert quantization_cost(base, PARAMS, tokenizer, rows, tmp_path) == {}
+    assert quantization_cost(base, PARAMS, tokenizer, rows, tmp_path) == ({}, None)
     monkeypatch.setattr(quantization, "room_gib", lambda: 0.0001)
-    assert quantization_cost(base, NF4, tokenizer, rows, tmp_path) == {}
+    assert quantization_cost(base, NF4, tokenizer, rows, tmp_path) == ({}, None)
     assert list(tmp_path.iterdir()) == []
