@@ -23,7 +23,9 @@ KEPT = (
     rf"[\p{{L}}\p{{M}}\p{{N}}\p{{Sc}}%\s]|[{ALWAYS}]|[.\-](?=\d)|(?<=\p{{L}})\#|{BETWEEN}"
     r"|(?<=[+*/^=<>-])\(|\)(?=[+*/^=<>-])"
 )
-DROPPED = regex.compile(rf"(?V1)(?:(?!{KEPT}).)+", regex.DOTALL)
+# the class repeats what KEPT begins with, which is found sooner
+DROPPED = regex.compile(rf"(?V1)(?:(?!{KEPT})[^\p{{L}}\p{{M}}\p{{N}}\p{{Sc}}%\s])+")
+SIGN_BY_SPACE = regex.compile(r"[%\p{Sc}\p{Sm}^*-](?:(?=\s)|(?<=\s.))")  # else SPACES finds none
 
 
 # Among these characters only letters and digits count; a mark before a digit may be a sign.
@@ -72,7 +74,9 @@ def normalize_question(text: str) -> str:
     text = text.casefold()
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text).translate(SPELLINGS)
-    text = SPACES.sub("", THOUSANDS.sub("", text))
+    text = THOUSANDS.sub("", text)
+    if SIGN_BY_SPACE.search(text):
+        text = SPACES.sub("", text)
     kept = DROPPED.sub(" ", text).split() or regex.sub(r"\p{P}", " ", text).split()
     return " ".join(kept) or "?"
 

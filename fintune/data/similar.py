@@ -20,7 +20,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from fintune.data.stream import in_threads, ordered
+from fintune.data.stream import in_threads
 
 SHINGLE = 5
 HASHES, BANDS = 72, 60
@@ -79,7 +79,7 @@ def group_similar(
 
     begin, path = 0, scratch / "bands"
     with path.open("wb") as file:
-        for keys in ordered(partial(bands, similarity=similarity), each()):
+        for keys in in_threads(partial(bands, similarity=similarity), each()):
             for band, part in enumerate(keys):
                 file.seek(4 * (band * count + begin))
                 part.tofile(file)
@@ -175,8 +175,8 @@ def collisions(keys: Numbers) -> tuple[Numbers, Numbers]:
     """Return the questions whose key in a band another one has, key by key, and where each key's begin."""
     packed = keys.astype(np.uint64) << np.uint64(32) | np.arange(len(keys), dtype=np.uint64)
     packed.sort()  # several times as fast as a stable argsort
-    order, ordered = packed.astype(np.uint32).astype(np.int32), packed >> np.uint64(32)
-    new = np.concatenate(([True], ordered[1:] != ordered[:-1], [True]))
+    order, in_order = packed.astype(np.uint32).astype(np.int32), packed >> np.uint64(32)
+    new = np.concatenate(([True], in_order[1:] != in_order[:-1], [True]))
     alone = new[1:] & new[:-1]
     return order[~alone], np.concatenate((np.flatnonzero(new[:-1][~alone]), [(~alone).sum()]))
 

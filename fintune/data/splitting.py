@@ -31,7 +31,7 @@ from fintune.data.prompt import render_prompt
 from fintune.data.questions import normalize_question, normalized
 from fintune.data.records import hash_of, hashes_of, warn_of_dropped
 from fintune.data.similar import Forest, group_similar
-from fintune.data.stream import batches, open_rows, ordered, spool, unspool
+from fintune.data.stream import batches, in_threads, open_rows, spool, unspool
 from fintune.data.tables import COLUMNS, LISTED, SPLITS, list_dropped
 from fintune.errors import UserError, brief
 from fintune.params import Split
@@ -126,7 +126,7 @@ def _read_keys(file: pq.ParquetFile, seed: int, texts: Path) -> dict[str, Number
         0,
     )
     with spool(texts, TEXTS) as write:
-        work = ordered(partial(_keys, seed=seed), batches(file, present, "split: hash"))
+        work = in_threads(partial(_keys, seed=seed), batches(file, present, "split: hash"))
         for keys, compared in work:
             write(compared)
             for name, values in keys.items():
@@ -144,7 +144,7 @@ def _keys(batch: pa.RecordBatch, seed: int) -> tuple[dict[str, Numbers], pa.Reco
     """
     instructions, inputs, outputs = (batch.column(name) for name in COLUMNS)
     question = compared = normalized(inputs)
-    found = {key: np.zeros(len(batch), kind) for key, kind in KEYS.items()}
+    found: dict[str, Numbers] = {key: np.zeros(len(batch), kind) for key, kind in KEYS.items()}
     for key, name in (("order", f"order {seed}"), ("leader", "leader"), ("side", f"side {seed}")):
         found[key] = hashes_of(name, question)[:, 0]
     whole = pc.binary_join_element_wise(instructions, inputs, outputs, "\0")
@@ -273,7 +273,7 @@ def describe_splits(folder: Path) -> dict[str, Any]:
     every = chain.from_iterable(
         batches(files[name], ["input"], f"split: count {name}") for name in SPLITS
     )
-    hashed = np.concatenate([*ordered(_questions, every), np.empty(0, np.uint64)])
+    hashed = np.concatenate([*in_threads(_questions, every), np.empty(0, np.uint64)])
     parts = np.split(hashed, np.cumsum([rows[name] for name in SPLITS])[:-1])
     questions = {name: np.unique(part) for name, part in zip(SPLITS, parts, strict=True)}
     _, seen = np.unique(np.concatenate([*questions.values()]), return_counts=True)
