@@ -18,6 +18,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pandas  # noqa: F401  # Arrow imports it at its first list, in each process that lacks it
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
