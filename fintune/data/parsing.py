@@ -9,7 +9,6 @@ import csv
 import io
 import json
 import logging
-import re
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from itertools import islice
@@ -38,7 +37,7 @@ LINES = (".jsonl", ".ndjson", ".jsonlines")
 SEPARATED = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
 FORMATS = (".parquet", ".json", *LINES, *SEPARATED)
 OTHER = {";": "semicolons", "\t": "tabs", "|": "bars"}  # as spreadsheets and databases write CSV
-NESTED = re.compile(rb"[\[{]\s*[\[{]")  # Arrow's parser has no limit to how deeply
+DEEPEST = 64  # brackets that a line opens; of some ten thousand within another Arrow's parser dies
 PACKED = (".gz", ".zst", ".bz2", ".xz")
 
 
@@ -130,7 +129,8 @@ def columns_in(piece: Piece, wanted: Collection[str]) -> pa.Table | None:
         text_of(piece)
         lines = table.removeprefix(codecs.BOM_UTF8 if piece.line == 1 else b"").strip(b"\r\n")
         ends = lines.count(b"}\n{") + lines.count(b"}\r\n{")
-        if lines.count(b"\n") != ends or NESTED.search(lines):
+        opened = (line.count(b"[") + line.count(b"{") for line in lines.split(b"\n"))
+        if lines.count(b"\n") != ends or max(opened) > DEEPEST:
             return None
         schema = pa.schema([(name, pa.string()) for name in sorted(wanted)])
         try:
