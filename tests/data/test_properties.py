@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
@@ -157,24 +157,22 @@ COMMON = st.text("abcDEFn0159 .,?!-/()'\"%$&_\t\n\x1c", max_size=16)
 
 
 @given(st.lists(COMMON | TEXTS, max_size=8), st.integers(0, 3))
+@example(["Left out", " Why,  then:\x1cso-so?! ", "?", "1.5 a", "a -b", "It's 9"], 1)
 def test_a_column_is_normalised_as_each_text_is(texts: list[str], begin: int) -> None:
     column = pa.array(texts, pa.string()).slice(begin)
     assert normalized(column).to_pylist() == list(map(normalize_question, texts[begin:]))
 
 
 ANSWERS = (
-    st.sampled_from(("So it is.", "nan", " null ", "none  .", "", "5", "é is so", "yes ", "Yes"))
-    | TEXTS
+    st.sampled_from(("So it is.", "Yes", "nan", "none  .", "null ", "", "5", "é is so")) | TEXTS
 )
+ROW = st.fixed_dictionaries(dict.fromkeys(COLUMNS, ANSWERS), optional={"more": st.none() | TEXTS})
+LACKING = st.dictionaries(st.sampled_from(COLUMNS), ANSWERS | st.none(), max_size=3)
 
 
-@given(
-    st.lists(
-        st.dictionaries(st.sampled_from((*COLUMNS, "more")), ANSWERS | st.none(), max_size=4),
-        min_size=1,
-        max_size=6,
-    ),
-    st.booleans(),
+@given(st.lists(ROW | LACKING, min_size=1, max_size=6), st.booleans())
+@example(
+    [dict.fromkeys(COLUMNS, text) for text in ("nan", "A bond.", "null ", "A loan.", "none ")], True
 )
 def test_columns_are_selected_as_the_rows_are_one_by_one(
     rows: list[dict[str, Any]], own: bool
