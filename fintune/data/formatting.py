@@ -1,6 +1,7 @@
 """Format rows: render prompt and completion, and fit them to the token limit."""
 
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -8,8 +9,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from fintune.data.chat import WAY_OUT, Refused
+from fintune.data.parts import made_once
 from fintune.data.prompt import (
     SPECIAL_TOKENS,
     Tokenizer,
@@ -194,9 +197,17 @@ def format_batch(batch: pa.RecordBatch, tokenizer: Tokenizer, params: Format) ->
 
 
 def format_rows(
-    tokenizer: Tokenizer, source: Path, target: Path, params: Format, split: str
+    tokenizer: Tokenizer,
+    source: Path,
+    target: Path,
+    params: Format,
+    split: str,
+    kept_in: Path | None = None,
 ) -> tuple[dict[str, Any], list[Lost]]:
     """Format the rows of one split, from one table to another.
+
+    Args:
+        kept_in: a folder where each row group that is done is kept, and read if it is there.
 
     Returns:
         The token counts of the rows that fit, with the rows truncated and dropped, by reason; and the first
@@ -211,10 +222,10 @@ def format_rows(
     tokens = [np.empty(0, np.int32)]
     work = partial(format_batch, tokenizer=tokenizer, params=params)
     # the tokenizer's own work needs no process of its own, a chat template's does
-    each = ordered if has_own_template(tokenizer) else in_threads
+    each = partial(ordered if has_own_template(tokenizer) else in_threads, work)
     read_whole(tokenizer.backend_tokenizer)
     with writer(target, schema_of(file.schema_arrow)) as write:
-        for done in each(work, batches(file, None, f"format {split}", AT_ONCE)):
+        for done in _formatted(file, each, f"format {split}", kept_in and kept_in / split):
             write(pa.Table.from_batches([done.rows]))
             tokens.append(done.rows.column("tokens").to_numpy())
             events += done.events
@@ -239,6 +250,29 @@ def format_rows(
     return report | {"dropped": dict(sorted(events.items()))}, lost
 
 
+def _formatted(
+    file: pq.ParquetFile,
+    each: Callable[[Iterable[pa.RecordBatch]], Iterator[Formatted]],
+    shown: str,
+    kept: Path | None,
+) -> Iterator[Formatted]:
+    """Yield all batches, formatted; those of row groups that were kept are read."""
+    if kept is None:
+        yield from each(batches(file, None, shown, AT_ONCE))
+        return
+    count = file.num_row_groups
+    for group in range(count):
+        done = each(batches(file, None, f"{shown} {group + 1}/{count}", AT_ONCE, group))
+        made = (
+            (one.rows, {"events": one.events, "lost": one.lost, "reason": one.reason})
+            for one in done
+        )
+        path = kept.with_name(f"{kept.name}-{group}.arrow")
+        for rows, told in made_once(path, schema_of(file.schema_arrow), made):
+            lost = [(number, event, text) for number, event, text in told["lost"]]
+            yield Formatted(rows, Counter(told["events"]), lost, told["reason"])
+
+
 def _check_kept(
     kept: int, count: int, events: Counter[str], reason: str, params: Format, split: str
 ) -> None:
@@ -255,14 +289,3 @@ def _check_kept(
             f"format: no {split} row is left of {count}; dropped: {counted(events)}; special_token: a "
             f"text holds {' or '.join(SPECIAL_TOKENS)}, which frame the answer; mend the source"
         )
-
-
-def tokens_told(report: dict[str, Any]) -> str:
-    """Write a split's report as a sentence."""
-    if not report["rows"]:
-        return f"no row is left; dropped: {counted(report['dropped'])}"
-    return (
-        f"{report['rows']:,} rows of {report['tokens']:,} tokens; half have up to {report['p50']:.0f}, "
-        f"95 % up to {report['p95']:.0f}, the longest {report['max']:,}; {report['rows_truncated']:,} cut, "
-        f"dropped: {counted(report['dropped'])}"
-    )

@@ -145,13 +145,17 @@ def open_rows(path: Path, columns: Iterable[str] = ()) -> pq.ParquetFile:
 
 
 def batches(
-    file: pq.ParquetFile, columns: list[str] | None = None, shown: str = "", size: int = BATCH
+    file: pq.ParquetFile,
+    columns: list[str] | None = None,
+    shown: str = "",
+    size: int = BATCH,
+    group: int | None = None,
 ) -> Iterator[pa.RecordBatch]:
-    """Yield a table's rows in batches, with a progress bar that says what is done with them."""
-    with tqdm(
-        total=file.metadata.num_rows, desc=shown, unit="row", leave=False, disable=not shown
-    ) as bar:
-        for batch in file.iter_batches(size, columns=columns, use_threads=False):
+    """Yield a table's rows, or those of a row group, in batches, with a bar that says what is done."""
+    groups = range(file.num_row_groups) if group is None else [group]
+    total = sum(file.metadata.row_group(each).num_rows for each in groups)
+    with tqdm(total=total, desc=shown, unit="row", leave=False, disable=not shown) as bar:
+        for batch in file.iter_batches(size, groups, columns, use_threads=False):
             yield batch
             bar.update(batch.num_rows)
 

@@ -14,6 +14,7 @@ from fintune.data.prompt import (
     has_own_template,
     prompt_token_ids,
 )
+from fintune.data.records import counted
 
 
 def count_tokens(tokenizer: Tokenizer, rows: Sequence[tuple[str, str]]) -> list[tuple[int, int]]:
@@ -68,3 +69,14 @@ def describe_tokens(tokens: NDArray[np.int32]) -> dict[str, float]:
         "p99": p99,
         "max": int(tokens.max()),
     }
+
+
+def tokens_told(report: dict[str, Any]) -> str:
+    """Write a split's report as a sentence."""
+    if not report["rows"]:
+        return f"no row is left; dropped: {counted(report['dropped'])}"
+    return (
+        f"{report['rows']:,} rows of {report['tokens']:,} tokens; half have up to {report['p50']:.0f}, "
+        f"95 % up to {report['p95']:.0f}, the longest {report['max']:,}; {report['rows_truncated']:,} cut, "
+        f"dropped: {counted(report['dropped'])}"
+    )
