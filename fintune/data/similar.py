@@ -25,7 +25,7 @@ from fintune.data.stream import in_threads
 SHINGLE = 5
 HASHES, BANDS = 72, 60
 ROWS_AT_ONCE = 512  # of the minima; what fits a core's cache
-PAIRS_AT_ONCE = 2**18
+PAIRS_AT_ONCE = 2**15  # all of their shingles take 140 MB
 SMALL = 64  # questions of one band; more are compared as blocks of a matrix
 CELLS = 2**21  # of such a block
 NUMBER = re.compile(r"\d[\d.]*")
