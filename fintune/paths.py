@@ -14,6 +14,7 @@ OWN_DATA = DATA / "source"
 COLLECTED = OWN_DATA / "collected.parquet"
 RAW = DATA / "raw"
 RAW_ROWS = RAW / "qa.parquet"
+RAW_COLLECTED = RAW / "collected.parquet"  # a copy, where it is a source
 MANIFEST = RAW / "manifest.json"
 DROPPED = Path("dropped.csv")  # in each of the three folders of rows
 SPLIT = DATA / "split"

@@ -9,6 +9,7 @@ from fintune import paths
 from fintune.data.questions import questions_of
 from fintune.data.tables import read_rows, write_rows
 from fintune.errors import UserError
+from fintune.evaluation.collected import collected_rows, describe_collected
 from fintune.evaluation.harness import data_sets, load_tasks
 from fintune.evaluation.measure import measure
 from fintune.evaluation.page import render
@@ -45,11 +46,13 @@ def main() -> None:
     validation = select_rows(held_out, questions_of(held_out), None)
     name = params.champion_of(everything.merge_export.registered_model)
     passages = general_passages(params.general_text)
+    collected = collected_rows()
     with tempfile.TemporaryDirectory() as folder:
         ours = (paths.RUN, paths.ADAPTER)
         champion = fetch_champion(client, name, *ours, Path(folder)) if client else None
         adapters = (paths.ADAPTER, of_first(champion.folder if champion else None))
-        measured = measure(*adapters, test, validation, passages, params, everything.generation)
+        answers = everything.generation
+        measured = measure(*adapters, test, validation, passages, params, answers, collected.rows)
     if client is None or champion is None:
         return
     if measured.champion_fault:
@@ -60,6 +63,8 @@ def main() -> None:
     about |= {f"data_of_{task}": data for task, data in harness_data.items()}
     report, table = conclude(measured, test, champion, params)
     report["evaluated"] = about
+    if collected.rows:
+        report["collected"] = describe_collected(collected, measured.collected)
     write_json(paths.EVALUATION, report)
     write_text(paths.EVALUATION_PAGE, render(report, table, read_curve(paths.TRAIN_CURVE), params))
     write_rows(paths.PREDICTIONS, table, SCHEMA)

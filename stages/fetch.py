@@ -1,6 +1,8 @@
 """Fetch the question-answer records, drop or refuse unusable rows, and write a manifest of their origin."""
 
 import hashlib
+import shutil
+from pathlib import Path
 
 from fintune import paths
 from fintune.data.sources import fetch_records
@@ -11,6 +13,9 @@ from fintune.stage import run, write_json
 def main() -> None:
     params = read_params().fetch
     about = fetch_records(params, paths.RAW_ROWS)
+    paths.RAW_COLLECTED.unlink(missing_ok=True)
+    if paths.COLLECTED in [Path(part.source) for part in (params, *params.more)]:
+        shutil.copyfile(paths.COLLECTED, paths.RAW_COLLECTED)  # evaluate asks its questions
     with paths.RAW_ROWS.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     origin = {key: about[key] for key in ("source", "revision", "license")}

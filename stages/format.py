@@ -7,9 +7,11 @@ import sys
 from typing import Any
 
 from fintune import paths
-from fintune.data.formatting import format_rows, tokens_told
+from fintune.data.formatting import format_rows
+from fintune.data.parts import kept_parts
 from fintune.data.prompt import describe_layout, load_tokenizer
 from fintune.data.tables import SPLITS, list_dropped
+from fintune.data.tokens import tokens_told
 from fintune.errors import UserError
 from fintune.hub.models import KNOWN, check_base, check_positions, read_config_file
 from fintune.params import read_params
@@ -26,13 +28,18 @@ def main() -> None:
     tokenizer = load_tokenizer(params.base, "new", params.format.template)
     log.info("%s", describe_layout(tokenizer))
     report, lost = {}, []
-    for split in SPLITS:
-        source, target = (paths.rows(each, split) for each in (paths.SPLIT, paths.FORMATTED))
-        report[split], dropped = format_rows(tokenizer, source, target, params.format, split)
-        lost += [(split, *each) for each in dropped]
-        log.info("%s: %s", split, tokens_told(report[split]))
-    list_dropped(paths.FORMATTED, ("split", "row", "reason", "text"), lost)
-    write_json(paths.FORMAT_METRICS, report)
+    inputs = [paths.rows(paths.SPLIT, split) for split in SPLITS]
+    texts = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]
+    with kept_parts("format", inputs, [params.format.model_dump(), *texts]) as kept:
+        for split, source in zip(SPLITS, inputs, strict=True):
+            target = paths.rows(paths.FORMATTED, split)
+            report[split], dropped = format_rows(
+                tokenizer, source, target, params.format, split, kept
+            )
+            lost += [(split, *each) for each in dropped]
+            log.info("%s: %s", split, tokens_told(report[split]))
+        list_dropped(paths.FORMATTED, ("split", "row", "reason", "text"), lost)
+        write_json(paths.FORMAT_METRICS, report)
 
 
 def check_type(config: dict[str, Any]) -> None:

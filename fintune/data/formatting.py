@@ -1,30 +1,29 @@
 """Format rows: render prompt and completion, and fit them to the token limit."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from fintune.data.chat import WAY_OUT, Refused
+from fintune.data.parts import made_once
 from fintune.data.prompt import (
-    RESPONSE,
-    RESPONSE_END,
     SPECIAL_TOKENS,
     Tokenizer,
-    encode,
     encode_text,
     has_own_template,
-    prompt_token_ids,
     render_row,
 )
 from fintune.data.records import counted, warn_of_dropped
-from fintune.data.stream import batches, open_rows, ordered, writer
+from fintune.data.stream import batches, in_threads, open_rows, ordered, writer
 from fintune.data.tables import COLUMNS, LISTED
+from fintune.data.tokens import count_tokens, describe_tokens, read_whole
 from fintune.data.unpacking import Row
 from fintune.data.words import sentence_ends, word_ends
 from fintune.errors import UserError, brief
@@ -34,11 +33,11 @@ LONGEST_WORD = 40  # characters
 # Characters of a text that are read, and at least so many for each token of max_tokens: what is beyond would
 # not fit, as no token but white space is as long. Tokenizing 10 MB takes gigabytes.
 READ, READ_A_TOKEN = 100_000, 64
-AT_ONCE = 1_024  # rows
+AT_ONCE = 2_048  # rows
+ADDED = ("prompt", "completion", "tokens")
 
-Lost = tuple[
-    int, str, str
-]  # a dropped row: its number from 1, the reason, the beginning of its question
+# a dropped row: its number from 1, the reason, the beginning of its question
+Lost = tuple[int, str, str]
 
 
 def schema_of(given: pa.Schema) -> pa.Schema:
@@ -74,14 +73,20 @@ def format_row(
     if rendered is None:
         return None, event
     (counts,) = count_tokens(tokenizer, [rendered[:2]])
-    return _fit(tokenizer, row, rendered, counts, max_tokens, overlong)
+    fitted, event = _fit(tokenizer, row, rendered, counts, max_tokens, overlong)
+    kept = {name: text for name, text in row.items() if name != "turns"}
+    return kept | dict(zip(ADDED, fitted, strict=True)) if fitted else None, event
 
 
 def _render(
-    tokenizer: Tokenizer, row: Row, max_tokens: int, overlong: str
+    tokenizer: Tokenizer, row: Row, max_tokens: int, overlong: str, is_marked: bool = True
 ) -> tuple[tuple[str, str, str] | None, str | None]:
-    """Return a row's prompt and completion, and as much of the answer as is read; or why it is dropped."""
-    if any(token in row[column] for column in COLUMNS for token in SPECIAL_TOKENS):
+    """Return a row's prompt and completion, and as much of the answer as is read; or why it is dropped.
+
+    Args:
+        is_marked: whether a special token may be in its texts.
+    """
+    if is_marked and any(token in row[name] for name in COLUMNS for token in SPECIAL_TOKENS):
         return None, "special_token"
     read = max(READ, READ_A_TOKEN * max_tokens)
     if len(row["instruction"]) + len(row["input"]) > read:
@@ -99,8 +104,8 @@ def _fit(
     counts: tuple[int, int],
     max_tokens: int,
     overlong: str,
-) -> tuple[Row | None, str | None]:
-    """Return a row of so many tokens, its answer cut if need be, or why it is dropped."""
+) -> tuple[tuple[str, str, int] | None, str | None]:
+    """Return a row's prompt, completion and tokens, its answer cut if need be, or why it is dropped."""
     prompt, completion, whole = rendered
     happened = None
     room = max_tokens - counts[0] - 1  # one for the end token
@@ -115,41 +120,7 @@ def _fit(
         happened = "truncated"
         prompt, completion = render_row(tokenizer, row, answer)
         (counts,) = count_tokens(tokenizer, [(prompt, completion)])
-    kept = {name: text for name, text in row.items() if name != "turns"}
-    return kept | {"prompt": prompt, "completion": completion, "tokens": sum(counts)}, happened
-
-
-def count_tokens(tokenizer: Tokenizer, rows: Sequence[tuple[str, str]]) -> list[tuple[int, int]]:
-    """Return how many tokens `encode` makes of the prompt and completion of each row, many at once.
-
-    Raises:
-        Refused: the base's tokenizer makes a special token of a text.
-    """
-    if has_own_template(tokenizer):
-        return [(len(one), len(other)) for one, other in (encode(tokenizer, *row) for row in rows)]
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = True
-    opening = len(prompt_token_ids(tokenizer)[:1])
-    prompts = list(
-        dict.fromkeys(prompt for prompt, _ in rows)
-    )  # a question often has several answers
-    bodies = [prompt.removesuffix(RESPONSE) if opening else prompt for prompt in prompts]
-    added = backend.encode("a").special_tokens_mask
-    appended = next((i for i, is_added in enumerate(reversed(added)) if not is_added), len(added))
-    before = {
-        prompt: len(encoded) - appended + opening * prompt.endswith(RESPONSE)
-        for prompt, encoded in zip(prompts, backend.encode_batch_fast(bodies), strict=True)
-    }
-    answers = [completion.removesuffix(RESPONSE_END) for _, completion in rows]
-    encoded_answers = backend.encode_batch_fast(answers, add_special_tokens=False)
-    return [
-        (before[prompt], len(encoded) + (answer != completion))
-        for (prompt, completion), answer, encoded in zip(
-            rows, answers, encoded_answers, strict=True
-        )
-    ]
+    return (prompt, completion, sum(counts)), happened
 
 
 def _cut(tokenizer: Tokenizer, text: str, room: int) -> str:
@@ -180,43 +151,63 @@ class Formatted(NamedTuple):
 
 def format_batch(batch: pa.RecordBatch, tokenizer: Tokenizer, params: Format) -> Formatted:
     """Format some rows; their tokens are counted together."""
-    rows, rendered, found, reason = batch.to_pylist(), [], [], ""
+    rows, rendered, reason = batch.to_pylist(), [], ""
+    is_marked = any(
+        pc.any(pc.match_substring(batch.column(name), token)).as_py()
+        for name in COLUMNS
+        for token in SPECIAL_TOKENS
+    )
     for row in rows:
         try:
-            rendered.append(_render(tokenizer, row, params.max_tokens, params.overlong))
+            rendered.append(_render(tokenizer, row, params.max_tokens, params.overlong, is_marked))
         except Refused as refused:
             rendered.append((None, "template"))
             reason = str(refused)
     counts = iter(count_tokens(tokenizer, [texts[:2] for texts, _ in rendered if texts]))
-    for row, (texts, event) in zip(rows, rendered, strict=True):
-        formatted: Row | None = None
+    found, kept, events, lost = (
+        list[tuple[str, str, int]](),
+        list[int](),
+        Counter[str](),
+        list[Lost](),
+    )
+    for number, (row, (texts, event)) in enumerate(zip(rows, rendered, strict=True)):
+        fitted = None
         if texts:
             try:
-                formatted, event = _fit(
+                fitted, event = _fit(
                     tokenizer, row, texts, next(counts), params.max_tokens, params.overlong
                 )
             except Refused as refused:
                 event, reason = "template", str(refused)
-        found.append((formatted, event))
-    lost = [
-        (number, str(event), brief(row["input"], 100))
-        for number, (row, (formatted, event)) in enumerate(zip(rows, found, strict=True), start=1)
-        if not formatted
-    ]
-    kept = [formatted for formatted, _ in found if formatted]
+        if event:
+            events[event] += 1
+        if fitted:
+            found.append(fitted)
+            kept.append(number)
+        else:
+            lost.append((number + 1, str(event), brief(row["input"], 100)))
     schema = schema_of(batch.schema)
-    return Formatted(
-        pa.RecordBatch.from_pylist(kept, schema=schema),
-        Counter(event for _, event in found if event),
-        lost,
-        reason,
-    )
+    given = batch if len(kept) == len(rows) else batch.take(pa.array(kept, pa.int32()))
+    added = list(zip(*found, strict=True)) or [(), (), ()]
+    columns = [
+        pa.array(added[ADDED.index(name)], type_) if name in ADDED else given.column(name)
+        for name, type_ in zip(schema.names, schema.types, strict=True)
+    ]
+    return Formatted(pa.record_batch(columns, schema=schema), events, lost, reason)
 
 
 def format_rows(
-    tokenizer: Tokenizer, source: Path, target: Path, params: Format, split: str
+    tokenizer: Tokenizer,
+    source: Path,
+    target: Path,
+    params: Format,
+    split: str,
+    kept_in: Path | None = None,
 ) -> tuple[dict[str, Any], list[Lost]]:
     """Format the rows of one split, from one table to another.
+
+    Args:
+        kept_in: a folder where each row group that is done is kept, and read if it is there.
 
     Returns:
         The token counts of the rows that fit, with the rows truncated and dropped, by reason; and the first
@@ -230,8 +221,11 @@ def format_rows(
     events, lost, reason, begin = Counter[str](), list[Lost](), "", 0
     tokens = [np.empty(0, np.int32)]
     work = partial(format_batch, tokenizer=tokenizer, params=params)
+    # the tokenizer's own work needs no process of its own, a chat template's does
+    each = partial(ordered if has_own_template(tokenizer) else in_threads, work)
+    read_whole(tokenizer.backend_tokenizer)
     with writer(target, schema_of(file.schema_arrow)) as write:
-        for done in ordered(work, batches(file, None, f"format {split}", AT_ONCE)):
+        for done in _formatted(file, each, f"format {split}", kept_in and kept_in / split):
             write(pa.Table.from_batches([done.rows]))
             tokens.append(done.rows.column("tokens").to_numpy())
             events += done.events
@@ -256,6 +250,29 @@ def format_rows(
     return report | {"dropped": dict(sorted(events.items()))}, lost
 
 
+def _formatted(
+    file: pq.ParquetFile,
+    each: Callable[[Iterable[pa.RecordBatch]], Iterator[Formatted]],
+    shown: str,
+    kept: Path | None,
+) -> Iterator[Formatted]:
+    """Yield all batches, formatted; those of row groups that were kept are read."""
+    if kept is None:
+        yield from each(batches(file, None, shown, AT_ONCE))
+        return
+    count = file.num_row_groups
+    for group in range(count):
+        done = each(batches(file, None, f"{shown} {group + 1}/{count}", AT_ONCE, group))
+        made = (
+            (one.rows, {"events": one.events, "lost": one.lost, "reason": one.reason})
+            for one in done
+        )
+        path = kept.with_name(f"{kept.name}-{group}.arrow")
+        for rows, told in made_once(path, schema_of(file.schema_arrow), made):
+            lost = [(number, event, text) for number, event, text in told["lost"]]
+            yield Formatted(rows, Counter(told["events"]), lost, told["reason"])
+
+
 def _check_kept(
     kept: int, count: int, events: Counter[str], reason: str, params: Format, split: str
 ) -> None:
@@ -272,29 +289,3 @@ def _check_kept(
             f"format: no {split} row is left of {count}; dropped: {counted(events)}; special_token: a "
             f"text holds {' or '.join(SPECIAL_TOKENS)}, which frame the answer; mend the source"
         )
-
-
-def tokens_told(report: dict[str, Any]) -> str:
-    """Write a split's report as a sentence."""
-    if not report["rows"]:
-        return f"no row is left; dropped: {counted(report['dropped'])}"
-    return (
-        f"{report['rows']:,} rows of {report['tokens']:,} tokens; half have up to {report['p50']:.0f}, "
-        f"95 % up to {report['p95']:.0f}, the longest {report['max']:,}; {report['rows_truncated']:,} cut, "
-        f"dropped: {counted(report['dropped'])}"
-    )
-
-
-def describe_tokens(tokens: NDArray[np.int32]) -> dict[str, float]:
-    """Summarise token counts: rows, total, p50, p95, p99 and max."""
-    if not len(tokens):
-        return {"rows": 0, "tokens": 0}
-    p50, p95, p99 = (float(q) for q in np.percentile(tokens, [50, 95, 99]))
-    return {
-        "rows": len(tokens),
-        "tokens": int(tokens.sum(dtype=np.int64)),
-        "p50": p50,
-        "p95": p95,
-        "p99": p99,
-        "max": int(tokens.max()),
-    }

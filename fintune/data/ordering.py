@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from fintune.data.stream import GROUP, batches, ordered, spool, unspool, writer
+from fintune.data.stream import GROUP, batches, in_threads, spool, unspool, writer
 from fintune.data.tables import OPTIONAL
 
 PLACE = pa.field("place", pa.int32())
@@ -64,7 +64,9 @@ def write_in_order(
             begin = end
     for path, (low, high) in zip(paths, pairwise(buckets), strict=True):
         with writer(path, schema) as write_group:
-            for table in ordered(_sorted, (scratch / str(number) for number in range(low, high))):
+            for table in in_threads(
+                _sorted, (scratch / str(number) for number in range(low, high))
+            ):
                 write_group(table)
 
 

@@ -3,6 +3,8 @@
 import re
 import unicodedata
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import regex
 
 from fintune.data.unpacking import Row
@@ -21,12 +23,26 @@ KEPT = (
     rf"[\p{{L}}\p{{M}}\p{{N}}\p{{Sc}}%\s]|[{ALWAYS}]|[.\-](?=\d)|(?<=\p{{L}})\#|{BETWEEN}"
     r"|(?<=[+*/^=<>-])\(|\)(?=[+*/^=<>-])"
 )
-DROPPED = regex.compile(rf"(?V1)(?:(?!{KEPT}).)+", regex.DOTALL)
+# the class repeats what KEPT begins with, which is found sooner
+DROPPED = regex.compile(rf"(?V1)(?:(?!{KEPT})[^\p{{L}}\p{{M}}\p{{N}}\p{{Sc}}%\s])+")
+SIGN_BY_SPACE = regex.compile(r"[%\p{Sc}\p{Sm}^*-](?:(?=\s)|(?<=\s.))")  # else SPACES finds none
 
 
 # Among these characters only letters and digits count; a mark before a digit may be a sign.
 UNUSUAL = re.compile(r"[^A-Za-z0-9\s?!'\":;&_@,.()/‘’“”–—-]|[.,]\d|-(?![A-Za-z]{2})|/\(|\)[/-]")
 USUAL = str.maketrans(dict.fromkeys("?!'\":;&_@,.()/‘’“”–—-", " "))
+
+# The same for a column: ASCII in which a pattern without looking ahead finds nothing, and its plain spelling.
+UNUSUAL_IN_COLUMN = (
+    r"[^A-Za-z0-9\s\x0b\x1c-\x1f?!'\":;&_@,.()/-]|[.,][0-9]|-(?:[^A-Za-z]|$|[A-Za-z](?:[^A-Za-z]|$))"
+    r"|/\(|\)[/-]"
+)
+PLAIN = bytes(
+    ord(" ")
+    if chr(code) in "?!'\":;&_@,.()/-\t\n\v\f\r\x1c\x1d\x1e\x1f"
+    else ord(chr(code).lower())
+    for code in range(128)
+) + bytes(range(128, 256))
 
 
 class _Spellings(dict[int, str]):
@@ -58,9 +74,27 @@ def normalize_question(text: str) -> str:
     text = text.casefold()
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text).translate(SPELLINGS)
-    text = SPACES.sub("", THOUSANDS.sub("", text))
+    text = THOUSANDS.sub("", text)
+    if SIGN_BY_SPACE.search(text):
+        text = SPACES.sub("", text)
     kept = DROPPED.sub(" ", text).split() or regex.sub(r"\p{P}", " ", text).split()
     return " ".join(kept) or "?"
+
+
+def normalized(texts: pa.Array) -> pa.Array:
+    """Return what `normalize_question` makes of each text of a column of strings without nulls."""
+    unusual = pc.match_substring_regex(texts, UNUSUAL_IN_COLUMN)
+    _, offsets, data = texts.buffers()
+    if data is None:
+        return pa.array(["?"] * len(texts), pa.string())
+    plain = pa.py_buffer(data.to_pybytes().translate(PLAIN))
+    found = pa.StringArray.from_buffers(len(texts), offsets, plain, None, 0, texts.offset)
+    while pc.any(pc.match_substring(found, "  ")).as_py():
+        found = pc.replace_substring(found, "  ", " ")
+    found = pc.ascii_trim(found, " ")
+    found = pc.if_else(pc.equal(found, ""), "?", found)
+    others = map(normalize_question, texts.filter(unusual).to_pylist())
+    return pc.replace_with_mask(found, unusual, pa.array(others, pa.string()))
 
 
 def _plain_character(character: str) -> str:

@@ -8,7 +8,10 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import regex
+from numpy.typing import NDArray
 
 from fintune.data.shapes import Columns
 from fintune.data.tables import OPTIONAL, SPLITS, read_source
@@ -53,6 +56,14 @@ def hash_of(*texts: str) -> int:
     """Return 64 bits of a hash of texts."""
     digest = hashlib.sha256("\x00".join(texts).encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8])
+
+
+def hashes_of(name: str, texts: pa.Array, words: int = 1) -> NDArray[np.uint64]:
+    """Return what `hash_of` makes of a name and each text of a column, texts x words of 64 bits."""
+    start, size = name.encode() + b"\0", 8 * words
+    every = texts.cast(pa.binary()).to_pylist()
+    digests = b"".join([hashlib.sha256(start + text).digest()[:size] for text in every])
+    return np.frombuffer(digests, ">u8").astype(np.uint64).reshape(-1, words)
 
 
 def has_input(row: Row) -> bool:

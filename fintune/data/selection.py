@@ -2,11 +2,13 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from fintune.data.parsing import names_of
 from fintune.data.questions import normalize_question
@@ -26,6 +28,7 @@ from fintune.errors import RecordError, brief
 
 log = logging.getLogger("fintune")
 
+SOUND = r"(?s)^[A-Za-z].{3,}[!-~]$"  # shows, and is neither blank nor one of the short words for nothing
 SCHEMA = pa.schema([(name, pa.string()) for name in (*COLUMNS, *OPTIONAL)])
 
 
@@ -75,6 +78,51 @@ class Selected:
             getattr(self, name).update(getattr(other, name))
 
 
+def is_plain(rules: Rules) -> bool:
+    """Return whether a row makes one record, of no more than instruction, input and output."""
+    roles = {role for role, name in rules.columns.items() if name is not None}
+    return roles <= set(COLUMNS) and {"input", "output"} <= roles and rules.share == 1
+
+
+def select_columns(table: pa.Table, rules: Rules) -> tuple[Selected, pa.RecordBatch]:
+    """Do as `select_records`, for the columns of a piece and plain rules.
+
+    Rows whose texts need no second look, as nearly all do, are selected as columns.
+    """
+    named = {role: rules.columns[role] for role in COLUMNS if rules.columns.get(role)}
+    missing = pa.nulls(len(table), pa.string())
+    texts = {
+        role: table[name].combine_chunks() if name in table.column_names else missing
+        for role, name in named.items()
+    }
+    sound = np.ones(len(table), bool)
+    for text in texts.values():
+        sound &= pc.fill_null(pc.match_substring_regex(text, SOUND), False).to_numpy(False)
+    count = int(sound.sum())
+    told = Selected(names=dict.fromkeys(table.column_names), given=count, kept=count)
+    told.present.update(COLUMNS if count else ())
+    if "instruction" in texts:
+        used = pc.unique(texts["instruction"].filter(pa.array(sound))).to_pylist()
+        told.asked = {hash_of("instruction", instruction) for instruction in used}
+    else:
+        texts["instruction"] = pa.repeat(pa.scalar(rules.default_instruction or ""), len(table))
+    columns = [texts.get(name, missing) for name in SCHEMA.names]
+    records = pa.record_batch(columns, schema=SCHEMA).filter(pa.array(sound))
+    numbers = np.flatnonzero(~sound)
+    if len(numbers):
+        rows = table.select(list(set(named.values()) & set(table.column_names))).take(
+            pa.array(numbers)
+        )
+        others, kept = _select(rows.to_pylist(), rules, 0, (numbers + 1).tolist())
+        told.add(others)
+        every = pa.Table.from_batches([records, _batch_of([record for _, record in kept])])
+        places = np.concatenate((np.flatnonzero(sound) + 1, [number for number, _ in kept]))
+        every = every.take(pa.array(np.argsort(places, kind="stable")))
+        records = every.combine_chunks().to_batches()[0] if len(every) else records
+    told.rows = len(table)
+    return told, records
+
+
 def select_records(
     rows: list[Row], rules: Rules, begin: int = 0
 ) -> tuple[Selected, pa.RecordBatch]:
@@ -98,14 +146,26 @@ def select_records(
         RecordError: a row is unusable with `refuse`, a result or a kind is no text, or a split is not the
             name of one.
     """
-    columns, told, records = (
-        rules.columns,
-        Selected(rows=len(rows), names=dict.fromkeys(names_of(rows))),
-        [],
-    )
+    told, records = _select(rows, rules, begin, range(1, len(rows) + 1))
+    told.rows, told.names = len(rows), dict.fromkeys(names_of(rows))
+    return told, _batch_of([record for _, record in records])
+
+
+def _batch_of(records: list[Row]) -> pa.RecordBatch:
+    texts = [
+        pa.array([record.get(name) for record in records], pa.string()) for name in SCHEMA.names
+    ]
+    return pa.record_batch(texts, schema=SCHEMA)
+
+
+def _select(
+    rows: list[Row], rules: Rules, begin: int, numbers: Iterable[int]
+) -> tuple[Selected, list[tuple[int, Row]]]:
+    """Return what became of rows of these numbers, and the number and record of each that is kept."""
+    columns, told, records = rules.columns, Selected(), list[tuple[int, Row]]()
     hashes: dict[str, int] = {}
     has_instructions = columns.get("instruction") is not None
-    for number, row, reason in _given(rows, columns, rules.turns):
+    for number, row, reason in _given(rows, columns, rules.turns, numbers):
         told.given += 1
         place = f"{rules.source} row {begin + number}"
         column = columns.get("messages") or ""
@@ -137,7 +197,7 @@ def select_records(
             record |= optional_values(row, columns, place)
             told.present.update(record)
             if _is_taken(record, rules.share):
-                records.append(record)
+                records.append((number, record))
             else:
                 told.dropped["beyond_share"] += 1
             continue
@@ -155,10 +215,7 @@ def select_records(
         if len(told.examples) < 3:
             told.examples.append((number, said))
     told.kept = len(records)
-    texts = [
-        pa.array([record.get(name) for record in records], pa.string()) for name in SCHEMA.names
-    ]
-    return told, pa.record_batch(texts, schema=SCHEMA)
+    return told, records
 
 
 def _beginning(row: Row) -> str:
@@ -196,10 +253,10 @@ def _is_taken(row: Row, share: float) -> bool:
 
 
 def _given(
-    rows: list[Row], columns: Columns, turns: Literal["last", "all"]
+    rows: list[Row], columns: Columns, turns: Literal["last", "all"], numbers: Iterable[int]
 ) -> Iterator[tuple[int, Row, str | None]]:
     """Yield the number of each source's row, what it says by role, and why that cannot be used."""
-    for number, row in enumerate(rows, start=1):
+    for number, row in zip(numbers, rows, strict=True):
         try:
             for said in rows_of(row, columns, turns):
                 yield number, {"instruction": None} | said, None

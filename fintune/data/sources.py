@@ -14,9 +14,17 @@ import pyarrow as pa
 from tqdm.auto import tqdm
 
 from fintune import paths
-from fintune.data.parsing import Pieces, names_of, rows_in
+from fintune.data.parsing import Pieces, columns_in, names_of, rows_in
 from fintune.data.records import counted
-from fintune.data.selection import SCHEMA, Rules, Selected, check_selected, select_records
+from fintune.data.selection import (
+    SCHEMA,
+    Rules,
+    Selected,
+    check_selected,
+    is_plain,
+    select_columns,
+    select_records,
+)
 from fintune.data.shapes import describe, hint, recognise
 from fintune.data.stream import BATCH, ordered, spool, unspool, writer
 from fintune.data.tables import COLUMNS, check_sizes, is_table_file, list_dropped, opened, placed
@@ -143,6 +151,9 @@ def _select(table: Pieces, rules: Rules, path: Path) -> Selected:
 
 def _selected(piece: Piece, rules: Rules) -> tuple[Selected, pa.RecordBatch] | None:
     try:
+        names = {name for name in rules.columns.values() if name is not None}
+        if is_plain(rules) and (table := columns_in(piece, names)) is not None:
+            return select_columns(table, rules)
         return select_records(rows_in(piece), rules)
     except RecordError:
         return None

@@ -10,27 +10,28 @@ assigns to several splits goes to the one held out most, without its rows of the
 In memory are hashes, and the different questions; texts pass through in batches.
 """
 
-import hashlib
 import json
 import logging
 import os
 import shutil
 from collections.abc import Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from fintune.data.ordering import inputs_of, without_duplicates, write_in_order
 from fintune.data.prompt import render_prompt
-from fintune.data.questions import normalize_question
-from fintune.data.records import hash_of, warn_of_dropped
+from fintune.data.questions import normalize_question, normalized
+from fintune.data.records import hash_of, hashes_of, warn_of_dropped
 from fintune.data.similar import Forest, group_similar
-from fintune.data.stream import batches, open_rows, ordered, spool, unspool
+from fintune.data.stream import batches, in_threads, open_rows, spool, unspool
 from fintune.data.tables import COLUMNS, LISTED, SPLITS, list_dropped
 from fintune.errors import UserError, brief
 from fintune.params import Split
@@ -125,7 +126,7 @@ def _read_keys(file: pq.ParquetFile, seed: int, texts: Path) -> dict[str, Number
         0,
     )
     with spool(texts, TEXTS) as write:
-        work = ordered(partial(_keys, seed=seed), batches(file, present, "split: hash"))
+        work = in_threads(partial(_keys, seed=seed), batches(file, present, "split: hash"))
         for keys, compared in work:
             write(compared)
             for name, values in keys.items():
@@ -141,36 +142,37 @@ def _keys(batch: pa.RecordBatch, seed: int) -> tuple[dict[str, Numbers], pa.Reco
     Conversations are compared by what the user said: the answers of one assistant, and a transcript's
     labels, are alike.
     """
-    hashes, texts = [], []
-    for row in batch.to_pylist():
-        question = compared = normalize_question(row["input"])
-        asked = prompt = group = 0
-        if row.get("turns"):
-            said = [text for role, text in json.loads(row["turns"]) if role == "user"]
-            compared = normalize_question("\n".join(said))
-            asked = hash_of("asked", compared)
-        if NEXT in row["instruction"] or NEXT in row["input"]:  # else no other row has this prompt
-            prompt = hash_of("prompt", render_prompt(row["instruction"], row["input"]))
-        if row.get("group"):
-            group = hash_of("group", row["group"])
-        texts_of_row = "\x00".join(("row", *(row[name] for name in COLUMNS)))
-        digest = hashlib.sha256(texts_of_row.encode("utf-8", "surrogatepass")).digest()
-        hashes.append(
-            (
-                hash_of(f"order {seed}", question),
-                int.from_bytes(digest[:8]),
-                int.from_bytes(digest[8:16]),
-                hash_of("leader", question),
-                hash_of(f"side {seed}", question),
-                *(asked, prompt, group),
-                SPLITS.index(row.get("split") or "train"),
-                bool(row.get("split")),
-            )
-        )
-        texts.append(compared)
-    columns = zip(KEYS, zip(*hashes, strict=True), strict=True)
-    keys: dict[str, Numbers] = {n: np.array(values, KEYS[n]) for n, values in columns}
-    return keys, pa.record_batch([pa.array(texts, pa.string())], schema=TEXTS)
+    instructions, inputs, outputs = (batch.column(name) for name in COLUMNS)
+    question = compared = normalized(inputs)
+    found: dict[str, Numbers] = {key: np.zeros(len(batch), kind) for key, kind in KEYS.items()}
+    for key, name in (("order", f"order {seed}"), ("leader", "leader"), ("side", f"side {seed}")):
+        found[key] = hashes_of(name, question)[:, 0]
+    whole = pc.binary_join_element_wise(instructions, inputs, outputs, "\0")
+    found["row"], found["row_too"] = hashes_of("row", whole, words=2).T
+    several = pc.or_(pc.match_substring(instructions, NEXT), pc.match_substring(inputs, NEXT))
+    for i in np.flatnonzero(several):  # no other row has the prompt of the others
+        prompt = render_prompt(instructions[i].as_py(), inputs[i].as_py())
+        found["prompt"][i] = hash_of("prompt", prompt)
+    optional = {name: batch.column(name) for name in batch.schema.names if name not in COLUMNS}
+    if "turns" in optional:
+        turns = optional["turns"]
+        has_turns = pc.greater(pc.fill_null(pc.binary_length(turns), 0), 0)
+        said = pa.array(map(_said, turns.filter(has_turns).to_pylist()), pa.string())
+        compared = pc.replace_with_mask(question, has_turns, said)
+        found["asked"][has_turns] = hashes_of("asked", said)[:, 0]
+    if "group" in optional:
+        has_group = pc.greater(pc.fill_null(pc.binary_length(optional["group"]), 0), 0)
+        found["group"][has_group] = hashes_of("group", optional["group"].filter(has_group))[:, 0]
+    if "split" in optional:
+        given = [SPLITS.index(name or "train") for name in optional["split"].to_pylist()]
+        found["given"] = np.array(given, np.int8)
+        found["assigned"] = np.array([bool(name) for name in optional["split"].to_pylist()])
+    return found, pa.record_batch([compared], schema=TEXTS)
+
+
+def _said(turns: str) -> str:
+    """Return the normalised text of what the user said."""
+    return normalize_question("\n".join(text for role, text in json.loads(turns) if role == "user"))
 
 
 def _group(
@@ -266,12 +268,14 @@ def _warn_of_shares(
 
 def describe_splits(folder: Path) -> dict[str, Any]:
     """Count the rows and questions of each split as written, and the questions in more than one split."""
-    rows, questions = {}, {}
-    for name in SPLITS:
-        file = open_rows(rows_of(folder, name), COLUMNS)
-        rows[name] = file.metadata.num_rows
-        hashed = ordered(_questions, batches(file, ["input"], f"split: count {name}"))
-        questions[name] = np.unique(np.concatenate([*hashed, np.empty(0, np.uint64)]))
+    files = {name: open_rows(rows_of(folder, name), COLUMNS) for name in SPLITS}
+    rows = {name: file.metadata.num_rows for name, file in files.items()}
+    every = chain.from_iterable(
+        batches(files[name], ["input"], f"split: count {name}") for name in SPLITS
+    )
+    hashed = np.concatenate([*in_threads(_questions, every), np.empty(0, np.uint64)])
+    parts = np.split(hashed, np.cumsum([rows[name] for name in SPLITS])[:-1])
+    questions = {name: np.unique(part) for name, part in zip(SPLITS, parts, strict=True)}
     _, seen = np.unique(np.concatenate([*questions.values()]), return_counts=True)
     return {
         **{
@@ -287,5 +291,4 @@ def describe_splits(folder: Path) -> dict[str, Any]:
 
 
 def _questions(batch: pa.RecordBatch) -> Numbers:
-    texts = batch.column("input").to_pylist()
-    return np.array([hash_of("question", normalize_question(text)) for text in texts], np.uint64)
+    return hashes_of("question", normalized(batch.column("input")))[:, 0]

@@ -11,13 +11,14 @@ import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pandas  # noqa: F401  # Arrow imports it at its first list, in each process that lacks it
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
@@ -26,7 +27,7 @@ from fintune.errors import RecordError, UserError, brief
 
 log = logging.getLogger("fintune")
 
-BATCH = 8_192  # rows that a process works on at a time
+BATCH = 16_384  # rows that a process works on at a time
 GROUP = 65_536  # rows of a row group
 WORKERS = "FINTUNE_WORKERS"
 
@@ -64,25 +65,41 @@ def ordered(function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[
         "fork"
     )  # the function may hold a tokenizer or large arrays
     pool = ProcessPoolExecutor(count, context, initializer=_begin, initargs=(function, os.getpid()))
-    running: deque[Future[Any]] = deque()
     try:
-        running.append(pool.submit(_work, begun[0]))
+        first = pool.submit(_work, begun[0])
     except OSError as error:  # some systems refuse to fork a process that has reserved much memory
         log.info("note: going on in one process: %s", error.strerror)
         yield from map(function, chain(begun, waiting))
         return
     try:
-        for job in chain(begun[1:], waiting):
-            running.append(pool.submit(_work, job))
-            if len(running) > 2 * count:
-                yield running.popleft().result()
-        while running:
-            yield running.popleft().result()
+        yield from _in_turn(pool, _work, chain(begun[1:], waiting), deque([first]), 2 * count)
     except BrokenProcessPool:
         raise UserError(
             "a process that worked on rows was killed, perhaps for lack of memory; "
             f"with {WORKERS}=1 it takes less"
         ) from None
+
+
+def in_threads(function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
+    """Yield the results of a function that is numpy's or Arrow's work, as `ordered` does, from threads."""
+    yield from _in_turn(ThreadPoolExecutor(workers()), function, jobs, deque(), workers())
+
+
+def _in_turn(
+    pool: Executor,
+    function: Callable[[Any], Any],
+    jobs: Iterable[Any],
+    running: deque[Future[Any]],
+    most: int,
+) -> Iterator[Any]:
+    """Yield a pool's results, of which no more than a number wait, and end it."""
+    try:
+        for job in jobs:
+            running.append(pool.submit(function, job))
+            if len(running) > most:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -128,13 +145,17 @@ def open_rows(path: Path, columns: Iterable[str] = ()) -> pq.ParquetFile:
 
 
 def batches(
-    file: pq.ParquetFile, columns: list[str] | None = None, shown: str = "", size: int = BATCH
+    file: pq.ParquetFile,
+    columns: list[str] | None = None,
+    shown: str = "",
+    size: int = BATCH,
+    group: int | None = None,
 ) -> Iterator[pa.RecordBatch]:
-    """Yield a table's rows in batches, with a progress bar that says what is done with them."""
-    with tqdm(
-        total=file.metadata.num_rows, desc=shown, unit="row", leave=False, disable=not shown
-    ) as bar:
-        for batch in file.iter_batches(size, columns=columns, use_threads=False):
+    """Yield a table's rows, or those of a row group, in batches, with a bar that says what is done."""
+    groups = range(file.num_row_groups) if group is None else [group]
+    total = sum(file.metadata.row_group(each).num_rows for each in groups)
+    with tqdm(total=total, desc=shown, unit="row", leave=False, disable=not shown) as bar:
+        for batch in file.iter_batches(size, groups, columns, use_threads=False):
             yield batch
             bar.update(batch.num_rows)
 

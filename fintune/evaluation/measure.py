@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,7 @@ class Measured:
     harness: dict[str, Any]
     champion_fault: str  # why a fetched champion was not measured, or empty
     about: dict[str, Any]
+    collected: dict[str, list[list[Answer]]] = field(default_factory=dict)
 
 
 def measure(
@@ -74,6 +75,7 @@ def measure(
     passages: list[str],
     params: Evaluate,
     generation: Generation,
+    collected: Sequence[dict[str, Any]] = (),
 ) -> Measured:
     """Load the base once, and measure base, tuned model and champion by switching adapters.
 
@@ -88,6 +90,7 @@ def measure(
         champion: folder of the champion's adapter, or None.
         test, validation: formatted rows, with `prompt` and `completion`, and their references.
         passages: general text; empty to skip forgetting.
+        collected: formatted rows whose questions are asked, too; they count in no other figure.
     """
     trained = read_training(adapter)
     base, train, dtype = trained.base, trained.train, trained.dtype
@@ -113,9 +116,11 @@ def measure(
     general = [encode_passage(tokenizer, passage) for passage in passages]
     prompts = [prompt for prompt, _ in tokens]
     asked = _once(validation, tokenizer) if generation.decoding == "auto" else []
-    longest = max(prompts + [each.prompt for each in asked], key=len)
+    more = [encode(tokenizer, row["prompt"], row["completion"])[0] for row in collected]
+    longest = max(prompts + more + [each.prompt for each in asked], key=len)
     plain = Decoding(end_token_id(tokenizer), generation.max_new_tokens, seed=params.seed)
     results: dict[str, ModelResult] = {}
+    of_collected: dict[str, list[list[Answer]]] = {}
     report: dict[str, Any] = {}
     for name, state in states.items():
         model.set_adapter("champion" if name == "champion" else "default")
@@ -140,6 +145,9 @@ def measure(
                 if decoding != plain:
                     greedy = _answer_rows(generate, prompts, plain, 1, f"{name} greedy")
                 report["answer_seconds"] += time.perf_counter() - begun
+                if more:
+                    title_ = f"{name} collected questions"
+                    of_collected[name] = _answer_rows(generate, more, decoding, 1, title_)
         results[name] = ModelResult(scores, found, [row[0] for row in greedy], passage)
     report["samples_per_prompt"] = samples
     model.set_adapter("default")
@@ -166,6 +174,7 @@ def measure(
         else {},
         champion_fault,
         about,
+        of_collected,
     )
 
 

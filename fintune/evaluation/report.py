@@ -123,4 +123,7 @@ def summary(report: dict[str, Any]) -> list[str]:
     for name in ("base", "tuned"):
         figures = (f"{key} {number(report[name][key])}" for key in shown)
         lines.append(f"{name:<5} " + "  ".join(figures))
+    if found := report.get("collected"):
+        right = ", ".join(f"{name} {count}" for name, count in found["right"].items())
+        lines.append(f"of {found['asked']} collected questions are right: {right}")
     return [*lines, *gate_lines(report["gate"])]

@@ -17,7 +17,7 @@ from fintune.data.similar import Forest, group_similar
 from fintune.data.tables import read_rows
 from fintune.data.unpacking import Row
 from fintune.errors import UserError
-from fintune.evaluation.correctness import is_correct
+from fintune.evaluation.collected import is_right
 from fintune.usage.exchanges import Exchange
 
 log = logging.getLogger("fintune")
@@ -143,18 +143,6 @@ def kept_rows(path: Path, since: datetime.datetime | None, new: list[Row]) -> li
         ),
         *new,
     ]
-
-
-def is_right(row: Row, answer: str) -> bool:
-    """Return whether an answer says what a collected row's output says.
-
-    Where the output has no result that can be checked, the texts have to be equal but for case and spaces.
-    """
-    right = is_correct(row["output"], answer, row["input"])
-    if right is None:
-        said, wanted = (" ".join(text.casefold().split()) for text in (answer, row["output"]))
-        return said == wanted
-    return right
 
 
 def compare(rows: list[Row], answer: Callable[[Row], str]) -> tuple[list[bool], list[bool]]:

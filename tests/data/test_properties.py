@@ -13,15 +13,19 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from fintune.data.formatting import format_row
+from fintune.data.parsing import columns_in, rows_in
 from fintune.data.prompt import SPECIAL_TOKENS, encode, render_completion, render_prompt
-from fintune.data.questions import normalize_question
+from fintune.data.questions import normalize_question, normalized
+from fintune.data.selection import Rules, select_columns
+from fintune.data.selection import select_records as select_rows
 from fintune.data.shapes import recognise
-from fintune.data.tables import read_source
+from fintune.data.tables import COLUMNS, read_source
+from fintune.data.unpacking import Piece
 from fintune.errors import RecordError, UserError
 from fintune.params import Source, Split, read_params
 from support.project import ROOT
@@ -147,6 +151,64 @@ def test_spellings_of_a_question_are_one(text: str) -> None:
     for form in ("NFC", "NFD"):
         assert normalize_question(unicodedata.normalize(form, text)) == question
     assert normalize_question(f"\n{text.replace(' ', '  ')} ") == question
+
+
+COMMON = st.text("abcDEFn0159 .,?!-/()'\"%$&_\t\n\x1c", max_size=16)
+
+
+@given(st.lists(COMMON | TEXTS, max_size=8), st.integers(0, 3))
+@example(["Left out", " Why,  then:\x1cso-so?! ", "?", "1.5 a", "a -b", "It's 9"], 1)
+def test_a_column_is_normalised_as_each_text_is(texts: list[str], begin: int) -> None:
+    column = pa.array(texts, pa.string()).slice(begin)
+    assert normalized(column).to_pylist() == list(map(normalize_question, texts[begin:]))
+
+
+ANSWERS = (
+    st.sampled_from(("So it is.", "Yes", "nan", "none  .", "null ", "", "5", "é is so")) | TEXTS
+)
+ROW = st.fixed_dictionaries(dict.fromkeys(COLUMNS, ANSWERS), optional={"more": st.none() | TEXTS})
+LACKING = st.dictionaries(st.sampled_from(COLUMNS), ANSWERS | st.none(), max_size=3)
+
+
+@given(st.lists(ROW | LACKING, min_size=1, max_size=6), st.booleans())
+@example(
+    [dict.fromkeys(COLUMNS, text) for text in ("nan", "A bond.", "null ", "A loan.", "none ")], True
+)
+def test_columns_are_selected_as_the_rows_are_one_by_one(
+    rows: list[dict[str, Any]], own: bool
+) -> None:
+    columns = dict.fromkeys(COLUMNS) | {name: name for name in COLUMNS[not own :]}
+    rules = Rules(columns, "Answer.", "drop", "made.jsonl")
+    content = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode()
+    piece = Piece(content, 1)
+    table = columns_in(piece, set(filter(None, columns.values())))
+    assert table is not None
+    (told, records), (expected, given) = (
+        select_columns(table, rules),
+        select_rows(rows_in(piece), rules),
+    )
+    assert records.equals(given)
+    told.names = expected.names = {}  # a column that no row has is a column
+    assert told == expected
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        b'{"input": 5}',
+        b'{"input": "a", "input": "b"}',
+        b'{"input": "a", "x": "b", "x": "c"}',
+        b'{"input":\n"a"}\n{"input": "b"}{"input": "c"}',
+        b'{"input": "a"}{"input": "b"}',
+        b'{"input": "\\ud800"}',
+        b'{"input": "a\tb"}',
+        b'{"input": "a"} x',
+        b'{"input": "a", "x": ' + b"[" * 10**6,
+        b'{"input": "a", "x": ' + b'{"x": ' * 10**5 + b"1" + b"}" * 10**5 + b"}",
+    ],
+)
+def test_lines_that_arrow_might_read_otherwise_are_left_to_python(lines: bytes) -> None:
+    assert columns_in(Piece(lines, 1), {"input"}) is None
 
 
 @given(TEXTS, TEXTS, TEXTS)

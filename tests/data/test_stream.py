@@ -125,7 +125,7 @@ def test_split_and_format_are_the_same_bytes_whatever_the_processes(
         (ordering, "GROUP"),
     ):
         monkeypatch.setattr(module, name, 50)
-    monkeypatch.setattr(stream.batches, "__defaults__", (None, "", 50))
+    monkeypatch.setattr(stream.batches, "__defaults__", (None, "", 50, None))
     write_rows(tmp_path / "rows.parquet", made(600))
     written = []
     for count in ("1", "2", "3"):
@@ -173,7 +173,7 @@ def test_small_pieces_change_no_row_of_a_split(
     write_rows(source, made(600))
     whole = split_rows(source, tmp_path / "whole", PARAMS)
     monkeypatch.setattr(ordering, "GROUP", 50)
-    monkeypatch.setattr(stream.batches, "__defaults__", (None, "", 50))
+    monkeypatch.setattr(stream.batches, "__defaults__", (None, "", 50, None))
     assert split_rows(source, tmp_path / "pieces", PARAMS) == whole
     for each in SPLITS:
         one, other = (pq.read_table(tmp_path / k / f"{each}.parquet") for k in ("whole", "pieces"))

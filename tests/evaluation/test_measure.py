@@ -22,6 +22,7 @@ from fintune.data.prompt import encode
 from fintune.data.questions import questions_of
 from fintune.data.records import read_passages
 from fintune.errors import UserError
+from fintune.evaluation.collected import Collected, describe_collected
 from fintune.evaluation.measure import measure
 from fintune.evaluation.report import conclude
 from fintune.evaluation.rows import select_rows
@@ -349,6 +350,32 @@ def demanding(params: Evaluate) -> Evaluate:
     """Return the parameters with a gate that asks for right answers."""
     gate = params.gate.model_copy(update={"min_accuracy_gain": 0.5})
     return params.model_copy(update={"gate": gate})
+
+
+def test_collected_questions_are_asked_and_count_in_no_other_figure(
+    good: Path, tokenizer: Any, rows: list[dict[str, Any]], params: Evaluate
+) -> None:
+    chosen = select_rows(rows, questions_of(rows), None)
+    other = {"instruction": "Answer.", "input": "Who asks?", "output": "Nobody at all."}
+    unknown, _ = format_row(tokenizer, other, 192, "drop")
+    assert unknown
+    asked = [
+        row | {"answered": "It is ten.", "split": "train"} for row in rows if "five" in row["input"]
+    ]
+    asked.append(unknown | {"answered": "So.", "split": "test"})
+    given = (good, good, chosen, chosen, [], params, GREEDILY)
+    plain, measured = measure(*given), measure(*given, asked)
+    assert [each.scores.nll.tolist() for each in measured.results.values()] == [
+        each.scores.nll.tolist() for each in plain.results.values()
+    ]
+    assert measured.results["tuned"].answers == plain.results["tuned"].answers
+    assert describe_collected(Collected(asked, 5), measured.collected) == {
+        "collected": 5,
+        "asked": 2,
+        "trained": 1,
+        "right": {"before": 1, "tuned": 1, "base": 0, "champion": 1},
+    }
+    assert plain.collected == {}
 
 
 def test_answers_shuffled_among_the_questions_are_fluent_and_refused(

@@ -83,6 +83,12 @@ def content() -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, floa
             "passages": 60,
             "rise": {"value": 0.5, "low": 0.4, "high": 0.6},
         },
+        "collected": {
+            "collected": 9,
+            "asked": 8,
+            "trained": 7,
+            "right": {"before": 1, "tuned": 6, "base": 2, "champion": 4},
+        },
         "harness": {"a_task": {"acc": {"base": 0.5, "base_stderr": 0.1, "tuned": 0.625}}},
         "decoding": {
             "title": "temperature 1, min-p 0.1",
@@ -187,6 +193,8 @@ def test_metrics_champion_forgetting_and_harness_are_there(page: str) -> None:
         assert title in text
     for piece in ("Likeness", "harness_"):
         assert piece not in text
+    assert "Of 9 questions whose answers users corrected or approved, 8 are in the data" in text
+    assert "inuse,before1of8tuned6of8base2of8champion4of8" in text.replace(" ", "")
     for piece in ("not a number", "a rise of 0.5", "a_task", "0.625", "version 3", "may have seen"):
         assert piece in text
 

@@ -27,7 +27,7 @@ def test_token_rows_are_those_encoded_one_by_one(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, workers: str
 ) -> None:
     monkeypatch.setenv(stream.WORKERS, workers)
-    monkeypatch.setattr(stream.batches, "__defaults__", (None, "", 8))  # several batches
+    monkeypatch.setattr(stream.batches, "__defaults__", (None, "", 8, None))  # several batches
     found = encode_table(tokenizer, written(tmp_path / "rows.parquet"), tmp_path / "train.arrow")
     expected = [encode(tokenizer, row["prompt"], row["completion"]) for row in ROWS]
     assert isinstance(found, TokenRows)

@@ -131,6 +131,9 @@ def test_what_users_correct_is_right_after_the_next_run(project: Project, tmp_pa
         project.run("dvc", "repro")
         export = json.loads((project / "reports/export.json").read_text())
         assert export["version"] == "2" and "champion" in export["aliases"]
+        report = json.loads((project / "reports/evaluation.json").read_text())["collected"]
+        right = {"before": 0, "tuned": 20, "base": 0, "champion": 0}
+        assert (report["collected"], report["asked"], report["right"]) == (20, 20, right)
         with chat(project) as address:
             page.get(address)
             wait_for_texts(page, "Ask models/merged")

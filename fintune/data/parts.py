@@ -1,0 +1,88 @@
+"""Parts of a long stage's work that outlast a kill, kept in a scratch folder until the stage has ended."""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from filelock import FileLock, Timeout
+
+from fintune import paths
+from fintune.data.stream import open_rows
+from fintune.lineage import project_root
+
+log = logging.getLogger("fintune")
+
+KEPT_FROM = 2**18  # rows; fewer are made again sooner than kept
+LOCK = "lock"
+
+Told = dict[str, Any]  # of a batch, in JSON
+
+
+@contextmanager
+def kept_parts(
+    stage: str, inputs: Sequence[Path], settings: Sequence[Any]
+) -> Iterator[Path | None]:
+    """Yield the folder for the parts that a stage makes of tables; None for few rows.
+
+    Its name is a hash of all that they are made of: tables, settings, this package and its libraries. It is
+    removed when the block ends well, and those of killed stages with other tables or settings at once. A
+    process beside one that has the folder keeps nothing.
+    """
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for path in [*inputs, *sorted(Path(__file__).parent.glob("*.py"))]:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    digest.update(json.dumps([version(name) for name in ("pyarrow", "tokenizers")]).encode())
+    folder = project_root() / paths.SCRATCH / f"{stage}-{digest.hexdigest()[:16]}"
+    for other in folder.parent.glob(f"{stage}-*"):
+        if other != folder:
+            with suppress(Timeout), FileLock(other / LOCK).acquire(timeout=0):
+                shutil.rmtree(other)
+    if sum(open_rows(path).metadata.num_rows for path in inputs) < KEPT_FROM:
+        yield None
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(folder / LOCK).acquire(timeout=0)
+    except Timeout:
+        yield None
+        return
+    with lock:
+        if finished := list(folder.glob("*.arrow")):
+            log.info("%s goes on: %d parts were finished before", stage, len(finished))
+        yield folder
+        shutil.rmtree(folder)
+
+
+def made_once(
+    path: Path, schema: pa.Schema, made: Iterable[tuple[pa.RecordBatch, Told]]
+) -> Iterator[tuple[pa.RecordBatch, Told]]:
+    """Yield the batches of a part and what is told of each: from its file, or made, and then kept there."""
+    if path.is_file():
+        with (
+            pa.OSFile(str(path), "rb") as kept,
+            pa.ipc.open_stream(kept) as stream,
+            suppress(StopIteration),
+        ):
+            while True:
+                batch, about = stream.read_next_batch_with_custom_metadata()
+                yield batch, json.loads(about[b"told"])
+        return
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    with partial.open("wb") as file:
+        options = pa.ipc.IpcWriteOptions(compression="zstd")
+        with pa.ipc.new_stream(file, schema, options=options) as stream:
+            for batch, told in made:
+                stream.write_batch(batch, {"told": json.dumps(told)})
+                yield batch, told
+        file.flush()
+        os.fsync(file.fileno())  # else a machine that dies can leave the name without the content
+    partial.replace(path)
