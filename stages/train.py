@@ -41,7 +41,7 @@ def main() -> None:
     if client is None:
         fine_tune(params, validation, scratch, lambda *_: None)
         return
-    name = f"{Path(params.base.model).name} r{params.train.lora.r} lr{params.train.learning_rate:g}"
+    name = f"{Path(params.base.model).name} r{params.train.lora.r} lr{params.train.learning_rate}"
     with runs.training_run(scratch, name, runs.sweep_run(client, root)) as (run_id, live):
         run_record = runs.describe_run(run_id, sections, hardware(), Path.cwd())
         read = ((read_columns(path), split, path) for split, path in INPUTS.items())
