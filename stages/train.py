@@ -51,12 +51,12 @@ def main() -> None:
         result = fine_tune(params, validation, scratch, live.add)
         with whole_folder(paths.ADAPTER) as folder:
             said = usual_instruction(INPUTS["train"]), template_of(validation)
-            trained = learned["train"] | result.computed
-            write_adapter(result.model, folder, params.base, trained, *said)
+            train_as = learned["train"] | result.computed
+            write_adapter(result.model, folder, params.base, train_as, *said)
         write_json(paths.TRAIN_METRICS, result.metrics)
         write_text(paths.TRAIN_CURVE, as_csv(result.curve))
         write_text(paths.VALIDATION_CURVE, as_csv(validations(result.curve)))
-        run_record["tags"] |= result.tags
+        run_record |= result.record | {"tags": run_record["tags"] | result.tags}
         write_json(paths.RUN, run_record)
         runs.log_training_or_later(live, client, run_record, result.metrics, result.curve)
         keep_until_locked(scratch)

@@ -98,7 +98,7 @@ def write_card(
         else "the adapter added to the base's own",
         dtype=params.dtype,
         max_tokens=run["params"].get("format.max_tokens", "as many as its data has"),
-        parameters=sorted(run["params"].items()),
+        parameters=sorted((run["params"] | _found(run["params"], trained)).items()),
         question=json.dumps(example_question(), ensure_ascii=False),
         number=number,
     )
@@ -127,6 +127,12 @@ def metric_lines(evaluation: dict[str, Any]) -> Any:
             number(evaluation["tuned"][key]),
             difference,
         )
+
+
+def _found(params: dict[str, str], trained: AdapterInfo) -> dict[str, str]:
+    """Return the learning rate that was found, in place of `auto`."""
+    key = "train.learning_rate"
+    return {key: f"{trained.train['learning_rate']:g} (auto)"} if params.get(key) == "auto" else {}
 
 
 def _template() -> Any:

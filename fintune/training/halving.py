@@ -17,7 +17,7 @@ RATES = tuple(1e-4 * 2**n for n in range(10))
 BELOW, ABOVE = 2, 1  # neighbours of the best one that go on: more steps favour lower rates
 FEWEST, LEAST = 2, 4  # steps of a candidate in the first round and in the last one, at least
 SHALLOW = 8  # the last round is at most so many times as deep as the first
-# the best rate after a few steps, times LOWERED, is the best one for a training; after ALIKE steps it is that itself
+# what is best after a few steps, times LOWERED, is best for a training; after ALIKE steps it is that itself
 LOWERED, ALIKE = 0.4, 40
 
 

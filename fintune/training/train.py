@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,11 @@ class TrainingResult:
         """Return what `auto` chose of the parameters that change what is learned."""
         rate = {"learning_rate": self.search.rate} if self.search else {}
         return {**rate, **({"products": "fp8"} if self.plan.fp8 else {})}
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Return what the run's record keeps of a search for the learning rate."""
+        return {"learning_rate_search": asdict(self.search)} if self.search else {}
 
     @property
     def tags(self) -> dict[str, str]:
