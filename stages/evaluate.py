@@ -16,6 +16,7 @@ from fintune.evaluation.report import SCHEMA, conclude, row_losses, summary
 from fintune.evaluation.rows import general_passages, select_rows
 from fintune.generation.vllm import find_vllm
 from fintune.lineage import project_root
+from fintune.metrics import OF_EVALUATION, compact
 from fintune.params import read_params
 from fintune.processes import of_first, rank, start
 from fintune.registry.champion import fetch_champion
@@ -60,7 +61,7 @@ def main() -> None:
     about |= {f"data_of_{task}": data for task, data in harness_data.items()}
     report, table = conclude(measured, test, champion, params)
     report["evaluated"] = about
-    write_json(paths.EVALUATION, report)
+    write_json(paths.EVALUATION, compact(report, OF_EVALUATION))
     write_text(paths.EVALUATION_PAGE, render(report, table, read_curve(paths.TRAIN_CURVE), params))
     write_rows(paths.PREDICTIONS, table, SCHEMA)
     write_text(paths.ROW_LOSS, row_losses(table))

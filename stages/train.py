@@ -10,6 +10,7 @@ from fintune.data.tables import read_columns, read_rows, usual_instruction
 from fintune.evaluation.validation import validator
 from fintune.hardware import hardware
 from fintune.lineage import project_root
+from fintune.metrics import OF_TRAINING, compact
 from fintune.model.adapter import write_adapter
 from fintune.params import PLACE, Params, read_params
 from fintune.processes import check_same, rank, start
@@ -50,10 +51,9 @@ def main() -> None:
             log_data_set(client, run_id, described)
         result = fine_tune(params, validation, scratch, live.add)
         with whole_folder(paths.ADAPTER) as folder:
-            said = usual_instruction(INPUTS["train"]), template_of(validation)
-            train_as = learned["train"] | result.computed
-            write_adapter(result.model, folder, params.base, train_as, *said)
-        write_json(paths.TRAIN_METRICS, result.metrics)
+            said = learned["train"] | result.computed, usual_instruction(INPUTS["train"])
+            write_adapter(result.model, folder, params.base, *said, template_of(validation))
+        write_json(paths.TRAIN_METRICS, compact(result.metrics, OF_TRAINING))
         write_text(paths.TRAIN_CURVE, as_csv(result.curve))
         write_text(paths.VALIDATION_CURVE, as_csv(validations(result.curve)))
         run_record |= result.record | {"tags": run_record["tags"] | result.tags}

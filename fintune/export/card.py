@@ -13,7 +13,7 @@ from fintune.data.tables import read_rows
 from fintune.generation.decoding import title
 from fintune.hub.client import stated_license
 from fintune.hub.models import local_folder
-from fintune.metrics import METRICS, number
+from fintune.metrics import METRICS, number, whole
 from fintune.model.adapter import AdapterInfo
 from fintune.params import MergeExport
 from fintune.stage import read_json
@@ -29,7 +29,7 @@ def read_records() -> dict[str, dict[str, Any]]:
         "evaluation": paths.EVALUATION,
         "manifest": paths.MANIFEST,
     }
-    return {name: read_json(file) for name, file in files.items()}
+    return {name: whole(read_json(file)) for name, file in files.items()}
 
 
 def write_card(

@@ -38,6 +38,7 @@ from fintune.export.pyfunc import PACKAGES
 from fintune.export.verify import check_use
 from fintune.generation.tuned import prompt_tokens
 from fintune.integrity import hash_files, sha256
+from fintune.metrics import whole
 from fintune.model.adapter import read_training
 from fintune.model.base import load_plain
 from fintune.params import Base, read_params
@@ -404,7 +405,7 @@ def test_the_card_states_facts(served: Project) -> None:
         and "| licence of the data | not stated |" in text
     )
     assert "| licence of this model | not stated" in text
-    evaluation = json.loads((served / "reports/evaluation.json").read_text())
+    evaluation = whole(json.loads((served / "reports/evaluation.json").read_text()))
     export = json.loads((served / "reports/export.json").read_text())
     assert (
         export["merged_loss_in_4_bits"] > export["merged_loss"]

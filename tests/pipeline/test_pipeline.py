@@ -27,7 +27,7 @@ from safetensors import safe_open
 from transformers import AutoTokenizer
 
 from fintune.integrity import hash_files, write_sums
-from fintune.metrics import METRICS, number
+from fintune.metrics import METRICS, number, whole
 from fintune.params import Params, with_usual
 from support.project import ROOT, Project
 
@@ -150,7 +150,7 @@ def stages_run(output: str) -> list[str]:
 
 
 def report(project: Project, name: str) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((project / f"reports/{name}.json").read_text())
+    content = whole(json.loads((project / f"reports/{name}.json").read_text()))
     return content
 
 
