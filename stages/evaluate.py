@@ -16,12 +16,12 @@ from fintune.evaluation.report import SCHEMA, conclude, row_losses, summary
 from fintune.evaluation.rows import general_passages, select_rows
 from fintune.generation.vllm import find_vllm
 from fintune.lineage import project_root
-from fintune.metrics import OF_EVALUATION, compact
 from fintune.params import read_params
 from fintune.processes import of_first, rank, start
 from fintune.registry.champion import fetch_champion
 from fintune.registry.recovery import read_curve, run_of_adapter
 from fintune.registry.results import log_evaluation
+from fintune.reports import OF_EVALUATION, compact
 from fintune.stage import log, run, write_json, write_text
 from fintune.tracking.client import connect
 

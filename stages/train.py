@@ -10,10 +10,10 @@ from fintune.data.tables import read_columns, read_rows, usual_instruction
 from fintune.evaluation.validation import validator
 from fintune.hardware import hardware
 from fintune.lineage import project_root
-from fintune.metrics import OF_TRAINING, compact
 from fintune.model.adapter import write_adapter
 from fintune.params import PLACE, Params, read_params
 from fintune.processes import check_same, rank, start
+from fintune.reports import OF_TRAINING, compact
 from fintune.stage import log, run, whole_folder, write_json, write_text
 from fintune.tracking import runs
 from fintune.tracking.client import connect

@@ -31,6 +31,7 @@ ORDER = (
         "params",
         "paths",
         "metrics",
+        "reports",
         "progress",
         "lineage",
         "integrity",

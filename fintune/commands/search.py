@@ -32,8 +32,8 @@ from ruamel.yaml import YAML
 from fintune import paths
 from fintune.errors import UserError
 from fintune.lineage import PARENT_RUN, git, project_root
-from fintune.metrics import whole
 from fintune.params import PARAMS_FILE, flatten
+from fintune.reports import whole
 
 log = logging.getLogger("fintune")
 

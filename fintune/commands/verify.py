@@ -29,8 +29,8 @@ from fintune.lineage import (
     output_hashes,
     project_root,
 )
-from fintune.metrics import whole
 from fintune.params import with_usual
+from fintune.reports import whole
 
 HOLDS, FAILS, UNCHECKED = "holds", "FAILS", "unchecked"
 Line = tuple[str, str]

@@ -13,9 +13,10 @@ from fintune.data.tables import read_rows
 from fintune.generation.decoding import title
 from fintune.hub.client import stated_license
 from fintune.hub.models import local_folder
-from fintune.metrics import METRICS, number, whole
+from fintune.metrics import METRICS, number
 from fintune.model.adapter import AdapterInfo
 from fintune.params import MergeExport
+from fintune.reports import whole
 from fintune.stage import read_json
 
 EXAMPLE = 120  # characters of the question in the card's example, at most, if there is one

@@ -12,9 +12,9 @@ from mlflow.tracking import MlflowClient
 from fintune import paths
 from fintune.data.tables import read_rows
 from fintune.lineage import locked_params, locked_stages, project_root
-from fintune.metrics import whole
 from fintune.registry.answers import log_answers_or_later
 from fintune.registry.results import log_evaluation
+from fintune.reports import whole
 from fintune.stage import read_json
 from fintune.tracking.models import model_of_run
 from fintune.tracking.runs import COMPLETE, log_training

@@ -17,8 +17,8 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from fintune.evaluation.harness import TASKS, task_manager
-from fintune.metrics import whole
 from fintune.params import Harness
+from fintune.reports import whole
 from support.hub import Hub
 from support.project import ROOT, Project
 

@@ -38,10 +38,10 @@ from fintune.export.pyfunc import PACKAGES
 from fintune.export.verify import check_use
 from fintune.generation.tuned import prompt_tokens
 from fintune.integrity import hash_files, sha256
-from fintune.metrics import whole
 from fintune.model.adapter import read_training
 from fintune.model.base import load_plain
 from fintune.params import Base, read_params
+from fintune.reports import whole
 from fintune.tracking.models import model_of_run
 from support.project import ROOT, SAMPLED, Project
 from support.servers import free_port, running_server

@@ -27,8 +27,9 @@ from safetensors import safe_open
 from transformers import AutoTokenizer
 
 from fintune.integrity import hash_files, write_sums
-from fintune.metrics import METRICS, number, whole
+from fintune.metrics import METRICS, number
 from fintune.params import Params, with_usual
+from fintune.reports import whole
 from support.project import ROOT, Project
 
 pytestmark = pytest.mark.end_to_end

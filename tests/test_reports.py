@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fintune.metrics import OF_EVALUATION, OF_MODELS, OF_TRAINING, compact, whole
+from fintune.reports import OF_EVALUATION, OF_MODELS, OF_TRAINING, compact, whole
 from fintune.stage import read_json
 
 ROOT = Path(__file__).parents[1]
