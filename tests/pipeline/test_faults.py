@@ -140,9 +140,11 @@ def test_a_killed_training_goes_on_to_the_same_result(
     again = project.stage("train")
 
     assert f"checkpoint-{reached}" in again.stderr.split("going on from ")[1].splitlines()[0]
-    resumed, whole = (whole(read_json(each / "reports/train.json")) for each in (project, trained))
+    resumed, unbroken = (
+        whole(read_json(each / "reports/train.json")) for each in (project, trained)
+    )
     for key in ("train_loss", "validation_loss", "steps", "best_step", "trainable_parameters"):
-        assert resumed[key] == pytest.approx(whole[key], rel=1e-5), key
+        assert resumed[key] == pytest.approx(unbroken[key], rel=1e-5), key
     for name in ("loss", "validation_loss", "learning_rate"):
         expected = curve_of(trained, name)
         assert curve_of(project, name) == pytest.approx(expected, rel=1e-5)
