@@ -63,6 +63,7 @@ def _joined(tree: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
     found = dict(tree)
     for key, value in others.items():
         inside = found.get(key)
-        nested = isinstance(inside, dict) and isinstance(value, dict)
-        found[key] = _joined(inside, value) if nested else value
+        if isinstance(inside, dict) and isinstance(value, dict):
+            value = _joined(inside, value)
+        found[key] = value
     return found
