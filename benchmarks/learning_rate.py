@@ -145,7 +145,8 @@ def conclude(runs: list[dict[str, Any]]) -> dict[str, Any]:
         "best_of_grid": best["given"],
         "auto": found["learning_rate"],
         "auto_above_best": above,
-        "within_bar": above <= BAR,
+        "grid_is_whole": len(of_grid) == POINTS,
+        "within_bar": above <= BAR if len(of_grid) == POINTS else None,
     }
 
 
