@@ -45,6 +45,15 @@ Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Name = Annotated[str, Field(min_length=1)]
+Rate = Annotated[float | Literal["auto"], PlainValidator(lambda value: _auto_or_rate(value))]
+
+
+def _auto_or_rate(value: Any) -> Any:
+    if value == "auto":
+        return value
+    if type(value) in (int, float) and 0 < value < float("inf"):
+        return float(value)
+    raise ValueError(f"give auto or a number above 0, not {value!r}")
 
 
 def _auto_or_count(value: Any) -> Any:
@@ -209,7 +218,7 @@ class Train(Section):
     quantization: Literal["nf4", "none"] = "nf4"
     precision: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     lora: Lora
-    learning_rate: Positive
+    learning_rate: Rate
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0

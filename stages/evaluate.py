@@ -22,6 +22,7 @@ from fintune.processes import of_first, rank, start
 from fintune.registry.champion import fetch_champion
 from fintune.registry.recovery import read_curve, run_of_adapter
 from fintune.registry.results import log_evaluation
+from fintune.reports import OF_EVALUATION, compact
 from fintune.stage import log, run, write_json, write_text
 from fintune.tracking.client import connect
 
@@ -65,7 +66,7 @@ def main() -> None:
     report["evaluated"] = about
     if collected.rows:
         report["collected"] = describe_collected(collected, measured.collected)
-    write_json(paths.EVALUATION, report)
+    write_json(paths.EVALUATION, compact(report, OF_EVALUATION))
     write_text(paths.EVALUATION_PAGE, render(report, table, read_curve(paths.TRAIN_CURVE), params))
     write_rows(paths.PREDICTIONS, table, SCHEMA)
     write_text(paths.ROW_LOSS, row_losses(table))

@@ -13,6 +13,7 @@ from fintune.lineage import project_root
 from fintune.model.adapter import write_adapter
 from fintune.params import PLACE, Params, read_params
 from fintune.processes import check_same, rank, start
+from fintune.reports import OF_TRAINING, compact
 from fintune.stage import log, run, whole_folder, write_json, write_text
 from fintune.tracking import runs
 from fintune.tracking.client import connect
@@ -41,7 +42,7 @@ def main() -> None:
     if client is None:
         fine_tune(params, validation, scratch, lambda *_: None)
         return
-    name = f"{Path(params.base.model).name} r{params.train.lora.r} lr{params.train.learning_rate:g}"
+    name = f"{Path(params.base.model).name} r{params.train.lora.r} lr{params.train.learning_rate}"
     with runs.training_run(scratch, name, runs.sweep_run(client, root)) as (run_id, live):
         run_record = runs.describe_run(run_id, sections, hardware(), Path.cwd())
         read = ((read_columns(path), split, path) for split, path in INPUTS.items())
@@ -50,13 +51,12 @@ def main() -> None:
             log_data_set(client, run_id, described)
         result = fine_tune(params, validation, scratch, live.add)
         with whole_folder(paths.ADAPTER) as folder:
-            said = usual_instruction(INPUTS["train"]), template_of(validation)
-            trained = learned["train"] | result.computed
-            write_adapter(result.model, folder, params.base, trained, *said)
-        write_json(paths.TRAIN_METRICS, result.metrics)
+            said = learned["train"] | result.computed, usual_instruction(INPUTS["train"])
+            write_adapter(result.model, folder, params.base, *said, template_of(validation))
+        write_json(paths.TRAIN_METRICS, compact(result.metrics, OF_TRAINING))
         write_text(paths.TRAIN_CURVE, as_csv(result.curve))
         write_text(paths.VALIDATION_CURVE, as_csv(validations(result.curve)))
-        run_record["tags"] |= result.tags
+        run_record |= result.record | {"tags": run_record["tags"] | result.tags}
         write_json(paths.RUN, run_record)
         runs.log_training_or_later(live, client, run_record, result.metrics, result.curve)
         keep_until_locked(scratch)

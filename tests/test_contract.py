@@ -31,6 +31,7 @@ ORDER = (
         "params",
         "paths",
         "metrics",
+        "reports",
         "progress",
         "lineage",
         "integrity",
@@ -299,6 +300,7 @@ def test_a_checkpoint_knows_the_code_that_trains() -> None:
         "lineage.py",
         "processes.py",
         "progress.py",
+        "reports.py",
         "stage.py",
     }  # they fetch, log, check and talk
     # these choose the step to keep

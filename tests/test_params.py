@@ -19,6 +19,9 @@ def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
+RATE = "train.learning_rate: give auto or a number above 0"
+
+
 def changed(tmp_path: Path, *edits: tuple[str, str]) -> Path:
     """Write the demo recipe with pieces of its text replaced."""
     text = DEMO.read_text(encoding="utf-8")
@@ -92,8 +95,10 @@ def test_settings_that_exclude_each_other(tmp_path: Path, edits: list[str], expe
         ),
         ("parallel: auto ", "parallel: both ", "train.parallel"),
         ("  processes: auto", "  processes: 0", "train.processes: give auto or a number, not"),
-        ("learning_rate: 3e-3", "learning_rate: .inf", "train.learning_rate"),
-        ("learning_rate: 3e-3", "learning_rate: 'high'", "train.learning_rate"),
+        *(
+            ("learning_rate: 3e-3", f"learning_rate: {wrong}", f"{RATE}, not {said}")
+            for wrong, said in ((".inf", "inf"), ("'high'", "'high'"), ("0", "0"), ("true", "True"))
+        ),
         ("default_instruction:", "default_instruction: Answer.", "fetch: give either"),
         ("more: []", "more: [{shar: 1.0}]", "fetch.more.0.shar: unknown key; did you mean share?"),
         (
@@ -142,6 +147,9 @@ def test_numbers_are_read_as_dvc_reads_them(tmp_path: Path) -> None:
     """`dvc exp run -S train.learning_rate=3e-5` writes 3e-05, which PyYAML takes for a string."""
     path = changed(tmp_path, ("learning_rate: 3e-3", "learning_rate: 3e-05"))
     assert read_params(path).train.learning_rate == 3e-05
+    for given, taken in (("auto", "auto"), ("1", 1.0)):
+        path = changed(tmp_path, ("learning_rate: 3e-3", f"learning_rate: {given}"))
+        assert read_params(path).train.learning_rate == taken
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

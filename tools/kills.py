@@ -28,6 +28,8 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from fintune.reports import whole
+
 ROOT = Path(__file__).parents[1]
 STAGES = ("fetch", "split", "format", "train", "evaluate", "merge_export")
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT")
@@ -147,7 +149,7 @@ def results(project: Path) -> dict[str, Any]:
     for file in sorted((project / "models/adapter").iterdir()):
         found[f"adapter/{file.name}"] = file.read_bytes().hex()
     for file in sorted((project / "reports").glob("*.json")):
-        for key, value in _flat(json.loads(file.read_text()), file.name):
+        for key, value in _flat(whole(json.loads(file.read_text())), file.name):
             if not any(part in key for part in VARIES):
                 found[key] = value
     for file in sorted((project / "reports").glob("*.csv")):

@@ -33,6 +33,7 @@ from fintune import paths
 from fintune.errors import UserError
 from fintune.lineage import PARENT_RUN, git, project_root
 from fintune.params import PARAMS_FILE, flatten
+from fintune.reports import whole
 
 log = logging.getLogger("fintune")
 
@@ -261,10 +262,8 @@ def _value(name: str, objective: Objective) -> float | None:
     """Return the metric of experiment `name`; None if it does not exist or has no finite number."""
     refs = git(Path(), "for-each-ref", "--format=%(refname)", "refs/exps/").splitlines()
     found = [ref for ref in refs if ref.endswith(f"/{name}")]
-    if not found:
-        return None
-    content = json.loads(git(Path(), "show", f"{found[0]}:{objective.file}") or "{}")
-    value = flatten(content).get(objective.key)
+    text = git(Path(), "show", f"{found[0]}:{objective.file}") if found else ""
+    value = flatten(whole(json.loads(text or "{}"))).get(objective.key)
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 

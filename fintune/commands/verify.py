@@ -30,6 +30,7 @@ from fintune.lineage import (
     project_root,
 )
 from fintune.params import with_usual
+from fintune.reports import whole
 
 HOLDS, FAILS, UNCHECKED = "holds", "FAILS", "unchecked"
 Line = tuple[str, str]
@@ -250,7 +251,7 @@ def _figures(folder: Path, lock: Lock, version: Any, client: Any) -> Iterator[Li
         yield UNCHECKED, f"figures: {lock.where} has no {paths.EVALUATION} beside it"
         return
     yield _same(f"{paths.EVALUATION}, md5", hashlib.md5(content).hexdigest(), md5)
-    evaluation = json.loads(content)
+    evaluation = whole(json.loads(content))
     if (folder / "README.md").is_file():
         from fintune.export.card import metric_lines
 

@@ -61,7 +61,8 @@ def apply_gate(report: dict[str, Any], gate: Gate) -> dict[str, Any]:
             said = f"not compared with a champion: {champion['reason']}"
             rule("max_loss_above_champion", not champion["broken"], said)
     passed = all(each["passed"] for each in rules)
-    shown = [each["reason"] for each in rules if each["passed"] == passed] or ["no rule is set"]
+    shown = [each["reason"] for each in rules if not each["passed"]]
+    shown = shown or [f"all {len(rules)} rules hold" if rules else "no rule is set"]
     return {
         "passed": passed,
         "reason": f"{'passed' if passed else 'failed'}: {'; '.join(shown)}",

@@ -16,6 +16,7 @@ from fintune.hub.models import local_folder
 from fintune.metrics import METRICS, number
 from fintune.model.adapter import AdapterInfo
 from fintune.params import MergeExport
+from fintune.reports import whole
 from fintune.stage import read_json
 
 EXAMPLE = 120  # characters of the question in the card's example, at most, if there is one
@@ -29,7 +30,7 @@ def read_records() -> dict[str, dict[str, Any]]:
         "evaluation": paths.EVALUATION,
         "manifest": paths.MANIFEST,
     }
-    return {name: read_json(file) for name, file in files.items()}
+    return {name: whole(read_json(file)) for name, file in files.items()}
 
 
 def write_card(
@@ -98,7 +99,7 @@ def write_card(
         else "the adapter added to the base's own",
         dtype=params.dtype,
         max_tokens=run["params"].get("format.max_tokens", "as many as its data has"),
-        parameters=sorted(run["params"].items()),
+        parameters=sorted((run["params"] | _found(run["params"], trained)).items()),
         question=json.dumps(example_question(), ensure_ascii=False),
         number=number,
     )
@@ -127,6 +128,12 @@ def metric_lines(evaluation: dict[str, Any]) -> Any:
             number(evaluation["tuned"][key]),
             difference,
         )
+
+
+def _found(params: dict[str, str], trained: AdapterInfo) -> dict[str, str]:
+    """Return the learning rate that was found, in place of `auto`."""
+    key = "train.learning_rate"
+    return {key: f"{trained.train['learning_rate']:g} (auto)"} if params.get(key) == "auto" else {}
 
 
 def _template() -> Any:

@@ -13,6 +13,7 @@ from fintune.forecast.machine import Machine
 from fintune.forecast.workload import Workload
 from fintune.model.sizes import ModelSize
 from fintune.params import Evaluate, Generation, MergeExport, Train
+from fintune.training.halving import plan_rounds
 from fintune.training.plan import DEQUANTIZATIONS, DEQUANTIZE_TOKENS, TIME, Plan
 
 PRODUCTS = 0.91  # of a large product's speed, by those of a model
@@ -96,12 +97,20 @@ def step_seconds(run: Run, train: Train, tokens: float, answer_share: float) -> 
 
 
 def training_seconds(run: Run, train: Train, work: Workload) -> float:
-    """Return the seconds of the training's steps, with the validations between them."""
+    """Return the seconds of the training's steps, with the validations between them.
+
+    A search for the learning rate comes first.
+
+    Raises:
+        UserError: there are too few steps for it.
+    """
     steps = steps_of(train, work.train)
     share = work.answer_tokens / work.tokens
     step = step_seconds(run, train, work.tokens * min(train.rows_per_step, work.train), share)
+    searched = plan_rounds(steps) if train.learning_rate == "auto" else []
     validations = steps // train.validate_every_steps + 1
     each = work.validation * work.tokens * token_seconds(run, train, share) * FORWARD
+    steps += sum(each.steps for each in searched)
     return steps * step + validations * each / run.plan.processes
 
 

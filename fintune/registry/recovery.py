@@ -14,6 +14,7 @@ from fintune.data.tables import read_rows
 from fintune.lineage import locked_params, locked_stages, project_root
 from fintune.registry.answers import log_answers_or_later
 from fintune.registry.results import log_evaluation
+from fintune.reports import whole
 from fintune.stage import read_json
 from fintune.tracking.models import model_of_run
 from fintune.tracking.runs import COMPLETE, log_training
@@ -31,7 +32,7 @@ def run_of_adapter(client: MlflowClient) -> str:
     are removed.
     """
     run_record = read_json(paths.RUN, *RECORD)
-    metrics = read_json(paths.TRAIN_METRICS)
+    metrics = whole(read_json(paths.TRAIN_METRICS))
     curve = read_curve(paths.TRAIN_CURVE)
     run_id = find_run(client, run_record)
     if run_id is None:
@@ -76,7 +77,7 @@ def restore_evaluation(client: Any, run_id: str) -> None:
         if paths.PREDICTIONS.is_file():
             log_answers_or_later(client, run_id, read_rows(paths.PREDICTIONS, []))
         return
-    report = read_json(paths.EVALUATION)
+    report = whole(read_json(paths.EVALUATION))
     settings = locked_params(locked_stages().get("evaluate", {}))
     log_evaluation(client, run_id, report, settings, read_rows(paths.PREDICTIONS, []))
     log.info("MLflow had no evaluation of this adapter; logged it again")

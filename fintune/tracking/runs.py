@@ -217,6 +217,8 @@ def log_training(
     tags.append(RunTag("mlflow.note.content", _description(metrics)))
     finals = linked_points(client, run_id, model, metrics)
     client.log_batch(run_id, metrics=finals, params=params, tags=tags)
+    if search := run_record.get("learning_rate_search"):
+        client.log_dict(run_id, search, "learning_rate_search.json")
     log_missing(client, run_id, points_of(curve), {})
     finish_model(client, run_id, model, step)
     client.set_tag(run_id, COMPLETE, "true")
@@ -227,7 +229,17 @@ def _description(metrics: dict[str, float]) -> str:
     return (
         f"Validation loss {metrics['validation_loss']:.4g} after {metrics['steps']:.0f} steps in "
         f"{metrics['seconds']:.0f} s, {metrics['tokens_per_second']:,.0f} tokens/s. "
-        "Answers to read: Artifacts, evaluation.html. Curves: Model metrics, section curve."
+        f"{_rate(metrics)}Answers to read: Artifacts, evaluation.html. Curves: Model metrics, section curve."
+    )
+
+
+def _rate(metrics: dict[str, float]) -> str:
+    """Say which learning rate a search found, if there was one."""
+    if "search_steps" not in metrics:
+        return ""
+    return (
+        f"Learning rate {metrics['learning_rate']:g}, found in {metrics['search_steps']:.0f} further steps: "
+        "Artifacts, learning_rate_search.json. "
     )
 
 

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from fintune.training.callbacks import CURVE, Bar, Patience, StepTimer
 from fintune.training.checkpoints import last_checkpoint, resume
 from fintune.training.curve import curve_of
 from fintune.training.divergence import check_weights, warn_of_guessing
+from fintune.training.halving import Found, plan_rounds
+from fintune.training.learning_rate import find_rate
 from fintune.training.plan import Plan, plan_execution
 from fintune.training.trainer import AnswerTrainer, to_float32
 
@@ -49,16 +51,24 @@ class TrainingResult:
     step_tokens: list[int]
     largest_micro_batch: int
     metrics: dict[str, float]
+    search: Found | None  # of the learning rate
 
     @property
-    def computed(self) -> dict[str, str]:
+    def computed(self) -> dict[str, str | float]:
         """Return what `auto` chose of the parameters that change what is learned."""
-        return {"products": "fp8"} if self.plan.fp8 else {}
+        rate = {"learning_rate": self.search.rate} if self.search else {}
+        return {**rate, **({"products": "fp8"} if self.plan.fp8 else {})}
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Return what the run's record keeps of a search for the learning rate."""
+        return {"learning_rate_search": asdict(self.search)} if self.search else {}
 
     @property
     def tags(self) -> dict[str, str]:
-        """Return what the run's record says of the processes."""
-        return {"processes": str(self.plan.processes), "parallel": self.plan.parallel}
+        """Return what the run's record says of the processes, and of a searched learning rate."""
+        rate = {"learning_rate": f"{self.search.rate:g}"} if self.search else {}
+        return {"processes": str(self.plan.processes), "parallel": self.plan.parallel, **rate}
 
 
 def train(
@@ -90,9 +100,13 @@ def train(
         sharded: share the base's weights among the processes.
 
     Raises:
-        UserError: a loss, a gradient or a weight is not finite.
+        UserError: a loss, a gradient or a weight is not finite; or the training has too few steps for
+            `learning_rate: auto`.
     """
     steps, per_step = total_steps(params, len(rows)), params.rows_per_step
+    automatic = params.learning_rate == "auto"
+    if automatic:
+        plan_rounds(steps)  # fail fast if there are too few
     log.info("%d rows, %d steps of %d rows", len(rows), steps, per_step)
     plan = make_plan(model, params, rows, dtype, sharded)
     log.info("plan: %s", plan)
@@ -117,6 +131,8 @@ def train(
         trainer.remove_callback(printing)
     trainer.add_callback(Bar)
     to_float32(trainer.model)
+    search = find_rate(trainer, steps, scratch) if automatic else None
+    rate = trainer.args.learning_rate = search.rate if search else float(params.learning_rate)
     ceiling = matmul_flops(dtype)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -127,7 +143,7 @@ def train(
     check_weights(trainer.model)
     kept = _kept(trainer.state, params.keep)
     vocabulary = model.get_base_model().get_input_embeddings().weight.shape[0]
-    warn_of_guessing(kept["validation_loss"], vocabulary, params.learning_rate)
+    warn_of_guessing(kept["validation_loss"], vocabulary, rate)
     history = trainer.state.log_history
     losses = [(e["step"], e["loss"]) for e in history if "loss" in e]
     flops = _size(model, params).flops(timer.tokens, timer.answer_tokens)
@@ -140,6 +156,8 @@ def train(
         metrics={
             "train_loss": _step_weighted_mean(losses),
             **kept,
+            "learning_rate": rate,
+            **({"search_steps": search.steps, "search_seconds": search.seconds} if search else {}),
             "steps": trainer.state.global_step,
             "seconds": timer.seconds,
             "validation_seconds": timer.aside["validation"],
@@ -153,6 +171,7 @@ def train(
             "trainable_parameters": trainable,
             "trainable_percent": 100 * trainable / total,
         },
+        search=search,
     )
 
 
@@ -212,7 +231,6 @@ def _arguments(
         output_dir=str(scratch),
         per_device_train_batch_size=params.rows_per_step,  # the step splits them into micro-batches
         max_steps=steps,
-        learning_rate=params.learning_rate,
         lr_scheduler_type=SCHEDULES[params.schedule],
         warmup_steps=round(params.warmup_fraction * steps),
         weight_decay=params.weight_decay,

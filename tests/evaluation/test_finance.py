@@ -18,6 +18,7 @@ from mlflow.tracking import MlflowClient
 
 from fintune.evaluation.harness import TASKS, task_manager
 from fintune.params import Harness
+from fintune.reports import whole
 from support.hub import Hub
 from support.project import ROOT, Project
 
@@ -334,7 +335,7 @@ def test_the_stage_records_scores_and_data(
         project.stage(stage)
     project.stage("evaluate", **hub.environment(tmp_path / "home"))
 
-    report = json.loads((project / "reports/evaluation.json").read_text())
+    report = whole(json.loads((project / "reports/evaluation.json").read_text()))
     page = (project / "reports/evaluation.html").read_text()
     client = MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
     (run,) = client.search_runs([each.experiment_id for each in client.search_experiments()])

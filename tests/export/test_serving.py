@@ -41,6 +41,7 @@ from fintune.integrity import hash_files, sha256
 from fintune.model.adapter import read_training
 from fintune.model.base import load_plain
 from fintune.params import Base, read_params
+from fintune.reports import whole
 from fintune.tracking.models import model_of_run
 from support.project import ROOT, SAMPLED, Project
 from support.servers import free_port, running_server
@@ -404,7 +405,7 @@ def test_the_card_states_facts(served: Project) -> None:
         and "| licence of the data | not stated |" in text
     )
     assert "| licence of this model | not stated" in text
-    evaluation = json.loads((served / "reports/evaluation.json").read_text())
+    evaluation = whole(json.loads((served / "reports/evaluation.json").read_text()))
     export = json.loads((served / "reports/export.json").read_text())
     assert (
         export["merged_loss_in_4_bits"] > export["merged_loss"]

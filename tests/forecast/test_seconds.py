@@ -14,6 +14,7 @@ from fintune.forecast.seconds import Run, as_time, stage_seconds, step_seconds, 
 from fintune.forecast.workload import Workload
 from fintune.model.sizes import ModelSize
 from fintune.params import read_params
+from fintune.training.halving import plan_rounds
 from fintune.training.plan import Plan
 
 ROOT = Path(__file__).parents[2]
@@ -141,3 +142,16 @@ def test_times_are_written_as_a_person_would() -> None:
 def test_an_unknown_gpu_is_named_with_the_known_ones() -> None:
     with pytest.raises(UserError, match=r"--gpu: h101: not known; give one of h100, .*rtx4090"):
         known_machine("h101", None, 1, "auto")
+
+
+def test_a_search_for_the_learning_rate_is_in_the_forecast() -> None:
+    run = Run(SIZE_7B, plan(), H100, BYTES_7B)
+    plain = training_seconds(run, RECIPE.train, FIQA)
+    auto = RECIPE.train.model_copy(update={"learning_rate": "auto"})
+    steps = sum(each.steps for each in plan_rounds(172))
+    step = step_seconds(run, auto, 32 * FIQA.tokens, FIQA.answer_tokens / FIQA.tokens)
+    searched = training_seconds(run, auto, FIQA)
+    assert searched == pytest.approx(plain + steps * step) and plain < searched < 1.15 * plain
+    few = auto.model_copy(update={"max_steps": 10})
+    with pytest.raises(UserError, match=r"train.learning_rate: auto: .* this training's 10 "):
+        training_seconds(run, few, FIQA)

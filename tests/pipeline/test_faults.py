@@ -21,6 +21,7 @@ import pytest
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
+from fintune.reports import whole
 from support.project import SAMPLED, Project
 from support.servers import failing_proxy
 
@@ -139,9 +140,11 @@ def test_a_killed_training_goes_on_to_the_same_result(
     again = project.stage("train")
 
     assert f"checkpoint-{reached}" in again.stderr.split("going on from ")[1].splitlines()[0]
-    resumed, whole = (read_json(each / "reports/train.json") for each in (project, trained))
+    resumed, unbroken = (
+        whole(read_json(each / "reports/train.json")) for each in (project, trained)
+    )
     for key in ("train_loss", "validation_loss", "steps", "best_step", "trainable_parameters"):
-        assert resumed[key] == pytest.approx(whole[key], rel=1e-5), key
+        assert resumed[key] == pytest.approx(unbroken[key], rel=1e-5), key
     for name in ("loss", "validation_loss", "learning_rate"):
         expected = curve_of(trained, name)
         assert curve_of(project, name) == pytest.approx(expected, rel=1e-5)
@@ -167,7 +170,7 @@ def test_a_run_that_mlflow_lost_is_logged_again_once(trained: Project, tmp_path:
     for name in ("loss", "validation_loss", "learning_rate"):
         expected = curve_of(project, name)
         assert logged_curve(client, run.info.run_id, name) == pytest.approx(expected)
-    finals = read_json(project / "reports/train.json")
+    finals = whole(read_json(project / "reports/train.json"))
     assert {k: v for k, v in run.data.metrics.items() if k in finals} == pytest.approx(finals)
     (model,) = client.get_run(run.info.run_id).outputs.model_outputs
     stored = client.get_logged_model(model.model_id).artifact_location.removeprefix("file://")
@@ -189,7 +192,7 @@ def test_a_strict_gate_fails_the_stage_after_all_is_written(
     done = project.stage("evaluate", check=False)
     assert done.returncode == 1
     assert "error: evaluate.gate: failed: " in done.stderr and "Traceback" not in done.stderr
-    report = read_json(project / "reports/evaluation.json")
+    report = whole(read_json(project / "reports/evaluation.json"))
     assert report["gate"]["passed"] is False
     for name in ("evaluation.html", "predictions.parquet", "row_loss.csv"):
         assert (project / "reports" / name).stat().st_size > 0
@@ -213,13 +216,13 @@ def test_the_champion_stays_until_something_is_no_worse(trained: Project, tmp_pa
 
     def evaluate() -> dict[str, Any]:
         project.stage("evaluate")
-        return read_json(project / "reports/evaluation.json")
+        return whole(read_json(project / "reports/evaluation.json"))
 
     assert "no champion yet" in evaluate()["champion"]["reason"]
     project.stage("merge_export")
     first = client_of(project).get_model_version_by_alias("financial-qa", "champion")
     assert evaluate()["champion"]["reason"] == "version 1 is this very adapter"
-    best = read_json(project / "reports/evaluation.json")["tuned"]
+    best = whole(read_json(project / "reports/evaluation.json"))["tuned"]
 
     project.set(train__max_steps=1)
     project.stage("train")
@@ -239,7 +242,7 @@ def test_the_champion_stays_until_something_is_no_worse(trained: Project, tmp_pa
         assert database.execute(model, lost).rowcount == 1
     done = project.stage("evaluate")
     assert "the champion of financial-qa could not be fetched" in done.stderr
-    report = read_json(project / "reports/evaluation.json")
+    report = whole(read_json(project / "reports/evaluation.json"))
     assert report["champion"]["broken"] and not report["gate"]["passed"]
 
 
@@ -406,3 +409,36 @@ def test_a_merge_that_is_another_model_changes_nothing(trained: Project, tmp_pat
     assert sorted(path.name for path in (project / "models").iterdir()) == before
     assert not (project / "reports/export.json").exists()
     assert client_of(project).search_registered_models() == []
+
+
+def test_a_searched_learning_rate_is_recorded(formatted: Project, tmp_path: Path) -> None:
+    """The parameter stays `auto`, as dvc.lock has it; the adapter, the reports and MLflow have the number."""
+    project = copy(formatted, tmp_path)
+    project.set(train__learning_rate="auto")
+    done = project.stage("train", check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "error: train.learning_rate: auto: a search may take 15% of the steps" in done.stderr
+    assert "12 that is too few" in done.stderr
+    project.set(train__max_steps=127, train__epochs=99.0, train__validate_every_steps=60)
+    done = project.stage("train")
+    finals = whole(read_json(project / "reports/train.json"))
+    rate = finals["learning_rate"]
+    assert f"learning rate: {rate:g}, found in 19 steps (15 % of the training's)" in done.stderr
+    assert finals["search_steps"] == 19 and finals["steps"] == 127
+    record = read_json(project / "models/run.json")
+    assert record["params"]["train.learning_rate"] == "auto"
+    assert record["tags"]["learning_rate"] == f"{rate:g}"
+    search = record["learning_rate_search"]
+    assert search["rate"] == rate and len(search["losses"]) == 14
+    assert read_json(project / "models/adapter/training.json")["train"]["learning_rate"] == rate
+    client = client_of(project)
+    run = client.get_run(record["run_id"])
+    assert run.data.params["train.learning_rate"] == "auto"
+    assert run.data.metrics["learning_rate"] == pytest.approx(rate)
+    assert run.data.metrics["search_steps"] == 19
+    kept = client.download_artifacts(run.info.run_id, "learning_rate_search.json", str(tmp_path))
+    rows = zip(read_json(Path(kept))["losses"], search["losses"], strict=True)
+    assert all(logged == pytest.approx(row, rel=1e-5) for logged, row in rows)
+    assert (
+        f"Learning rate {rate:g}, found in 19 further steps" in run.data.tags["mlflow.note.content"]
+    )

@@ -29,6 +29,7 @@ from transformers import AutoTokenizer
 from fintune.integrity import hash_files, write_sums
 from fintune.metrics import METRICS, number
 from fintune.params import Params, with_usual
+from fintune.reports import whole
 from support.project import ROOT, Project
 
 pytestmark = pytest.mark.end_to_end
@@ -150,7 +151,7 @@ def stages_run(output: str) -> list[str]:
 
 
 def report(project: Project, name: str) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((project / f"reports/{name}.json").read_text())
+    content = whole(json.loads((project / f"reports/{name}.json").read_text()))
     return content
 
 
