@@ -15,7 +15,7 @@ from fintune.errors import UserError
 SHARE = 0.15  # of a training's steps, at most, that its search takes
 RATES = tuple(1e-4 * 2**n for n in range(10))
 BELOW, ABOVE = 2, 1  # neighbours of the best one that go on: more steps favour lower rates
-FEWEST, LEAST = 2, 4  # steps of a candidate in the first round and in the last one, at least
+FEWEST, LEAST = 2, 8  # steps of a candidate in the first round and in the last one, at least
 SHALLOW = 8  # the last round is at most so many times as deep as the first
 # what is best after a few steps, times LOWERED, is best for a training; after ALIKE steps it is that itself
 LOWERED, ALIKE = 0.4, 40

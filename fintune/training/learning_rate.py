@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from fintune.hardware import GIB, room_gib
 from fintune.processes import of_first, rank
 from fintune.stage import write_text
 from fintune.training.callbacks import StepTimer
@@ -22,6 +23,10 @@ from fintune.training.trainer import AnswerTrainer
 log = logging.getLogger("fintune")
 
 FILE = "learning_rate.json"  # in the training's folder
+COPIES, ROOM = (
+    3,
+    0.2,
+)  # of a candidate: weights and two moments; the share of the free memory for all of them
 Losses = dict[float, list[float | None]]  # of the steps, by rate; None for one that is not finite
 
 
@@ -70,7 +75,7 @@ def find_rate(trainer: AnswerTrainer, steps: int, scratch: Path) -> Found:
 
 
 class _Candidates:
-    """Trains candidates with one trainer; of those that wait, weights and moments are on the CPU."""
+    """Trains candidates with one trainer; those that wait are kept where there is room."""
 
     def __init__(self, trainer: AnswerTrainer, most: int, bar: Any) -> None:
         """Draw the rows of the first `most` steps, and keep the adapter as it is."""
@@ -80,6 +85,8 @@ class _Candidates:
         self.steps = [trainer.data_collator([{"row": i} for i in rows]) for rows in drawn]
         self.weights = [p for p in trainer.model.parameters() if p.requires_grad]
         self.optimizer = trainer.accelerator.prepare(trainer.create_optimizer())
+        held = len(RATES) * COPIES * sum(p.numel() * p.element_size() for p in self.weights) / GIB
+        self.place = self.weights[0].device if held < ROOM * room_gib() else torch.device("cpu")
         self.first = self._state()
         self.first_loss = self._gradients(0)
         self.first_gradients = [None if p.grad is None else p.grad.clone() for p in self.weights]
@@ -123,8 +130,8 @@ class _Candidates:
     def _state(self) -> dict[str, Any]:
         scaler = self.trainer.accelerator.scaler
         return {
-            "weights": [p.detach().cpu().clone() for p in self.weights],
-            "optimizer": _on_cpu(self.optimizer.state_dict()),
+            "weights": _copied(self.weights, self.place),
+            "optimizer": _copied(self.optimizer.state_dict(), self.place),
             "scaler": dict(scaler.state_dict()) if scaler else {},
         }
 
@@ -132,7 +139,7 @@ class _Candidates:
     def _restore(self, state: dict[str, Any]) -> None:
         for weight, value in zip(self.weights, state["weights"], strict=True):
             weight.copy_(value)
-        self.optimizer.load_state_dict(_on_cpu(state["optimizer"]))
+        self.optimizer.load_state_dict(_copied(state["optimizer"], self.place))
         if state["scaler"]:
             self.trainer.accelerator.scaler.load_state_dict(state["scaler"])
 
@@ -174,10 +181,10 @@ def _write(file: Path, losses: Losses, seconds: float) -> None:
     write_text(file, json.dumps({"losses": losses, "seconds": seconds}, indent=1) + "\n")
 
 
-def _on_cpu(tree: Any) -> Any:
-    """Copy nested containers, with their tensors, to the CPU."""
+def _copied(tree: Any, place: torch.device) -> Any:
+    """Copy nested containers, with their tensors, to a device."""
     if isinstance(tree, torch.Tensor):
-        return tree.detach().cpu().clone()
+        return tree.detach().to(place, copy=True)
     if isinstance(tree, dict):
-        return {key: _on_cpu(value) for key, value in tree.items()}
-    return [_on_cpu(value) for value in tree] if isinstance(tree, list) else tree
+        return {key: _copied(value, place) for key, value in tree.items()}
+    return [_copied(value, place) for value in tree] if isinstance(tree, list) else tree

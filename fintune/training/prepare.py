@@ -28,9 +28,11 @@ from fintune.model.batch import STORED, TokenRow, TokenRows, lengths_of
 from fintune.model.sizes import ModelSize
 from fintune.params import Base, Train
 from fintune.processes import count, of_all, of_first, rank
+from fintune.training.halving import plan_rounds
 from fintune.training.memory import estimate_memory_gib
 from fintune.training.plan import fits_whole
 from fintune.training.quantization import quantization_cost
+from fintune.training.train import total_steps
 
 log = logging.getLogger("fintune")
 
@@ -65,6 +67,8 @@ def prepare(
         "train": encode_table(tokenizer, training, scratch / TOKENS),
         "validation": [encode(tokenizer, row["prompt"], row["completion"]) for row in validation],
     }
+    if params.learning_rate == "auto":
+        plan_rounds(total_steps(params, len(tokens["train"])))  # raises, if there are too few
     dtype = compute_dtype(params.precision)
     log.info("device: %s", describe_device())
     check_disk(2 * check_base(base), Path.cwd())

@@ -419,12 +419,12 @@ def test_a_searched_learning_rate_is_recorded(formatted: Project, tmp_path: Path
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "error: train.learning_rate: auto: a search may take 15% of the steps" in done.stderr
     assert "12 that is too few" in done.stderr
-    project.set(train__max_steps=127, train__epochs=99.0, train__validate_every_steps=60)
+    project.set(train__max_steps=234, train__epochs=99.0, train__validate_every_steps=60)
     done = project.stage("train")
     finals = whole(read_json(project / "reports/train.json"))
     rate = finals["learning_rate"]
-    assert f"learning rate: {rate:g}, found in 19 steps (15 % of the training's)" in done.stderr
-    assert finals["search_steps"] == 19 and finals["steps"] == 127
+    assert f"learning rate: {rate:g}, found in 35 steps (15 % of the training's)" in done.stderr
+    assert finals["search_steps"] == 35 and finals["steps"] == 234
     record = read_json(project / "models/run.json")
     assert record["params"]["train.learning_rate"] == "auto"
     assert record["tags"]["learning_rate"] == f"{rate:g}"
@@ -435,7 +435,7 @@ def test_a_searched_learning_rate_is_recorded(formatted: Project, tmp_path: Path
     run = client.get_run(record["run_id"])
     assert run.data.params["train.learning_rate"] == "auto"
     assert run.data.metrics["learning_rate"] == pytest.approx(rate)
-    assert run.data.metrics["search_steps"] == 19
+    assert run.data.metrics["search_steps"] == 35
     kept = client.download_artifacts(run.info.run_id, "learning_rate_search.json", str(tmp_path))
     rows = zip(read_json(Path(kept))["losses"], search["losses"], strict=True)
     assert all(logged == pytest.approx(row, rel=1e-5) for logged, row in rows)

@@ -36,6 +36,7 @@ def rows(tokenizer: Any) -> list[tuple[list[int], list[int]]]:
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(halving, "SHARE", TESTED)
+    monkeypatch.setattr(halving, "LEAST", 4)
 
 
 def tune(base: Base, tokenizer: Any, rows: Any, scratch: Path, **changes: Any) -> TrainingResult:
@@ -85,14 +86,14 @@ def test_the_training_is_that_with_the_found_rate_as_a_number(
 
 
 def test_a_search_takes_its_share_of_the_steps_at_most() -> None:
-    for steps in [*range(127, 700), 1000, 5000, 100_000]:
+    for steps in [*range(234, 700), 1000, 5000, 100_000]:
         rounds = plan_rounds(steps)
         assert sum(each.steps for each in rounds) <= SHARE * steps == 0.15 * steps
         assert rounds[0].candidates == len(RATES)
-    deep = [plan_rounds(steps)[-1].until for steps in (130, 172, 250, 306, 1000)]
-    assert deep == sorted(deep) and deep[0] >= 4
-    with pytest.raises(UserError, match=r"this training's 126 .* \(127 or more are needed\)"):
-        plan_rounds(126)
+    deep = [plan_rounds(steps)[-1].until for steps in (234, 306, 500, 1000)]
+    assert deep == sorted(deep) and deep[0] == 8
+    with pytest.raises(UserError, match=r"this training's 233 .* \(234 or more are needed\)"):
+        plan_rounds(233)
 
 
 @pytest.mark.usefixtures("short")
