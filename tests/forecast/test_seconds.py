@@ -146,9 +146,10 @@ def test_an_unknown_gpu_is_named_with_the_known_ones() -> None:
 
 def test_a_search_for_the_learning_rate_is_in_the_forecast() -> None:
     run = Run(SIZE_7B, plan(), H100, BYTES_7B)
-    plain = training_seconds(run, RECIPE.train, FIQA)
-    auto = RECIPE.train.model_copy(update={"learning_rate": "auto"})
-    steps = sum(each.steps for each in plan_rounds(172))
+    twice = RECIPE.train.model_copy(update={"epochs": 2.0})
+    plain = training_seconds(run, twice, FIQA)
+    auto = twice.model_copy(update={"learning_rate": "auto"})
+    steps = sum(each.steps for each in plan_rounds(344))
     step = step_seconds(run, auto, 32 * FIQA.tokens, FIQA.answer_tokens / FIQA.tokens)
     searched = training_seconds(run, auto, FIQA)
     assert searched == pytest.approx(plain + steps * step) and plain < searched < 1.15 * plain

@@ -440,5 +440,5 @@ def test_a_searched_learning_rate_is_recorded(formatted: Project, tmp_path: Path
     rows = zip(read_json(Path(kept))["losses"], search["losses"], strict=True)
     assert all(logged == pytest.approx(row, rel=1e-5) for logged, row in rows)
     assert (
-        f"Learning rate {rate:g}, found in 19 further steps" in run.data.tags["mlflow.note.content"]
+        f"Learning rate {rate:g}, found in 35 further steps" in run.data.tags["mlflow.note.content"]
     )

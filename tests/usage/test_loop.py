@@ -19,6 +19,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from fintune.data.tables import read_rows
 from fintune.generation.decoding import GREEDY
+from fintune.reports import whole
 from support.browser import chromium, wait_for_texts
 from support.project import ROOT, Project
 from support.servers import free_port
@@ -131,7 +132,8 @@ def test_what_users_correct_is_right_after_the_next_run(project: Project, tmp_pa
         project.run("dvc", "repro")
         export = json.loads((project / "reports/export.json").read_text())
         assert export["version"] == "2" and "champion" in export["aliases"]
-        report = json.loads((project / "reports/evaluation.json").read_text())["collected"]
+        evaluation = json.loads((project / "reports/evaluation.json").read_text())
+        report = whole(evaluation)["collected"]
         right = {"before": 0, "tuned": 20, "base": 0, "champion": 0}
         assert (report["collected"], report["asked"], report["right"]) == (20, 20, right)
         with chat(project) as address:
