@@ -27,17 +27,20 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.quantization_cost import LIBRARIES, read_recipe, read_splits, vary
+from benchmarks.quantization_cost import (
+    LIBRARIES,
+    read_recipe,
+    read_splits,
+    train_adapter,
+    vary,
+)
 from benchmarks.recipes import OTHER_DATA
 from benchmarks.training_speed import version
 from fintune.data.prompt import encode, load_tokenizer
-from fintune.evaluation.validation import validator
 from fintune.hardware import compute_dtype, free_memory
-from fintune.model.adapter import add_adapter
 from fintune.model.base import load_base
 from fintune.params import Params
 from fintune.stage import log, run, write_json
-from fintune.training.train import train
 
 POINTS = 7
 BAR = 0.01  # nats an answer token above the grid's best
@@ -107,16 +110,7 @@ def one_run(
     model = load_base(params.base, tokenizer, settings.quantization, dtype)
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        result = train(
-            add_adapter(model, tokenizer, settings.lora, settings.seed),
-            tokenizer,
-            tokens["train"],
-            settings,
-            dtype,
-            validate=validator(settings, tokenizer, rows["validation"], tokens),
-            scratch=Path(folder),
-            on_log=lambda *_: None,
-        )
+        result = train_adapter(model, settings, tokenizer, tokens, rows["validation"], Path(folder))
     found = {key: result.metrics[key] for key in KEPT} | {
         "wall_seconds": time.perf_counter() - begun
     }

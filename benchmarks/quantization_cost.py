@@ -44,9 +44,9 @@ from fintune.model.adapter import add_adapter, load_adapter, save_adapter
 from fintune.model.base import load_base
 from fintune.model.batch import TokenRow
 from fintune.model.likelihood import likelihood
-from fintune.params import Params, read_params
+from fintune.params import Params, Train, read_params
 from fintune.stage import log, run, write_json
-from fintune.training.train import train
+from fintune.training.train import TrainingResult, train
 from stages.format import format_rows
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
@@ -180,23 +180,35 @@ def fine_tune(
     folder: Path,
 ) -> dict[str, float]:
     """Train an adapter, write it to `folder`/adapter and return the keys of reports/train.json."""
-    settings, dtype = params.train, compute_dtype(params.train.precision)
-    model = load_base(params.base, tokenizer, settings.quantization, dtype)
-    result = train(
-        add_adapter(model, tokenizer, settings.lora, settings.seed),
-        tokenizer,
-        tokens["train"],
-        settings,
-        dtype,
-        validate=validator(settings, tokenizer, validation, tokens),
-        scratch=folder,
-        on_log=lambda step, values: None,
-    )
+    dtype = compute_dtype(params.train.precision)
+    model = load_base(params.base, tokenizer, params.train.quantization, dtype)
+    result = train_adapter(model, params.train, tokenizer, tokens, validation, folder)
     save_adapter(result.model, folder / "adapter")
     metrics = result.metrics
     del model, result
     free_memory()
     return metrics
+
+
+def train_adapter(
+    model: Any,
+    settings: Train,
+    tokenizer: Any,
+    tokens: dict[str, list[TokenRow]],
+    validation: list[dict[str, Any]],
+    scratch: Path,
+) -> TrainingResult:
+    """Train a new adapter on a base as the train stage does, without MLflow."""
+    return train(
+        add_adapter(model, tokenizer, settings.lora, settings.seed),
+        tokenizer,
+        tokens["train"],
+        settings,
+        compute_dtype(settings.precision),
+        validate=validator(settings, tokenizer, validation, tokens),
+        scratch=scratch,
+        on_log=lambda step, values: None,
+    )
 
 
 def measure(
