@@ -2,12 +2,13 @@
 
     python benchmarks/random_base.py --tokenizer FOLDER --out base7b
     python benchmarks/parallel_speed.py --base base7b --out benchmarks/parallel_speed.json
-    python benchmarks/parallel_speed.py --base base7b --out try.json --settings one ddp trl-ddp
+    python benchmarks/parallel_speed.py --base base7b --out try.json --settings one ddp --processes 2 4
 
 Each setting is a job of its own, started by torchrun, with the rows of training_speed.py. `ddp` and `fsdp`
-have the effective batch of `one`, 32 rows a step; those with 64 have twice that. TRL is as it comes, with
-packed rows and this project's attention. The second half of the steps is timed. `fsdp-24-gib` is for a base
-that does not fit in 24 GiB, such as `random_base.py --shape llama2-13b`, whose 16-bit weights take as much.
+have the effective batch of `one`, 32 rows a step; the grown ones have 32 for each process. TRL is as it
+comes, with packed rows and this project's attention. The second half of the steps is timed. Jobs run beside
+each other where there are GPUs for both. `fsdp-24-gib` is for a base that does not fit in 24 GiB, such as
+`random_base.py --shape llama2-13b`, whose 16-bit weights take as much, and `fsdp-planned` for `llama3-70b`.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -33,26 +35,25 @@ DDP = {"parallel": "ddp"}
 OURS: dict[str, dict[str, Any]] = {
     "one": ONE,
     "ddp": ONE | DDP,
-    "ddp-64": ONE | DDP | {"rows_per_step": 64},
+    "ddp-grown": ONE | DDP,
     "one-fp8": FP8,
     "ddp-fp8": FP8 | DDP,
-    "ddp-fp8-64": FP8 | DDP | {"rows_per_step": 64},
+    "ddp-fp8-grown": FP8 | DDP,
     "fsdp": SHARED,
-    "fsdp-64": SHARED | {"rows_per_step": 64},
-    "fsdp-full-64": SHARED | {"rows_per_step": 64, "checkpointing": "full"},
+    "fsdp-grown": SHARED,
     "one-16-bit": {"checkpointing": "none", "quantization": "none"},
     "fsdp-16-bit": SHARED | {"quantization": "none"},
-    "fsdp-24-gib": SHARED
-    | {"quantization": "none", "checkpointing": "full", "memory_gib": 24, "rows_per_step": 16},
+    "fsdp-24-gib": SHARED | {"quantization": "none", "checkpointing": "full", "memory_gib": 24},
+    "fsdp-planned": SHARED | {"checkpointing": "auto", "tokens_per_pass": "auto"},
 }
-TRL: dict[str, dict[str, Any]] = {  # rows a step, and whether the base is sharded
-    "trl-one": {"rows_per_step": 32, "sharded": False},
-    "trl-ddp": {"rows_per_step": 32, "sharded": False},
-    "trl-ddp-64": {"rows_per_step": 64, "sharded": False},
-    "trl-fsdp": {"rows_per_step": 32, "sharded": True},
-    "trl-fsdp-64": {"rows_per_step": 64, "sharded": True},
+TRL = {  # whether the base is sharded
+    "trl-one": False,
+    "trl-ddp": False,
+    "trl-ddp-grown": False,
+    "trl-fsdp": True,
+    "trl-fsdp-grown": True,
 }
-USUAL = [*(name for name in OURS if name != "fsdp-24-gib"), *TRL]
+USUAL = [*(name for name in OURS if name not in ("fsdp-24-gib", "fsdp-planned")), *TRL]
 LIBRARIES = ("torch", "transformers", "accelerate", "peft", "trl", "bitsandbytes")
 
 
@@ -63,7 +64,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--settings", nargs="+", default=USUAL, choices=[*OURS, *TRL])
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--processes", type=int, nargs="+", default=[2])
     parser.add_argument("--steps", type=int, default=20, help="an even number")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # a job's process: the setting
     given = parser.parse_args()
@@ -76,11 +77,15 @@ def main() -> None:
         "versions": {name: version(name) for name in LIBRARIES},
         "settings": [],
     }
-    for name in given.settings:
-        number = 1 if "one" in name else given.processes
-        report["settings"].append({"name": name, "processes": number} | job(name, number, given))
+    jobs = [(name, 1) for name in given.settings if "one" in name]
+    jobs += [(n, number) for number in given.processes for n in given.settings if "one" not in n]
+    for together in side_by_side(jobs, gpus()):
+        with ThreadPoolExecutor(len(together)) as pool:
+            found = pool.map(lambda made: job(made[0], made[1], given), together)
+        for (name, places), measured in zip(together, found, strict=True):
+            report["settings"].append({"name": name, "processes": len(places)} | measured)
+            print(json.dumps(report["settings"][-1]), flush=True)
         write_json(given.out, report)
-        print(json.dumps(report["settings"][-1]), flush=True)
     base = {"fp8": "one-fp8", "16-bit": "one-16-bit", "trl": "trl-one"}
     speeds = {s["name"]: s.get("tokens_per_second") for s in report["settings"]}
     for setting in report["settings"]:
@@ -91,18 +96,37 @@ def main() -> None:
     print(json.dumps(report, indent=2))
 
 
-def job(name: str, number: int, given: argparse.Namespace) -> dict[str, Any]:
-    """Run a setting by torchrun; return what its first process measured."""
+def gpus() -> int:
+    """Return the number of GPUs, without a process's context on one."""
+    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True)
+    return len(listed.stdout.splitlines())
+
+
+def side_by_side(jobs: list[tuple[str, int]], number: int) -> list[list[tuple[str, list[int]]]]:
+    """Place jobs on GPUs: in a list each are those that run beside each other, with their GPUs."""
+    placed: list[list[tuple[str, list[int]]]] = []
+    taken = number
+    for name, wanted in jobs:
+        if taken + wanted > number:
+            placed.append([])
+            taken = 0
+        placed[-1].append((name, list(range(taken, taken + wanted))))
+        taken += wanted
+    return placed
+
+
+def job(name: str, places: list[int], given: argparse.Namespace) -> dict[str, Any]:
+    """Run a setting on these GPUs by torchrun; return what its first process measured."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
         command = [
             sys.executable, "-m", "torch.distributed.run", "--standalone",
-            f"--nproc-per-node={number}", __file__, "--one", name, "--base", str(given.base),
+            f"--nproc-per-node={len(places)}", __file__, "--one", name, "--base", str(given.base),
             "--steps", str(given.steps), "--out", str(out),
         ]  # fmt: skip
         # NVLink multicast is not everywhere that NVLink is
         environment = {"NCCL_NVLS_ENABLE": "0", "OMP_NUM_THREADS": "4", "GLOO_SOCKET_IFNAME": "lo"}
-        environment |= os.environ
+        environment |= os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, places))}
         ended = subprocess.run(command, env=environment, capture_output=True, text=True)
         if out.is_file():
             found: dict[str, Any] = json.loads(out.read_text())
@@ -124,15 +148,17 @@ def measure(name: str, base: Path, steps: int, out: Path) -> None:
     from fintune.processes import of_all, rank, start
 
     section = Base(model=str(base), revision=None)
-    rows_per_step = (
-        OURS[name].get("rows_per_step", ROWS_PER_STEP) if ours else TRL[name]["rows_per_step"]
-    )
+    rows_per_step = ROWS_PER_STEP
+    if "grown" in name:
+        rows_per_step *= int(os.environ["WORLD_SIZE"])
     rows = draw_rows((steps + 1) * rows_per_step)
     if ours:
         start("train", "auto")
-        ends, step_tokens, losses, more = our_steps(section, rows, steps, **OURS[name])
+        ends, step_tokens, losses, more = our_steps(
+            section, rows, steps, rows_per_step=rows_per_step, **OURS[name]
+        )
     else:
-        ends, step_tokens, losses, more = trl_steps(section, rows, steps, **TRL[name])
+        ends, step_tokens, losses, more = trl_steps(section, rows, steps, TRL[name], rows_per_step)
     half = steps // 2
     seconds = ends[steps] - ends[half]
     if "fp8" in name:
@@ -155,7 +181,7 @@ def measure(name: str, base: Path, steps: int, out: Path) -> None:
 
 
 def trl_steps(
-    base: Any, rows: list[Any], steps: int, sharded: bool, **given: int
+    base: Any, rows: list[Any], steps: int, sharded: bool, rows_per_step: int
 ) -> tuple[dict[int, float], list[float], list[float], dict[str, Any]]:
     """Train with TRL and accelerate as they come; return as `our_steps` does."""
     import torch
@@ -197,7 +223,7 @@ def trl_steps(
         trainer = SFTTrainer(
             model,
             SFTConfig(
-                folder, per_device_train_batch_size=given["rows_per_step"] // number, max_steps=steps,
+                folder, per_device_train_batch_size=rows_per_step // number, max_steps=steps,
                 gradient_accumulation_steps=1, learning_rate=2e-4, logging_steps=steps // 2,
                 report_to="none", save_strategy="no", padding_free=True, max_length=None,
                 completion_only_loss=True, gradient_checkpointing=False, bf16=True,

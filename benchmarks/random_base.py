@@ -4,10 +4,14 @@ python benchmarks/random_base.py --tokenizer FOLDER --out FOLDER [--shape qwen2.
 """
 
 import argparse
+import json
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 SHAPES: dict[str, dict[str, Any]] = {  # the values of each one's config.json
@@ -102,12 +106,41 @@ def main() -> None:
     if arguments.layers:
         values["num_hidden_layers"] = arguments.layers
     config = AutoConfig.for_model(**values)
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = AutoModelForCausalLM.from_config(config)
-    model.save_pretrained(arguments.out, max_shard_size="4GB")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    write_weights(model, arguments.out)
+    config.architectures = [type(model).__name__]
+    config.dtype = "bfloat16"
+    config.save_pretrained(arguments.out)
     tokenizer.save_pretrained(arguments.out)
+
+
+def write_weights(model: Any, folder: Path) -> None:
+    """Draw and write a model's weights, a file for each decoder layer, without holding all of them."""
+    weights = dict(model.named_parameters())  # a tied head is not among them
+    files = [list(names) for _, names in groupby(weights, lambda name: name.split(".")[:3][-1])]
+    named = {f"model-{k:05}.safetensors": names for k, names in enumerate(files)}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def write(file: str) -> None:
+        generator = torch.Generator(device).manual_seed(list(named).index(file))
+        made = {name: draw(name, weights[name], generator) for name in named[file]}
+        save_file(made, folder / file, {"format": "pt"})
+
+    with ThreadPoolExecutor(8 if device == "cuda" else 1) as pool:
+        list(pool.map(write, named))
+    placed = {name: file for file, names in named.items() for name in names}
+    index = {"metadata": {}, "weight_map": placed}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def draw(name: str, weight: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Draw a weight as transformers initialises it; a norm computes nothing but the division."""
+    if weight.ndim > 1:
+        drawn = torch.randn(weight.shape, generator=generator, device=generator.device)
+        return (0.02 * drawn).to(torch.bfloat16).cpu()
+    return torch.full(weight.shape, float("norm" in name), dtype=torch.bfloat16)
 
 
 def random_adapter(model: Any, tokenizer: Any) -> Any:
