@@ -8,7 +8,8 @@ Each setting is a job of its own, started by torchrun, with the rows of training
 have the effective batch of `one`, 32 rows a step; the grown ones have 32 for each process. TRL is as it
 comes, with packed rows and this project's attention. The second half of the steps is timed. Jobs run beside
 each other where there are GPUs for both. `fsdp-24-gib` is for a base that does not fit in 24 GiB, such as
-`random_base.py --shape llama2-13b`, whose 16-bit weights take as much, and `fsdp-planned` for `llama3-70b`.
+`random_base.py --shape llama2-13b`, whose 16-bit weights take as much; `fsdp-planned-grown` is for
+`llama3-70b`, whose 4-bit weights one GPU holds while they are loaded.
 """
 
 import argparse
@@ -44,7 +45,7 @@ OURS: dict[str, dict[str, Any]] = {
     "one-16-bit": {"checkpointing": "none", "quantization": "none"},
     "fsdp-16-bit": SHARED | {"quantization": "none"},
     "fsdp-24-gib": SHARED | {"quantization": "none", "checkpointing": "full", "memory_gib": 24},
-    "fsdp-planned": SHARED | {"checkpointing": "auto", "tokens_per_pass": "auto"},
+    "fsdp-planned-grown": SHARED | {"checkpointing": "auto", "tokens_per_pass": "auto"},
 }
 TRL = {  # whether the base is sharded
     "trl-one": False,
@@ -53,7 +54,7 @@ TRL = {  # whether the base is sharded
     "trl-fsdp": True,
     "trl-fsdp-grown": True,
 }
-USUAL = [*(name for name in OURS if name not in ("fsdp-24-gib", "fsdp-planned")), *TRL]
+USUAL = [*(name for name in OURS if name not in ("fsdp-24-gib", "fsdp-planned-grown")), *TRL]
 LIBRARIES = ("torch", "transformers", "accelerate", "peft", "trl", "bitsandbytes")
 
 

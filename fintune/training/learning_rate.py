@@ -23,10 +23,8 @@ from fintune.training.trainer import AnswerTrainer
 log = logging.getLogger("fintune")
 
 FILE = "learning_rate.json"  # in the training's folder
-COPIES, ROOM = (
-    3,
-    0.2,
-)  # of a candidate: weights and two moments; the share of the free memory for all of them
+COPIES = 3  # of a candidate: weights and two moments
+ROOM = 0.2  # of the free memory, for all candidates
 Losses = dict[float, list[float | None]]  # of the steps, by rate; None for one that is not finite
 
 
