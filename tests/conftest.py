@@ -25,6 +25,12 @@ settings.register_profile("fuzz", max_examples=20_000, print_blob=True, **CHECKS
 settings.load_profile("tests")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPUs, so that the tests are the same on any machine; `-m gpu` runs those that need one."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the long tests, so that the workers end together."""
     items.sort(key=lambda item: item.get_closest_marker("end_to_end") is None)

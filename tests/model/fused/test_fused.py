@@ -427,6 +427,7 @@ print("equal")
 """
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not has_fp8(), reason="no GPU with FP8 products")
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
@@ -457,6 +458,7 @@ def test_products_in_fp8_are_near_those_in_16_bits(
         coarse = FusedModel(model, torch.bfloat16, checkpointing, cache_weights=True, fp8=True)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not has_fp8(), reason="no GPU with FP8 products")
 def test_an_evaluation_in_fp8_is_near_one_in_16_bits(base: Base, tokenizer: Any) -> None:
     model = adapted(base, tokenizer, "nf4", dtype=torch.bfloat16).to("cuda")
@@ -471,6 +473,7 @@ def test_an_evaluation_in_fp8_is_near_one_in_16_bits(base: Base, tokenizer: Any)
     assert sum(a == b for a, b in zip(fine, rough, strict=True)) >= len(rows) / 2
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
@@ -503,6 +506,7 @@ def test_captured_passes_have_the_gradients_of_others(
     assert len(graphs.captured) == 2
 
 
+@pytest.mark.gpu
 def test_the_gpu_kernels_compute_what_the_cpu_functions_do() -> None:
     """On a GPU, or interpreted on the CPU if Triton is installed."""
     pytest.importorskip("triton")
