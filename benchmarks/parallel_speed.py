@@ -44,7 +44,8 @@ OURS: dict[str, dict[str, Any]] = {
     "fsdp-grown": SHARED,
     "one-16-bit": {"checkpointing": "none", "quantization": "none"},
     "fsdp-16-bit": SHARED | {"quantization": "none"},
-    "fsdp-24-gib": SHARED | {"quantization": "none", "checkpointing": "full", "memory_gib": 24},
+    "fsdp-24-gib": SHARED
+    | {"quantization": "none", "checkpointing": "full", "memory_gib": 24, "rows_per_step": 16},
     "fsdp-planned-grown": SHARED | {"checkpointing": "auto", "tokens_per_pass": "auto"},
 }
 TRL = {  # whether the base is sharded
@@ -149,15 +150,13 @@ def measure(name: str, base: Path, steps: int, out: Path) -> None:
     from fintune.processes import of_all, rank, start
 
     section = Base(model=str(base), revision=None)
-    rows_per_step = ROWS_PER_STEP
-    if "grown" in name:
-        rows_per_step *= int(os.environ["WORLD_SIZE"])
+    grown = int(os.environ["WORLD_SIZE"]) if "grown" in name else 1
+    settings = {"rows_per_step": ROWS_PER_STEP * grown} | (OURS[name] if ours else {})
+    rows_per_step = settings["rows_per_step"]
     rows = draw_rows((steps + 1) * rows_per_step)
     if ours:
         start("train", "auto")
-        ends, step_tokens, losses, more = our_steps(
-            section, rows, steps, rows_per_step=rows_per_step, **OURS[name]
-        )
+        ends, step_tokens, losses, more = our_steps(section, rows, steps, **settings)
     else:
         ends, step_tokens, losses, more = trl_steps(section, rows, steps, TRL[name], rows_per_step)
     half = steps // 2

@@ -136,7 +136,7 @@ def write_weights(model: Any, folder: Path) -> None:
 
 
 def draw(name: str, weight: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Draw a weight as transformers initialises it; a norm computes nothing but the division."""
+    """Draw a matrix with the deviation that is usual at the start; norms are one and biases zero."""
     if weight.ndim > 1:
         drawn = torch.randn(weight.shape, generator=generator, device=generator.device)
         return (0.02 * drawn).to(torch.bfloat16).cpu()
