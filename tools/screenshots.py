@@ -118,7 +118,7 @@ def chromium(size: tuple[int, int]) -> Iterator[webdriver.Chrome]:
 
 
 def only_curves(page: webdriver.Chrome) -> None:
-    """Show the charts of the curves alone: the first ones are of the base, which has one figure for all."""
+    """Show the charts of the curves alone, with the learning rate."""
     page.find_element(By.CSS_SELECTOR, "input[placeholder*='Search metric']").send_keys("curve")
 
 

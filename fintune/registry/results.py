@@ -14,10 +14,14 @@ from fintune.registry.answers import log_answers_or_later
 from fintune.tracking.datasets import describe_table, log_data_set
 from fintune.tracking.files import upload
 from fintune.tracking.models import linked_points, model_of_run
-from fintune.tracking.points import changed
+from fintune.tracking.points import FIRST, changed
 from fintune.tracking.runs import as_texts
 
 TEST = {"instruction": "instruction", "input": "question", "output": "reference"}  # of the table
+SHOWN_FIRST = (
+    "accuracy",
+    "perplexity",
+)  # of the tuned model, in the first section of MLflow's charts
 VERDICTS = {True: "holds", False: "broken"}
 TABLES = "mlflow.loggedArtifacts"  # the tag that MLflow's UI finds tables by
 
@@ -40,6 +44,7 @@ def log_evaluation(
     log_data_set(client, run_id, data)
     rules = report["gate"]["rules"]
     figures = report | {"gate": {each["rule"]: float(each["passed"]) for each in rules}}
+    figures |= {FIRST: {f"tuned_{key}": report["tuned"].get(key) for key in SHOWN_FIRST}}
     verdicts = {each["rule"]: f"{VERDICTS[each['passed']]}: {each['reason']}" for each in rules}
     settings = settings | {"gate": verdicts, "gate_passed": report["gate"]["passed"]}
     files = (paths.EVALUATION, paths.PREDICTIONS, paths.EVALUATION_PAGE)

@@ -16,6 +16,8 @@ Curve = Iterable[dict[str, float | None]]
 
 MOST_WAITING = 10_000  # points of a curve; it has some hundreds
 MOST_AT_ONCE = 1000  # MLflow takes no more in one call
+FIRST = "at_a_glance"  # MLflow sorts the sections of charts by name, so this one is before base
+OF_CURVE = {"loss": f"{FIRST}/loss_training", "validation_loss": f"{FIRST}/loss_validation"}
 VARIES = ("second", "memory", "mfu")  # parts of the names of what is measured anew each time
 LAST_SECONDS = 60.0  # at the end of a training, for the points that wait
 
@@ -67,12 +69,16 @@ class LiveCurve:
 
 
 def points_of(curve: Curve) -> list[Metric]:
-    """Return the points of a training's curve, without the values that were not measured."""
+    """Return the points of a training's curve, without the values that were not measured.
+
+    The losses have a second name, in the section that MLflow's pages begin with.
+    """
     return [
-        Metric(f"curve/{name}", value, now_ms(), int(row["step"] or 0))
+        Metric(key, value, now_ms(), int(row["step"] or 0))
         for row in curve
         for name, value in row.items()
         if name != "step" and value is not None and value == value
+        for key in (f"curve/{name}", *([OF_CURVE[name]] if name in OF_CURVE else []))
     ]
 
 

@@ -324,6 +324,26 @@ def test_the_curve_is_logged_step_by_step(finished: Finished) -> None:
         assert {point.step: point.value for point in history} == pytest.approx(expected)
 
 
+def test_charts_begin_with_the_losses_and_the_tuned_model(finished: Finished) -> None:
+    """MLflow's pages sort a run's charts by section and name, without regard to case after an update."""
+    run = run_of(finished.project)
+    keys = [key for key in run.data.metrics if "/" in key and not key.startswith("system/")]
+    assert sorted(keys)[:4] == sorted(keys, key=str.casefold)[:4]
+    first = {
+        "at_a_glance/loss_training": "curve/loss",
+        "at_a_glance/loss_validation": "curve/validation_loss",
+        "at_a_glance/tuned_accuracy": "tuned/accuracy",
+        "at_a_glance/tuned_perplexity": "tuned/perplexity",
+    }
+    assert sorted(keys)[:4] == list(first)
+    client = store(finished.project)
+    for shown, known in first.items():
+        points, same = (client.get_metric_history(run.info.run_id, key) for key in (shown, known))
+        assert [(each.step, each.value) for each in points] == [
+            (each.step, each.value) for each in same
+        ]
+
+
 def test_final_metrics_are_logged_as_the_files_have_them(finished: Finished) -> None:
     logged = run_of(finished.project).data.metrics
     for name in ("train", "evaluation", "export"):

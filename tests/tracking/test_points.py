@@ -70,14 +70,14 @@ def test_a_server_that_is_slow_holds_up_no_step(
     asked, answers = threading.Event(), threading.Event()
     calls = wait_in(monkeypatch, "log_batch", lambda: asked.set() or answers.wait(60) or None)
     live = LiveCurve(client, run_id)
-    live.add(0, {"loss": 0.0})
+    live.add(0, {"learning_rate": 0.0})
     assert asked.wait(60)
     for step in range(1, 500):
-        live.add(step, {"loss": float(step)})
+        live.add(step, {"learning_rate": float(step)})
     assert not live.close(seconds=0.0) and calls == [1]
     answers.set()
     live._thread.join(60)
-    assert logged(client, run_id, "loss") == [(step, float(step)) for step in range(500)]
+    assert logged(client, run_id, "learning_rate") == [(step, float(step)) for step in range(500)]
     assert len(calls) <= 3
 
 
@@ -89,11 +89,11 @@ def test_points_that_wait_are_bounded(
     monkeypatch.setattr("fintune.tracking.points.MOST_WAITING", 10)
     live = LiveCurve(client, run_id)
     for step in range(100):
-        live.add(step, {"loss": 0.0})
+        live.add(step, {"learning_rate": 0.0})
     assert not live.close(seconds=0.0)
     answers.set()
     assert live.close()
-    assert 10 <= len(logged(client, run_id, "loss")) <= 12
+    assert 10 <= len(logged(client, run_id, "learning_rate")) <= 12
 
 
 def test_a_server_that_goes_away_loses_no_point_that_can_be_sent_later(
