@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from fintune.params import Base, Lora, Train
 from fintune.training.train import TrainingResult, train
 from fintune.training.trainer import AnswerTrainer
 
+Result = TypeVar("Result")
 PARAMS = Train(
     quantization="none",
     precision="float32",
@@ -90,6 +91,19 @@ def tune(
         on_log=on_log,
         sharded=sharded,
     )
+
+
+def remembered(work: Callable[..., Result]) -> Callable[..., Result]:
+    """Return a function that does the same work once: what several tests compare with."""
+    found: dict[str, Result] = {}
+
+    def once(**changes: Any) -> Result:
+        key = repr(sorted(changes.items()))
+        if key not in found:
+            found[key] = work(**changes)
+        return found[key]
+
+    return once
 
 
 def trainable(model: Any) -> torch.Tensor:

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from fintune.training.callbacks import StepTimer
 from fintune.training.quantization import quantization_cost
 from fintune.training.train import TrainingResult
 from fintune.training.trainer import AnswerTrainer
-from support.training import PARAMS, Killed, kill_at, trainable, tune
+from support.training import PARAMS, Killed, kill_at, remembered, trainable, tune
 
 
 def fit(
@@ -27,6 +28,15 @@ def fit(
     params = PARAMS.model_copy(update=defaults | changes)
     planted = (lambda _, step: {"loss": losses[step]}) if losses else None
     return tune(base, tokenizer, rows, params, scratch, planted)
+
+
+@pytest.fixture(scope="module")
+def whole(
+    base: Base, tokenizer: Any, rows: list[Any], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., TrainingResult]:
+    """Return a function that trains to the end, without a kill."""
+    folder = tmp_path_factory.mktemp
+    return remembered(lambda **given: fit(base, tokenizer, rows, folder("whole"), **given))
 
 
 def test_a_killed_training_goes_on_between_two_validations(
@@ -71,6 +81,7 @@ def test_a_killed_training_does_the_steps_that_were_asked_for(
     base: Base,
     tokenizer: Any,
     rows: list[Any],
+    whole: Callable[..., TrainingResult],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     name: str,
@@ -79,17 +90,17 @@ def test_a_killed_training_does_the_steps_that_were_asked_for(
     changes: dict[str, Any],
 ) -> None:
     changes = {"epochs": 9.0, "max_steps": 5, **changes}  # an epoch has six steps
-    whole = fit(base, tokenizer, rows, tmp_path / "whole", **changes)
+    expected = whole(**changes)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_at(patch, name, call, after)
         fit(base, tokenizer, rows, tmp_path / "before", **changes)
     shutil.move(tmp_path / "before", tmp_path / "moved")  # the project may have been, too
     again = fit(base, tokenizer, rows, tmp_path / "moved", **changes)
-    assert torch.equal(trainable(again.model), trainable(whole.model))
-    assert again.curve == whole.curve
-    assert again.metrics["steps"] == whole.metrics["steps"] == (6 if "losses" in changes else 5)
+    assert torch.equal(trainable(again.model), trainable(expected.model))
+    assert again.curve == expected.curve
+    assert again.metrics["steps"] == expected.metrics["steps"] == (6 if "losses" in changes else 5)
     for key in ("train_loss", "validation_loss", "best_step"):
-        assert again.metrics[key] == whole.metrics[key], key
+        assert again.metrics[key] == expected.metrics[key], key
     for key in ("seconds", "tokens_per_second", "mfu"):
         assert again.metrics[key] > 0, key
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from fintune.training.halving import RATES, SHARE, best_rate, plan_rounds, score
 from fintune.training.train import TrainingResult
 from fintune.training.trainer import AnswerTrainer
 from support.processes import in_processes
-from support.training import PARAMS, Killed, kill_at, trainable, tune
+from support.training import PARAMS, Killed, kill_at, remembered, trainable, tune
 
 STEPS = 40
 TESTED = 0.5  # a share that lets a short training search
@@ -35,6 +36,15 @@ def fit(base: Base, tokenizer: Any, rows: Any, scratch: Path, **changes: Any) ->
     return tune(base, tokenizer, rows, PARAMS.model_copy(update=defaults | changes), scratch)
 
 
+@pytest.fixture(scope="module")
+def whole(
+    base: Base, tokenizer: Any, rows: list[Any], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., TrainingResult]:
+    """Return a function that trains with a search, without a kill."""
+    folder = tmp_path_factory.mktemp
+    return remembered(lambda **given: fit(base, tokenizer, rows, folder("whole"), **given))
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -47,9 +57,14 @@ def fit(base: Base, tokenizer: Any, rows: Any, scratch: Path, **changes: Any) ->
 )
 @pytest.mark.usefixtures("short")
 def test_the_training_is_that_with_the_found_rate_as_a_number(
-    base: Base, tokenizer: Any, rows: list[Any], tmp_path: Path, changes: dict[str, Any]
+    base: Base,
+    tokenizer: Any,
+    rows: list[Any],
+    whole: Callable[..., TrainingResult],
+    tmp_path: Path,
+    changes: dict[str, Any],
 ) -> None:
-    found = fit(base, tokenizer, rows, tmp_path / "auto", **changes)
+    found = whole(**changes)
     assert found.search is not None
     rate = found.search.rate
     plain = fit(base, tokenizer, rows, tmp_path / "number", learning_rate=rate, **changes)
@@ -104,11 +119,12 @@ def test_a_killed_search_goes_on_and_finds_the_same(
     base: Base,
     tokenizer: Any,
     rows: list[Any],
+    whole: Callable[..., TrainingResult],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     call: int,
 ) -> None:
-    whole = fit(base, tokenizer, rows, tmp_path / "whole")
+    expected = whole()
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_at(patch, "training_step", call, False)
         fit(base, tokenizer, rows, tmp_path / "killed")
@@ -126,10 +142,10 @@ def test_a_killed_search_goes_on_and_finds_the_same(
             lambda self, rate, until: trained.append(rate) or go_on(self, rate, until),
         )
         again = fit(base, tokenizer, rows, tmp_path / "killed")
-    assert whole.search is not None and again.search is not None
-    assert again.search.rate == whole.search.rate
-    assert again.search.losses == whole.search.losses
-    assert torch.equal(trainable(again.model), trainable(whole.model))
+    assert expected.search is not None and again.search is not None
+    assert again.search.rate == expected.search.rate
+    assert again.search.losses == expected.search.losses
+    assert torch.equal(trainable(again.model), trainable(expected.model))
     assert len(trained) == sum(each.candidates for each in plan_rounds(STEPS)) - sum(rounds)
 
 

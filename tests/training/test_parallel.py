@@ -1,6 +1,7 @@
 """A training by several processes is that of one: rows, losses, adapter, also after a kill."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from fintune.model.sharding import is_sharded
 from fintune.params import Base
 from fintune.training.trainer import AnswerTrainer, split_evenly
 from support.processes import in_processes
-from support.training import PARAMS, Killed, kill_at, trainable, tune
+from support.training import PARAMS, Killed, kill_at, remembered, trainable, tune
 
 
 def fit(base: Base, tokenizer: Any, rows: Any, scratch: Path, **changes: Any) -> dict[str, Any]:
@@ -64,6 +65,15 @@ def assert_same(
     assert found["metrics"]["train_loss"] == pytest.approx(expected["metrics"]["train_loss"])
 
 
+@pytest.fixture(scope="module")
+def whole(
+    base: Base, tokenizer: Any, rows: list[Any], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., dict[str, Any]]:
+    """Return a function that trains in this process alone."""
+    folder = tmp_path_factory.mktemp
+    return remembered(lambda **given: fit(base, tokenizer, rows, folder("whole"), **given))
+
+
 WAYS: dict[str, dict[str, Any]] = {
     "fused": {"tokens_per_pass": 100},
     "4 bits": {"quantization": "nf4"},
@@ -84,9 +94,14 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("changes", WAYS.values(), ids=WAYS)
 def test_two_processes_train_as_one(
-    base: Base, tokenizer: Any, rows: list[Any], tmp_path: Path, changes: dict[str, Any]
+    base: Base,
+    tokenizer: Any,
+    rows: list[Any],
+    whole: Callable[..., dict[str, Any]],
+    tmp_path: Path,
+    changes: dict[str, Any],
 ) -> None:
-    alone = fit(base, tokenizer, rows, tmp_path / "one", **changes)
+    alone = whole(**changes)
 
     def work() -> dict[str, Any]:
         return fit(base, tokenizer, rows, tmp_path / "two", **changes)
@@ -100,10 +115,15 @@ def test_two_processes_train_as_one(
 
 @pytest.mark.parametrize("way", ["fused", "fsdp", "fsdp, 4 bits"])
 def test_eight_processes_train_as_one(
-    base: Base, tokenizer: Any, rows: list[Any], tmp_path: Path, way: str
+    base: Base,
+    tokenizer: Any,
+    rows: list[Any],
+    whole: Callable[..., dict[str, Any]],
+    tmp_path: Path,
+    way: str,
 ) -> None:
     """Some of them have no row of a step."""
-    alone = fit(base, tokenizer, rows, tmp_path / "one", **WAYS[way])
+    alone = whole(**WAYS[way])
 
     def work() -> dict[str, Any]:
         return fit(base, tokenizer, rows, tmp_path / "eight", **WAYS[way])
