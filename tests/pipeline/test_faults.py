@@ -246,22 +246,26 @@ def test_the_champion_stays_until_something_is_no_worse(trained: Project, tmp_pa
     assert report["champion"]["broken"] and not report["gate"]["passed"]
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+@pytest.fixture(scope="module")
+def server(
+    empty_store: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, Path]]:
     """Run a tracking server on loopback; yield its address and its artifact folder."""
-    address, artifacts = f"http://127.0.0.1:{(port := free_port())}", tmp_path / "artifacts"
+    folder = tmp_path_factory.mktemp("server")
+    shutil.copy(empty_store, folder / "server.db")
+    address, artifacts = f"http://127.0.0.1:{(port := free_port())}", folder / "artifacts"
     options = {
         "host": "127.0.0.1",
         "port": str(port),
         "workers": "1",
-        "backend-store-uri": f"sqlite:///{tmp_path / 'server.db'}",
+        "backend-store-uri": f"sqlite:///{folder / 'server.db'}",
         "artifacts-destination": str(artifacts),
     }
     arguments = [text for key, value in options.items() for text in (f"--{key}", value)]
-    with (tmp_path / "server.log").open("wb") as log:
+    with (folder / "server.log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "mlflow", "server", *arguments],
-            cwd=tmp_path,
+            cwd=folder,
             stdout=log,
             stderr=log,
             start_new_session=True,  # its workers must end with it
