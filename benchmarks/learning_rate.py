@@ -3,13 +3,14 @@
     python benchmarks/learning_rate.py --recipe recipes/demo.yaml --out benchmarks/learning_rate.json
     python -m tools.smollm2
     python benchmarks/learning_rate.py --recipe recipes/smollm2-best.yaml --data fiqa_qa.parquet \\
-        --center 1e-3 --out benchmarks/learning_rate_smollm2.json
+        --center 1e-3 --out benchmarks/learning_rate.json
 
 Each rate, and `auto`, is trained with the project's own training, whole. The grid has seven rates, each
 twice the one before, around `--center` (the recipe's rate, unless given). `--base` takes another folder
 than the recipe's; `--data` a table with the columns instruction, input and output in place of its rows, of
 whose questions a tenth is for validation and a tenth for the test, which is not used. The file named by
---out is written after every training, and one that has the same setting is gone on with. Texts are not in it.
+--out is written after every training; it holds any number of settings, and one that it has is gone on with.
+Texts are not in it.
 Run from the project's root.
 """
 
@@ -63,7 +64,9 @@ def main() -> None:
     params = read_recipe(given.recipe, [*changes, *given.changes])
     center = given.center or float(params.train.learning_rate)
     grid = [float(f"{center * 2.0**n:.3g}") for n in range(-(POINTS // 2), POINTS // 2 + 1)]
-    report = begin(given.out, params, grid)
+    known = json.loads(given.out.read_text()) if given.out.is_file() else {"settings": []}
+    reports: list[dict[str, Any]] = known["settings"]
+    report = begin(reports, params, grid)
     tokenizer = load_tokenizer(params.base, params.train.end_token, params.format.template)
     rows = read_splits(params, tokenizer)
     tokens = {
@@ -77,13 +80,13 @@ def main() -> None:
         log.info("learning rate %s", rate)
         settings = vary(params, learning_rate=rate)
         report["runs"].append({"given": rate, **one_run(settings, tokenizer, rows, tokens)})
-        report |= conclude(report["runs"])
-        write_json(given.out, report)
+        report.update(conclude(report["runs"]))
+        write_json(given.out, known)
         print(table(report), flush=True)
 
 
-def begin(out: Path, params: Params, grid: list[float]) -> dict[str, Any]:
-    """Return the report, with the trainings of an earlier one that has the same setting."""
+def begin(reports: list[dict[str, Any]], params: Params, grid: list[float]) -> dict[str, Any]:
+    """Return the report of this setting among those of a file, which gets a new one if it has none."""
     report: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.argv]),
@@ -91,14 +94,15 @@ def begin(out: Path, params: Params, grid: list[float]) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in LIBRARIES},
         "parameters": params.model_dump(mode="json", include={"base", "train"}),
+        "data": Path(params.fetch.source).name,
         "grid": grid,
         "runs": [],
     }
-    if out.is_file():
-        earlier = json.loads(out.read_text())
-        same = ("device", "versions", "parameters", "grid")
-        if all(earlier.get(key) == report[key] for key in same):
-            report["runs"] = earlier["runs"]
+    same = ("device", "versions", "parameters", "data", "grid")
+    for each in reports:
+        if all(each[key] == report[key] for key in same):
+            return each
+    reports.append(report)
     return report
 
 

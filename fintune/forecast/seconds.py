@@ -13,8 +13,8 @@ from fintune.forecast.machine import Machine
 from fintune.forecast.workload import Workload
 from fintune.model.sizes import ModelSize
 from fintune.params import Evaluate, Generation, MergeExport, Train
-from fintune.training.halving import plan_rounds
 from fintune.training.plan import DEQUANTIZATIONS, DEQUANTIZE_TOKENS, TIME, Plan
+from fintune.training.rates import plan_rounds
 
 PRODUCTS = 0.91  # of a large product's speed, by those of a model
 FP8_TIME = 0.57  # of the base's products in bfloat16; a quarter of the steps has its forward pass in 16 bits

@@ -28,10 +28,10 @@ from fintune.model.batch import STORED, TokenRow, TokenRows, lengths_of
 from fintune.model.sizes import ModelSize
 from fintune.params import Base, Train
 from fintune.processes import count, of_all, of_first, rank
-from fintune.training.halving import plan_rounds
 from fintune.training.memory import estimate_memory_gib
 from fintune.training.plan import fits_whole
 from fintune.training.quantization import quantization_cost
+from fintune.training.rates import plan_rounds
 from fintune.training.train import total_steps
 
 log = logging.getLogger("fintune")

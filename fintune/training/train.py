@@ -24,9 +24,9 @@ from fintune.training.callbacks import CURVE, Bar, Patience, StepTimer
 from fintune.training.checkpoints import last_checkpoint, resume
 from fintune.training.curve import curve_of
 from fintune.training.divergence import check_weights, warn_of_guessing
-from fintune.training.halving import Found, plan_rounds
 from fintune.training.learning_rate import find_rate
 from fintune.training.plan import Plan, plan_execution
+from fintune.training.rates import Found, plan_rounds
 from fintune.training.trainer import AnswerTrainer, to_float32
 
 log = logging.getLogger("fintune")

@@ -14,8 +14,8 @@ from fintune.forecast.seconds import Run, as_time, stage_seconds, step_seconds, 
 from fintune.forecast.workload import Workload
 from fintune.model.sizes import ModelSize
 from fintune.params import read_params
-from fintune.training.halving import plan_rounds
 from fintune.training.plan import Plan
+from fintune.training.rates import plan_rounds
 
 ROOT = Path(__file__).parents[2]
 RECIPE = read_params(ROOT / "recipes/mistral-7b.yaml")

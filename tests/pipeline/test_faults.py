@@ -423,26 +423,27 @@ def test_a_searched_learning_rate_is_recorded(formatted: Project, tmp_path: Path
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "error: train.learning_rate: auto: a search may take 15% of the steps" in done.stderr
     assert "12 that is too few" in done.stderr
-    project.set(train__max_steps=234, train__epochs=99.0, train__validate_every_steps=60)
+    project.set(train__max_steps=120, train__epochs=99.0, train__validate_every_steps=60)
     done = project.stage("train")
     finals = whole(read_json(project / "reports/train.json"))
     rate = finals["learning_rate"]
-    assert f"learning rate: {rate:g}, found in 35 steps (15 % of the training's)" in done.stderr
-    assert finals["search_steps"] == 35 and finals["steps"] == 234
+    assert f"learning rate: {rate:g}, by " in done.stderr
+    assert " for 5 steps; found in 18 steps (15 % of the training's)" in done.stderr
+    assert finals["search_steps"] == 18 and finals["steps"] == 120
     record = read_json(project / "models/run.json")
     assert record["params"]["train.learning_rate"] == "auto"
     assert record["tags"]["learning_rate"] == f"{rate:g}"
     search = record["learning_rate_search"]
-    assert search["rate"] == rate and len(search["losses"]) == 14
+    assert search["rate"] == rate and len(search["losses"]) == 8
     assert read_json(project / "models/adapter/training.json")["train"]["learning_rate"] == rate
     client = client_of(project)
     run = client.get_run(record["run_id"])
     assert run.data.params["train.learning_rate"] == "auto"
     assert run.data.metrics["learning_rate"] == pytest.approx(rate)
-    assert run.data.metrics["search_steps"] == 35
+    assert run.data.metrics["search_steps"] == 18
     kept = client.download_artifacts(run.info.run_id, "learning_rate_search.json", str(tmp_path))
     rows = zip(read_json(Path(kept))["losses"], search["losses"], strict=True)
     assert all(logged == pytest.approx(row, rel=1e-5) for logged, row in rows)
     assert (
-        f"Learning rate {rate:g}, found in 35 further steps" in run.data.tags["mlflow.note.content"]
+        f"Learning rate {rate:g}, found in 18 further steps" in run.data.tags["mlflow.note.content"]
     )

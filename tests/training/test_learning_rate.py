@@ -11,8 +11,19 @@ import torch
 
 from fintune.errors import UserError
 from fintune.params import Base
-from fintune.training import halving, learning_rate
-from fintune.training.halving import RATES, SHARE, best_rate, plan_rounds, score, survivors
+from fintune.training import learning_rate
+from fintune.training import rates as search
+from fintune.training.rates import (
+    COARSE,
+    FINE,
+    SHARE,
+    best_of,
+    factor,
+    lowest_point,
+    plan_rounds,
+    rate_for,
+    score,
+)
 from fintune.training.train import TrainingResult
 from fintune.training.trainer import AnswerTrainer
 from support.processes import in_processes
@@ -24,8 +35,7 @@ TESTED = 0.5  # a share that lets a short training search
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(halving, "SHARE", TESTED)
-    monkeypatch.setattr(halving, "LEAST", 4)
+    monkeypatch.setattr(search, "SHARE", TESTED)
 
 
 def fit(base: Base, tokenizer: Any, rows: Any, scratch: Path, **changes: Any) -> TrainingResult:
@@ -78,14 +88,14 @@ def test_the_training_is_that_with_the_found_rate_as_a_number(
 
 
 def test_a_search_takes_its_share_of_the_steps_at_most() -> None:
-    for steps in [*range(234, 700), 1000, 5000, 100_000]:
+    for steps in [*range(120, 700), 1000, 5000, 100_000]:
         rounds = plan_rounds(steps)
         assert sum(each.steps for each in rounds) <= SHARE * steps == 0.15 * steps
-        assert rounds[0].candidates == len(RATES)
-    deep = [plan_rounds(steps)[-1].until for steps in (234, 306, 500, 1000)]
-    assert deep == sorted(deep) and deep[0] == 8
-    with pytest.raises(UserError, match=r"this training's 233 .* \(234 or more are needed\)"):
-        plan_rounds(233)
+        assert [each.candidates for each in rounds] == [len(COARSE), len(FINE)]
+    deep = [plan_rounds(steps)[-1].until for steps in (120, 172, 306, 500, 1000)]
+    assert deep == sorted(deep) and deep[0] == 5
+    with pytest.raises(UserError, match=r"this training's 119 .* \(120 or more are needed\)"):
+        plan_rounds(119)
 
 
 @pytest.mark.usefixtures("short")
@@ -105,15 +115,17 @@ def test_the_steps_that_are_done_are_those_of_the_plan(
     searched = len(done) - STEPS
     assert searched == result.search.steps == result.metrics["search_steps"] <= TESTED * STEPS
     assert result.metrics["steps"] == STEPS and len(result.step_tokens) == STEPS
-    (_, first, _), (going_on, until, _) = plan_rounds(STEPS)
+    (_, first, _), (_, until, _) = plan_rounds(STEPS)
     training = result.step_tokens
     assert done[searched:] == training
     # the first step is the same for all; every candidate has the rows of the training's first steps
-    expected = training[:1] + len(RATES) * training[1:first] + going_on * training[first:until]
+    expected = training[:1] + len(COARSE) * training[1:first] + len(FINE) * training[1:until]
     assert done[:searched] == expected and len(set(training[:until])) > 1
 
 
-@pytest.mark.parametrize("call", [1, 7, 12, 17, 19])
+@pytest.mark.parametrize(
+    ("call", "kept"), [(1, 0), (2, 0), (3, 1), (6, 4), (8, 5), (11, 6), (18, 7)]
+)
 @pytest.mark.usefixtures("short")
 def test_a_killed_search_goes_on_and_finds_the_same(
     base: Base,
@@ -123,30 +135,28 @@ def test_a_killed_search_goes_on_and_finds_the_same(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     call: int,
+    kept: int,
 ) -> None:
     expected = whole()
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_at(patch, "training_step", call, False)
         fit(base, tokenizer, rows, tmp_path / "killed")
     file = tmp_path / "killed" / learning_rate.FILE
-    measured = json.loads(file.read_text())["losses"] if file.is_file() else {}
-    rounds = min(10, max(0, call - 2)), max(0, (call - 12) // 2)  # the first step is that of all
-    assert len(measured) == rounds[0]
-    assert sum(len(losses) > 2 for losses in measured.values()) == rounds[1]
+    assert len(json.loads(file.read_text())["candidates"] if file.is_file() else []) == kept
     trained: list[float] = []
     go_on = learning_rate._Candidates.train
     with monkeypatch.context() as patch:
         patch.setattr(
             learning_rate._Candidates,
             "train",
-            lambda self, rate, until: trained.append(rate) or go_on(self, rate, until),
+            lambda self, rate, steps: trained.append(rate) or go_on(self, rate, steps),
         )
         again = fit(base, tokenizer, rows, tmp_path / "killed")
     assert expected.search is not None and again.search is not None
     assert again.search.rate == expected.search.rate
     assert again.search.losses == expected.search.losses
     assert torch.equal(trainable(again.model), trainable(expected.model))
-    assert len(trained) == sum(each.candidates for each in plan_rounds(STEPS)) - sum(rounds)
+    assert len(trained) == sum(each.candidates for each in plan_rounds(STEPS)) - kept
 
 
 @pytest.mark.usefixtures("short")
@@ -156,7 +166,7 @@ def test_a_training_that_goes_on_does_not_search_again(
     changes = {"checkpoint_every_steps": 10}
     whole = fit(base, tokenizer, rows, tmp_path / "whole", **changes)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_at(patch, "training_step", 19 + 26, False)
+        kill_at(patch, "training_step", 18 + 26, False)
         fit(base, tokenizer, rows, tmp_path / "killed", **changes)
     with monkeypatch.context() as patch:
         patch.delattr(learning_rate._Candidates, "train")
@@ -170,16 +180,14 @@ def test_a_training_that_goes_on_does_not_search_again(
 def test_candidates_that_diverge_drop_out(
     base: Base, tokenizer: Any, rows: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rates = (*RATES[:7], 1e28, 1e29, 1e30)
-    monkeypatch.setattr(learning_rate, "RATES", rates)
+    monkeypatch.setattr(learning_rate, "COARSE", (*COARSE[:4], 1e30))
     found = fit(base, tokenizer, rows, tmp_path).search
-    assert found is not None and found.rate <= RATES[6]
-    lost = [row["learning_rate"] for row in found.losses if row["loss"] is None]
-    assert 1e30 in lost and not set(lost) & set(RATES)
+    assert found is not None and found.rate <= 2 * COARSE[3]
+    assert [row["learning_rate"] for row in found.losses if row["loss"] is None] == [1e30]
     again = learning_rate._read(tmp_path / learning_rate.FILE)[0]
-    assert None in again[1e30] and list(again) == list(rates)
-    monkeypatch.setattr(learning_rate, "RATES", tuple(10.0**n for n in range(27, 37)))
-    with pytest.raises(UserError, match=r"no rate from 1e\+\d\d to 1e\+\d\d had a finite loss"):
+    assert [rate for (_, rate), losses in again.items() if None in losses] == [1e30]
+    monkeypatch.setattr(learning_rate, "COARSE", tuple(10.0**n for n in range(30, 35)))
+    with pytest.raises(UserError, match=r"no rate from 1e\+30 to 1e\+34 had a finite loss"):
         fit(base, tokenizer, rows, tmp_path / "none")
 
 
@@ -207,23 +215,36 @@ def test_rates_are_judged_by_the_later_half_of_their_losses() -> None:
     assert score([1.0, None, 1.0]) == math.inf
 
 
-@pytest.mark.parametrize(("best", "first"), [(0, 0), (1, 0), (4, 2), (8, 6), (9, 6)])
-def test_the_best_candidate_goes_on_with_its_neighbours(best: int, first: int) -> None:
-    scores = {rate: abs(place - best) + 1.0 for place, rate in enumerate(RATES)}
-    backwards = dict(reversed(scores.items()))
-    assert survivors(scores) == survivors(backwards) == list(RATES[first : first + 4])
+def test_a_candidates_rate_rises_and_falls_to_zero() -> None:
+    assert [factor(step, 8) for step in range(9)] == pytest.approx(
+        [1 / 2, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0]
+    )
+    assert [factor(step, 2) for step in range(3)] == [1, 1, 0]
 
 
-@pytest.mark.parametrize("lowest", [1e-3, 1.7e-3, 7e-4])
+@pytest.mark.parametrize("lowest", [1e-3, 1.3e-3, 7.5e-4])
 def test_the_rate_is_the_lowest_point_of_a_parabola(lowest: float) -> None:
-    scores = {rate: 2 + math.log(rate / lowest) ** 2 for rate in (4e-4, 8e-4, 1.6e-3, 3.2e-3)}
-    assert best_rate(scores, 40) == best_rate(scores, 99) == pytest.approx(lowest, rel=0.05)
-    assert best_rate(scores, 8) == best_rate(scores, 16) == pytest.approx(0.4 * lowest, rel=0.05)
-    assert best_rate(scores, 16) < best_rate(scores, 24) < best_rate(scores, 40)
+    scores = {rate: 2 + math.log(rate / lowest) ** 2 for rate in (2e-3, 5e-4, 1e-3)}
+    assert lowest_point(scores, 9.0) == pytest.approx(lowest, rel=1e-3)
 
 
-def test_the_rate_is_beside_the_best_candidate() -> None:
-    assert best_rate({1e-3: 3.0, 2e-3: 2.0, 4e-3: 1.5}, 40) == 4e-3
-    assert best_rate({1e-3: 3.0, 2e-3: 2.0, 4e-3: math.inf}, 40) == 1.4e-3
-    assert best_rate({1e-3: 3.0, 2e-3: 2.0, 4e-3: 1e9}, 40) == 1.4e-3
-    assert best_rate({1e-3: 2.0, 2e-3: 2.0, 4e-3: 2.0}, 40) in (1e-3, 2e-3)
+def test_a_rate_that_is_worse_than_no_training_counts_as_none() -> None:
+    even = lowest_point({1e-3: 3.0, 2e-3: 2.0, 4e-3: 3.0}, 3.0)
+    assert even == pytest.approx(2e-3)
+    for bad in (99.0, math.inf):
+        assert lowest_point({1e-3: 3.0, 2e-3: 2.0, 4e-3: bad}, 3.0) == even
+        assert 1e-3 < lowest_point({1e-3: 2.5, 2e-3: 2.0, 4e-3: bad}, 3.0) < even
+
+
+def test_the_rate_is_at_an_end_or_between_equals() -> None:
+    assert lowest_point({1e-3: 3.0, 2e-3: 2.0, 4e-3: 1.5}, 9.0) == 4e-3
+    assert lowest_point({1e-3: 1.0, 2e-3: 2.0, 4e-3: 3.5}, 9.0) == 1e-3
+    assert lowest_point({1e-3: 2.0, 2e-3: 2.0, 4e-3: 2.0}, 9.0) in (1e-3, 2e-3)
+    assert lowest_point({1e-3: 9.0, 2e-3: 8.0, 4e-3: 9.5}, 3.0) == 2e-3  # none learns
+    assert best_of({4e-3: 2.0, 1e-3: 1.0, 2e-3: math.inf}) == 1e-3
+
+
+def test_longer_trainings_have_lower_rates() -> None:
+    assert rate_for(8, 3e-3, 8) == 3e-3
+    assert rate_for(8 * 27, 3e-3, 8) == 1e-3
+    assert rate_for(8 * 1000, 3e-3, 8) == 3e-4
