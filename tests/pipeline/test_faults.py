@@ -357,7 +357,10 @@ def test_a_base_that_cannot_be_used_is_refused_by_format_and_check(
     file.write_text(json.dumps(json.loads(file.read_text()) | config))
     project.set(base__model="another", merge_export__gguf=gguf)
     command = ("python", "-m", "fintune", "check", "--only", "base", "--json")
-    for done in (project.stage("format", check=False), project.run(*command, check=False)):
+    told = [project.run(*command, check=False)]
+    if config.get("model_type") not in ("bert", "nosuch"):  # format asks check, as for t5
+        told.append(project.stage("format", check=False))
+    for done in told:
         assert done.returncode == 1 and "Traceback" not in done.stderr
         said = [f["said"] for f in json.loads(done.stdout)["findings"]] if done.stdout else []
         assert message in "\n".join([*said, done.stderr.rpartition("error: ")[2]])
