@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from urllib.error import HTTPError
 from urllib.request import urlopen
 
 import requests
@@ -171,6 +172,8 @@ def running_server(
         while True:
             try:
                 urlopen(f"{address}/health", timeout=5).close()
+                break
+            except HTTPError:  # it answers
                 break
             except OSError:
                 assert server.poll() is None and time.monotonic() < deadline, log.read_text()
