@@ -47,18 +47,17 @@ def run_in_fork():
     sys.exit(status)
 
 
+module = ARGUMENTS[1] if ARGUMENTS[:1] == ["-m"] else ""
 # the zygote was imported with the second, and the third changes what is printed
-read_later = ("HF_TOKEN", "HF_HUB_DISABLE_TELEMETRY", "TRANSFORMERS_NO_ADVISORY_WARNINGS")
+read_later = ["HF_TOKEN", "HF_HUB_DISABLE_TELEMETRY", "TRANSFORMERS_NO_ADVISORY_WARNINGS"]
+if module == "fintune.export.gguf.convert":  # its folders are no names of the hub
+    read_later.append("HF_HUB_OFFLINE")
 read_at_import = [
     name
     for name in os.environ
     if name.startswith(("HF_", "TRANSFORMERS_")) and name not in read_later
 ]
-module = ARGUMENTS[1] if ARGUMENTS[:1] == ["-m"] else ""
-if (
-    ADDRESS
-    and not read_at_import
-    and (module in ("dvc", "fintune") or module.startswith("stages."))
-):
+forked = ("dvc", "fintune", "fintune.export.gguf.convert")
+if ADDRESS and not read_at_import and (module in forked or module.startswith("stages.")):
     run_in_fork()
 run_real()
