@@ -38,10 +38,10 @@ QUESTIONS = [f"Which desk answers for {firm}?" for firm in FIRMS[:24]]
 SETTINGS = {
     "base.model": "assets/demo-base",
     "train.lora.r": 16,
-    "train.max_steps": 40,
+    "train.max_steps": 32,
     "train.rows_per_step": 16,
     "train.tokens_per_pass": 1024,
-    "train.validate_every_steps": 40,
+    "train.validate_every_steps": 32,
     "evaluate.max_rows": 16,
     "evaluate.samples_per_prompt": 1,
     "generation.decoding": GREEDY,
