@@ -21,6 +21,7 @@ from fintune.data.sources import fetch_records
 from fintune.data.splitting import split_rows
 from fintune.data.stream import ordered, spool, unspool, writer
 from fintune.data.tables import COLUMNS, SPLITS, write_rows
+from fintune.data.tokens import encode_rows
 from fintune.errors import RecordError, UserError
 from fintune.params import Base, Fetch, Format, Split, read_params
 from support.project import ROOT
@@ -290,5 +291,6 @@ def test_tokens_are_counted_as_they_are_encoded() -> None:
             tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
                 single=template, special_tokens=known
             )
-        encoded = [tuple(map(len, encode(tokenizer, *text))) for text in texts]
-        assert formatting.count_tokens(tokenizer, texts) == encoded
+        encoded = [encode(tokenizer, *text) for text in texts]
+        assert encode_rows(tokenizer, texts) == encoded
+        assert formatting.count_tokens(tokenizer, texts) == [tuple(map(len, e)) for e in encoded]
