@@ -70,7 +70,7 @@ def _score(job: tuple[str, tuple[str, ...]]) -> tuple[float, ...]:
     lengths = [len(split_words(reference)) for reference in references]
     return (
         *(rouge[kind].fmeasure for kind in ("rouge1", "rouge2")),
-        max(_rouge_l(stems(answer), stems(reference)) for reference in references),
+        max(_rouge_l(stems(answer), stems(each)) for each in references),
         chrf.sentence_score(answer, references).score,
         distinct_2(words),
         longest_repeat(words),
@@ -99,8 +99,9 @@ class _Words:
         from nltk.stem.porter import PorterStemmer
 
         self.stem = lru_cache(maxsize=None)(PorterStemmer().stem)
+        self.tokenize = lru_cache(maxsize=1024)(self._tokenize)
 
-    def tokenize(self, text: str) -> list[str]:
+    def _tokenize(self, text: str) -> list[str]:
         from rouge_score.tokenize import tokenize
 
         if text.isascii():
