@@ -41,8 +41,8 @@ class TrainingResult:
 
     `curve` has one row per logged step: step, loss, validation_loss, validation_answers, learning_rate
     (None where not measured). `step_tokens` are the tokens of each step, of all processes;
-    `largest_micro_batch` is the largest number of tokens in a micro-batch of this one. `metrics` are the keys of
-    reports/train.json.
+    `largest_micro_batch` is the largest number of tokens in a micro-batch of this one. `metrics` are
+    the keys of reports/train.json.
     """
 
     model: PeftModel
