@@ -76,9 +76,9 @@ def searched(make_project: Callable[..., Project]) -> Searched:
     project.run("dvc", "repro", "format")
     project.run("git", "add", "--all")
     project.run("git", "commit", "--quiet", "--message", "data")
-    command = [sys.executable, "-m", "fintune", "search", "--trials", "3", "--seed", "10", *SPACE]
+    command = ["-m", "fintune", "search", "--trials", "3", "--seed", "10", *SPACE]
     first = subprocess.Popen(
-        command,
+        [sys.executable, *command],  # an interrupt reaches all processes of real interpreters
         cwd=project.folder,
         env=project.environment,
         stderr=subprocess.PIPE,
@@ -94,7 +94,7 @@ def searched(make_project: Callable[..., Project]) -> Searched:
             break
     rest = first.stderr.read()
     assert first.wait() != 0
-    return Searched(project, rest, project.run(*command).stdout)
+    return Searched(project, rest, project.run("python", *command).stdout)
 
 
 def experiments(project: Project) -> list[str]:

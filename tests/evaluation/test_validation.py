@@ -7,7 +7,7 @@ import torch
 
 from fintune.data.prompt import encode
 from fintune.evaluation.validation import validator
-from tests.training.test_train import PARAMS, adapted
+from support.training import PARAMS, adapted
 
 ROWS = [
     {"input": f"What is {n} and 1?", "output": f"It is {n + 1}.", "result": str(n + 1)}

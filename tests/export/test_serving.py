@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import packages_distributions
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +32,7 @@ from fintune.data.prompt import RESPONSE_END, encode, load_tokenizer, render_pro
 from fintune.data.tables import read_rows
 from fintune.errors import UserError
 from fintune.export.bom import write_bom
-from fintune.export.card import read_records
+from fintune.export.card import read_records, write_card
 from fintune.export.gguf.llama_cpp import llama_cpp_answers
 from fintune.export.push import adapter_card
 from fintune.export.pyfunc import PACKAGES
@@ -432,6 +433,19 @@ def test_the_card_states_facts(served: Project) -> None:
     files = mlflow.artifacts.download_artifacts(f"models:/{model.model_id}")
     adapter_card = (Path(files) / "README.md").read_text()
     assert metadata_load_text(adapter_card)["library_name"] == "peft"
+
+
+def test_the_card_has_the_rate_that_a_search_found(
+    served: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(served.folder)
+    records, trained = read_records(), read_training(Path("models/adapter"))
+    records["run"]["params"]["train.learning_rate"] = "auto"
+    found = replace(trained, train=trained.train | {"learning_rate": 0.0012})
+    write_card(tmp_path, found, records, None, read_params().merge_export)
+    lines = (tmp_path / "README.md").read_text().splitlines()
+    rates = [line for line in lines if line.startswith("| train.learning_rate |")]
+    assert rates == ["| train.learning_rate | 0.0012 (auto) |"]
 
 
 def metadata_load_text(text: str) -> Any:

@@ -29,7 +29,7 @@ from fintune.model.tiny import tiny_model
 from fintune.params import Base, Lora
 from fintune.training.plan import plan_execution
 from fintune.training.train import make_plan, train
-from tests.training.test_train import PARAMS, TEXTS
+from support.training import PARAMS, TEXTS
 
 FUSED = {  # and their options
     "llama": ({}, {"attention_bias": True, "mlp_bias": True}),

@@ -246,22 +246,26 @@ def test_the_champion_stays_until_something_is_no_worse(trained: Project, tmp_pa
     assert report["champion"]["broken"] and not report["gate"]["passed"]
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+@pytest.fixture(scope="module")
+def server(
+    empty_store: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, Path]]:
     """Run a tracking server on loopback; yield its address and its artifact folder."""
-    address, artifacts = f"http://127.0.0.1:{(port := free_port())}", tmp_path / "artifacts"
+    folder = tmp_path_factory.mktemp("server")
+    shutil.copy(empty_store, folder / "server.db")
+    address, artifacts = f"http://127.0.0.1:{(port := free_port())}", folder / "artifacts"
     options = {
         "host": "127.0.0.1",
         "port": str(port),
         "workers": "1",
-        "backend-store-uri": f"sqlite:///{tmp_path / 'server.db'}",
+        "backend-store-uri": f"sqlite:///{folder / 'server.db'}",
         "artifacts-destination": str(artifacts),
     }
     arguments = [text for key, value in options.items() for text in (f"--{key}", value)]
-    with (tmp_path / "server.log").open("wb") as log:
+    with (folder / "server.log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "mlflow", "server", *arguments],
-            cwd=tmp_path,
+            cwd=folder,
             stdout=log,
             stderr=log,
             start_new_session=True,  # its workers must end with it
@@ -353,7 +357,10 @@ def test_a_base_that_cannot_be_used_is_refused_by_format_and_check(
     file.write_text(json.dumps(json.loads(file.read_text()) | config))
     project.set(base__model="another", merge_export__gguf=gguf)
     command = ("python", "-m", "fintune", "check", "--only", "base", "--json")
-    for done in (project.stage("format", check=False), project.run(*command, check=False)):
+    told = [project.run(*command, check=False)]
+    if config.get("model_type") not in ("bert", "nosuch"):  # format asks check, as for t5
+        told.append(project.stage("format", check=False))
+    for done in told:
         assert done.returncode == 1 and "Traceback" not in done.stderr
         said = [f["said"] for f in json.loads(done.stdout)["findings"]] if done.stdout else []
         assert message in "\n".join([*said, done.stderr.rpartition("error: ")[2]])

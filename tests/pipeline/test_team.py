@@ -284,9 +284,10 @@ def test_two_runs_compared_show_what_differs(site: Site) -> None:
 
 def test_the_loss_curve_is_drawn(site: Site) -> None:
     site.open_run("/model-metrics")
-    wait_for_texts(site.page, "at_a_glance", "curve", "tuned", "base")
+    wait_for_texts(site.page, "at_a_glance", "curve", "improvement/", "tuned")
     shown = site.page.execute_script("return document.body.innerText")
-    assert shown.index("at_a_glance (") < shown.index("base (")
+    sections = re.findall(r"^(at_a_glance|base|curve|tuned)\s*\(\d+\)", shown, re.MULTILINE)
+    assert sections == ["at_a_glance", "base", "curve", "tuned"]
     assert "Model metrics" in names_of_role(site.page, "tab")
     site.page.find_element(By.CSS_SELECTOR, "input[placeholder*='Search metric']").send_keys(
         "curve/loss"

@@ -1,6 +1,5 @@
 """The test rows' answers in MLflow: each once, the models side by side, with what they were judged by."""
 
-from pathlib import Path
 from typing import Any
 
 import mlflow
@@ -27,25 +26,16 @@ def row(i: int, champion: str | None = None, **more: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def client(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "mlflow.db").write_bytes(empty_store.read_bytes())
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'mlflow.db'}")
-    mlflow.set_experiment(experiment_id="0")  # not one of another test's store
-    return MlflowClient()
-
-
-@pytest.fixture
 def run_id(client: MlflowClient) -> str:
     """Start a run that has made a model."""
-    run = client.create_run("0", run_name="ours")
-    model = client.create_logged_model("0", "ours", run.info.run_id, model_type=TYPE)
+    run = client.create_run("1", run_name="ours")
+    model = client.create_logged_model("1", "ours", run.info.run_id, model_type=TYPE)
     client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
     return str(run.info.run_id)
 
 
 def traces(client: MlflowClient, run_id: str) -> list[Any]:
-    found = client.search_traces(locations=["0"], run_id=run_id, max_results=500)
+    found = client.search_traces(locations=["1"], run_id=run_id, max_results=500)
     return sorted(found, key=lambda trace: trace.info.request_preview)
 
 
@@ -82,32 +72,32 @@ def test_a_row_is_a_trace_with_all_models_and_what_they_were_judged_by(
 
 def test_traces_are_found_by_what_they_were_judged(client: MlflowClient, run_id: str) -> None:
     log_answers_or_later(client, run_id, [row(1), row(2, tuned_right=False)])
-    wrong = client.search_traces(locations=["0"], filter_string="feedback.correct_tuned = 'false'")
+    wrong = client.search_traces(locations=["1"], filter_string="feedback.correct_tuned = 'false'")
     assert [trace.info.request_preview for trace in wrong] == ["What is 2 + 1?"]
 
 
 def test_the_questions_are_an_evaluation_data_set(client: MlflowClient, run_id: str) -> None:
     """Two experiments on the same rows share it; other rows make another one."""
     twice = row(1, reference="Two.")
-    other, third = (client.create_run("0").info.run_id for _ in range(2))
+    other, third = (client.create_run("1").info.run_id for _ in range(2))
     for run in (run_id, other):
         log_answers_or_later(client, run, [row(1), row(2), twice])
-    (data,) = client.search_datasets(["0"])
+    (data,) = client.search_datasets(["1"])
     records = sorted(data.records, key=lambda record: record.inputs["question"])
     assert [each.inputs["question"] for each in records] == ["What is 1 + 1?", "What is 2 + 1?"]
     assert records[0].expectations == {"expected_response": "2.", "result": "2"}
     assert client.get_run(run_id).data.tags[DATA_SET] == data.name
     log_answers_or_later(client, third, [row(3)])
-    assert len(client.search_datasets(["0"])) == 2
+    assert len(client.search_datasets(["1"])) == 2
 
 
 def test_a_data_set_that_was_filled_in_part_is_filled(client: MlflowClient, run_id: str) -> None:
     rows = [row(1), row(2)]
     log_answers_or_later(client, run_id, rows)
-    (data,) = client.search_datasets(["0"])
+    (data,) = client.search_datasets(["1"])
     data.delete_records([data.records[0].dataset_record_id])
-    log_answers_or_later(client, client.create_run("0").info.run_id, rows)
-    (data,) = client.search_datasets(["0"])
+    log_answers_or_later(client, client.create_run("1").info.run_id, rows)
+    (data,) = client.search_datasets(["1"])
     assert len(data.records) == 2
 
 
@@ -124,12 +114,12 @@ def test_what_is_logged_again_is_there_once(
         patch.setattr("mlflow.tracing.client.TracingClient.log_spans", killed)
         with pytest.raises(KeyboardInterrupt):
             log_answers_or_later(client, run_id, rows)
-    begun = client.search_traces(locations=["0"], run_id=run_id, include_spans=False)
+    begun = client.search_traces(locations=["1"], run_id=run_id, include_spans=False)
     assert len(begun) == 2
     log_answers_or_later(client, run_id, rows)
     before = traces(client, run_id)
     assert [len(trace.data.spans) for trace in before] == [1, 1]
-    assert all(assessed(trace) for trace in before) and len(client.search_datasets(["0"])) == 1
+    assert all(assessed(trace) for trace in before) and len(client.search_datasets(["1"])) == 1
     log_answers_or_later(client, run_id, rows)
     assert [t.info.request_time for t in before] == [
         t.info.request_time for t in traces(client, run_id)
@@ -161,7 +151,7 @@ def test_no_more_than_the_stated_number_of_rows_is_logged(
 ) -> None:
     monkeypatch.setattr(answers, "MOST_ROWS", 2)
     log_answers_or_later(client, run_id, [row(i) for i in range(4)])
-    assert len(traces(client, run_id)) == len(client.search_datasets(["0"])[0].records) == 2
+    assert len(traces(client, run_id)) == len(client.search_datasets(["1"])[0].records) == 2
 
 
 def test_a_server_that_cannot_take_them_costs_a_warning(

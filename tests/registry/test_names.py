@@ -1,7 +1,5 @@
 """Registered models with signs in their names."""
 
-from pathlib import Path
-
 import pytest
 from mlflow.tracking import MlflowClient
 
@@ -9,14 +7,10 @@ from fintune.registry.versions import find_version, register, version_of_run
 
 
 @pytest.mark.parametrize("name", ["Ann's QA", 'the "best"', 'Ann\'s "QA"', "100 % `ours`", "ü"])
-def test_a_model_of_any_name_is_registered_once_a_run(
-    tmp_path: Path, empty_store: Path, name: str
-) -> None:
-    (tmp_path / "mlflow.db").write_bytes(empty_store.read_bytes())
-    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+def test_a_model_of_any_name_is_registered_once_a_run(client: MlflowClient, name: str) -> None:
     runs = []
     for _ in range(2):
-        runs.append(client.create_run("0").info.run_id)
+        runs.append(client.create_run("1").info.run_id)
         client.log_text(runs[-1], "x", "adapter/MLmodel")
     for _ in range(2):
         assert register(client, runs[0], name, {"gate": "it's"}, passed=True)[0] == "1"

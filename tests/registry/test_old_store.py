@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import pytest
 from mlflow.tracking import MlflowClient
 
@@ -38,16 +37,6 @@ def write_adapter(folder: Path, weights: bytes) -> None:
     said = {"base": {"model": "base", "revision": None}, "base_fingerprint": "x"}
     (folder / "training.json").write_text(json.dumps(said))
     (folder / "adapter_config.json").write_text('{"trainable_token_indices": null}')
-
-
-@pytest.fixture
-def client(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "mlflow.db").write_bytes(empty_store.read_bytes())
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'mlflow.db'}")
-    client = MlflowClient()
-    client.create_experiment("e", artifact_location=(tmp_path / "artifacts").as_uri())
-    return client
 
 
 @pytest.fixture

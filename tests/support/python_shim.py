@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import sys
+import time
 
 REAL = os.environ.get("FINTUNE_TEST_PYTHON", "")
 ADDRESS = os.environ.get("FINTUNE_TEST_ZYGOTE", "")
@@ -19,10 +20,11 @@ def run_real():
 
 def run_in_fork():
     caller = socket.socket(socket.AF_UNIX)
-    try:
-        caller.connect(ADDRESS)
-    except OSError:  # it is still importing, or gone
-        run_real()
+    end = time.monotonic() + 60
+    while caller.connect_ex(ADDRESS):  # it is still importing what this would import beside it
+        if time.monotonic() > end or not os.path.isdir(os.path.dirname(ADDRESS)):  # noqa: PTH112, PTH120
+            run_real()
+        time.sleep(0.05)
     umask = os.umask(0o077)
     os.umask(umask)
     request = {
@@ -45,14 +47,17 @@ def run_in_fork():
     sys.exit(status)
 
 
-read_at_import = [
-    name for name in os.environ if name.startswith(("HF_", "TRANSFORMERS_")) and name != "HF_TOKEN"
-]
 module = ARGUMENTS[1] if ARGUMENTS[:1] == ["-m"] else ""
-if (
-    ADDRESS
-    and not read_at_import
-    and (module in ("dvc", "fintune") or module.startswith("stages."))
-):
+# the zygote was imported with the second, and the third changes what is printed
+read_later = ["HF_TOKEN", "HF_HUB_DISABLE_TELEMETRY", "TRANSFORMERS_NO_ADVISORY_WARNINGS"]
+if module == "fintune.export.gguf.convert":  # its folders are no names of the hub
+    read_later.append("HF_HUB_OFFLINE")
+read_at_import = [
+    name
+    for name in os.environ
+    if name.startswith(("HF_", "TRANSFORMERS_")) and name not in read_later
+]
+forked = ("dvc", "fintune", "fintune.export.gguf.convert")
+if ADDRESS and not read_at_import and (module in forked or module.startswith("stages.")):
     run_in_fork()
 run_real()

@@ -157,10 +157,17 @@ def leave(status: int) -> None:
 if __name__ == "__main__":
     import importlib
 
-    for library in LIBRARIES:
-        importlib.import_module(library)
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # as stages and commands have it
+    try:
+        for library in LIBRARIES:
+            importlib.import_module(library)
+    except BaseException:  # nobody may wait for it
+        shutil.rmtree(Path(sys.argv[1]).parent)
+        raise
     gc.freeze()  # collections in the forks leave the zygote's objects alone
     request = serve(sys.argv[1], int(sys.argv[2]))
+    shim = Path(sys.argv[1]).with_name("bin") / "python"
+    sys.executable = str(shim)  # what a fork starts is forked, too
     try:
         become(request)
     except SystemExit as ended:

@@ -20,20 +20,11 @@ ROWS = [{"instruction": "Answer.", "input": "a?", "output": "b"}]
 
 
 @pytest.fixture
-def client(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "mlflow.db").write_bytes(empty_store.read_bytes())
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'mlflow.db'}")
-    client = MlflowClient()
-    client.create_experiment("e", artifact_location=(tmp_path / "artifacts").as_uri())
+def record(client: MlflowClient) -> dict[str, Any]:
+    """Write an adapter, and describe a run that has just begun."""
     paths.ADAPTER.mkdir(parents=True)
     (paths.ADAPTER / "adapter_model.safetensors").write_bytes(b"weights")
     (paths.ADAPTER / "adapter_model.safetensors").chmod(0o444)  # as DVC's links are
-    return client
-
-
-@pytest.fixture
-def record(client: MlflowClient) -> dict[str, Any]:
     run = client.create_run("1", run_name="base r16 lr0.003")
     data = [describe_table(ROWS, name, Path("data")) for name in ("train", "validation")]
     params = {"train.lora.r": "16", "fetch.source": "x" * 3000}

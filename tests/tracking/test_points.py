@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,14 +18,8 @@ CURVE: list[dict[str, float | None]] = [
 
 
 @pytest.fixture
-def client(tmp_path: Path, empty_store: Path) -> MlflowClient:
-    (tmp_path / "mlflow.db").write_bytes(empty_store.read_bytes())
-    return MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
-
-
-@pytest.fixture
 def run_id(client: MlflowClient) -> str:
-    return str(client.create_run("0").info.run_id)
+    return str(client.create_run("1").info.run_id)
 
 
 def logged(client: MlflowClient, run_id: str, name: str) -> list[tuple[int, float]]:

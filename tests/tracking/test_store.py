@@ -32,6 +32,10 @@ def used(tmp_path: Path, empty_store: Path) -> Path:
     """Make a project's folder with a run, an artifact, a model, a trace and registered versions."""
     folder = tmp_path / "project"
     folder.mkdir()
+    shutil.copy(empty_store, folder / "mlflow.db")
+    with closing(sqlite3.connect(folder / "mlflow.db")) as database, database:
+        location = f"{(folder / 'mlartifacts').as_uri()}/0"
+        database.execute("update experiments set artifact_location = ?", (location,))
     client = connect(folder)
     (folder / "MLmodel").write_text("weights")
     with mlflow.start_run(log_system_metrics=False) as run:

@@ -3,85 +3,51 @@
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fintune.data.prompt import encode
 from fintune.errors import UserError
-from fintune.hardware import matmul_flops
-from fintune.model.adapter import add_adapter
-from fintune.model.base import load_base
-from fintune.model.likelihood import likelihood
 from fintune.params import Base
 from fintune.training.callbacks import StepTimer
 from fintune.training.quantization import quantization_cost
-from fintune.training.train import TrainingResult, train
+from fintune.training.train import TrainingResult
 from fintune.training.trainer import AnswerTrainer
-from training.test_train import PARAMS, TEXTS, trainable
+from support.training import PARAMS, Killed, kill_at, remembered, trainable, tune
 
 
-class Killed(Exception):
-    """Stands for a kill at a chosen moment."""
-
-
-@pytest.fixture(scope="module")
-def rows(tokenizer: Any) -> list[tuple[list[int], list[int]]]:
-    matmul_flops(torch.float32)  # takes random numbers, once a process
-    return [encode(tokenizer, *text) for text in TEXTS]
-
-
-def tune(
+def fit(
     base: Base, tokenizer: Any, rows: Any, scratch: Path, losses: Any = None, **changes: Any
 ) -> TrainingResult:
     """Train with dropout, which depends on the random state; `losses` are planted validation losses."""
     lora = PARAMS.lora.model_copy(update={"dropout": 0.1})
     defaults = {"schedule": "constant", "max_steps": 6, "validate_every_steps": 2, "lora": lora}
     params = PARAMS.model_copy(update=defaults | changes)
-    model = load_base(base, tokenizer, params.quantization, torch.float32)
-
-    def validate(model: Any, step: int) -> dict[str, float]:
-        return {"loss": losses[step] if losses else likelihood(model, rows[:4], "v").loss}
-
-    return train(
-        add_adapter(model, tokenizer, params.lora, params.seed),
-        tokenizer,
-        rows,
-        params,
-        torch.float32,
-        validate=validate,
-        scratch=scratch,
-        on_log=lambda *_: None,
-    )
+    planted = (lambda _, step: {"loss": losses[step]}) if losses else None
+    return tune(base, tokenizer, rows, params, scratch, planted)
 
 
-def kill_at(monkeypatch: pytest.MonkeyPatch, name: str, call: int, after: bool) -> None:
-    """Raise at the n-th call of a method of the trainer, before or after it did its work."""
-    method, calls = getattr(AnswerTrainer, name), [0]
-
-    def dying(self: Any, *args: Any, **kwargs: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == call and not after:
-            raise Killed
-        found = method(self, *args, **kwargs)
-        if calls[0] == call:
-            raise Killed
-        return found
-
-    monkeypatch.setattr(AnswerTrainer, name, dying)
+@pytest.fixture(scope="module")
+def whole(
+    base: Base, tokenizer: Any, rows: list[Any], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., TrainingResult]:
+    """Return a function that trains to the end, without a kill."""
+    folder = tmp_path_factory.mktemp
+    return remembered(lambda **given: fit(base, tokenizer, rows, folder("whole"), **given))
 
 
 def test_a_killed_training_goes_on_between_two_validations(
     base: Base, tokenizer: Any, rows: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes = {"validate_every_steps": 4, "checkpoint_every_steps": 1}
-    whole = tune(base, tokenizer, rows, tmp_path / "whole", **changes)
+    whole = fit(base, tokenizer, rows, tmp_path / "whole", **changes)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_at(patch, "training_step", 4, False)
-        tune(base, tokenizer, rows, tmp_path / "killed", **changes)
-    again = tune(base, tokenizer, rows, tmp_path / "killed", **changes)
+        fit(base, tokenizer, rows, tmp_path / "killed", **changes)
+    again = fit(base, tokenizer, rows, tmp_path / "killed", **changes)
     assert torch.equal(trainable(again.model), trainable(whole.model))
     assert len(again.step_tokens) == 3  # of six
     assert again.metrics["best_step"] in (4, 6)
@@ -115,6 +81,7 @@ def test_a_killed_training_does_the_steps_that_were_asked_for(
     base: Base,
     tokenizer: Any,
     rows: list[Any],
+    whole: Callable[..., TrainingResult],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     name: str,
@@ -123,17 +90,17 @@ def test_a_killed_training_does_the_steps_that_were_asked_for(
     changes: dict[str, Any],
 ) -> None:
     changes = {"epochs": 9.0, "max_steps": 5, **changes}  # an epoch has six steps
-    whole = tune(base, tokenizer, rows, tmp_path / "whole", **changes)
+    expected = whole(**changes)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_at(patch, name, call, after)
-        tune(base, tokenizer, rows, tmp_path / "before", **changes)
+        fit(base, tokenizer, rows, tmp_path / "before", **changes)
     shutil.move(tmp_path / "before", tmp_path / "moved")  # the project may have been, too
-    again = tune(base, tokenizer, rows, tmp_path / "moved", **changes)
-    assert torch.equal(trainable(again.model), trainable(whole.model))
-    assert again.curve == whole.curve
-    assert again.metrics["steps"] == whole.metrics["steps"] == (6 if "losses" in changes else 5)
+    again = fit(base, tokenizer, rows, tmp_path / "moved", **changes)
+    assert torch.equal(trainable(again.model), trainable(expected.model))
+    assert again.curve == expected.curve
+    assert again.metrics["steps"] == expected.metrics["steps"] == (6 if "losses" in changes else 5)
     for key in ("train_loss", "validation_loss", "best_step"):
-        assert again.metrics[key] == whole.metrics[key], key
+        assert again.metrics[key] == expected.metrics[key], key
     for key in ("seconds", "tokens_per_second", "mfu"):
         assert again.metrics[key] > 0, key
 
@@ -150,11 +117,11 @@ def test_a_checkpoint_holds_the_time_and_tokens_of_the_steps_before_it(
     monkeypatch.setattr(
         StepTimer, "__init__", lambda self, *on: timers.append(self) or made(self, *on)
     )
-    whole = tune(base, tokenizer, rows, tmp_path / "whole")
+    whole = fit(base, tokenizer, rows, tmp_path / "whole")
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_at(patch, "_save_checkpoint", 2, True)
-        tune(base, tokenizer, rows, tmp_path / "killed")
-    tune(base, tokenizer, rows, tmp_path / "killed")
+        fit(base, tokenizer, rows, tmp_path / "killed")
+    fit(base, tokenizer, rows, tmp_path / "killed")
     expected, killed, again = timers
     assert (again.steps, again.tokens) == (expected.steps, expected.tokens)
     assert again.tokens == sum(whole.step_tokens) and again.answer_tokens == expected.answer_tokens
@@ -166,7 +133,7 @@ def test_a_learning_rate_that_breaks_the_weights_stops_at_once(
     base: Base, tokenizer: Any, rows: list[Any], tmp_path: Path, schedule: str
 ) -> None:
     with pytest.raises(UserError) as caught:
-        tune(base, tokenizer, rows, tmp_path, learning_rate=1e30, schedule=schedule)
+        fit(base, tokenizer, rows, tmp_path, learning_rate=1e30, schedule=schedule)
     assert "is nan at step 2; lower train.learning_rate (1e+30)" in str(caught.value)
     assert "no adapter is written" in str(caught.value)
 
@@ -188,7 +155,7 @@ def test_the_first_loss_that_is_not_finite_is_named_with_the_best_step_before(
 
     monkeypatch.setattr(AnswerTrainer, "_gradients", planted)
     with pytest.raises(UserError, match=f"the loss is {value} at step 4; lower") as caught:
-        tune(base, tokenizer, rows, tmp_path)
+        fit(base, tokenizer, rows, tmp_path)
     assert "that of step 2, with" in str(caught.value)
     kept = tmp_path / "checkpoint-2"
     assert str(kept) in str(caught.value) and (kept / "adapter_model.safetensors").is_file()
@@ -208,7 +175,7 @@ def test_gradients_that_explode_are_named(
 
     monkeypatch.setattr(AnswerTrainer, "_gradients", exploding)
     with pytest.raises(UserError, match=r"the gradient's norm is (nan|inf) at step 3; lower"):
-        tune(base, tokenizer, rows, tmp_path)
+        fit(base, tokenizer, rows, tmp_path)
 
 
 def test_a_validation_that_is_not_finite_is_named(
@@ -216,7 +183,7 @@ def test_a_validation_that_is_not_finite_is_named(
 ) -> None:
     losses = {2: 1.0, 4: math.nan}
     with pytest.raises(UserError, match=r"the validation loss is nan at step 4; .*\n.* step 2"):
-        tune(base, tokenizer, rows, tmp_path, losses)
+        fit(base, tokenizer, rows, tmp_path, losses)
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
@@ -232,7 +199,7 @@ def test_a_broken_base_is_named(
     params = PARAMS.model_copy(update={"quantization": quantization})
     with pytest.raises(UserError, match=r"base\.model.*not finite"):
         quantization_cost(broken, params, tokenizer, rows, tmp_path)
-        tune(broken, tokenizer, rows, tmp_path / "scratch", quantization="none")
+        fit(broken, tokenizer, rows, tmp_path / "scratch", quantization="none")
 
 
 def test_an_adapter_with_a_weight_that_is_not_finite_is_refused(
@@ -244,7 +211,7 @@ def test_an_adapter_with_a_weight_that_is_not_finite_is_refused(
 
     monkeypatch.setattr(AnswerTrainer, "_load_best_model", breaking)
     with pytest.raises(UserError, match="has weights that are not finite; the adapter is not"):
-        tune(base, tokenizer, rows, tmp_path)
+        fit(base, tokenizer, rows, tmp_path)
 
 
 @pytest.mark.parametrize(("loss", "warned"), [(20.0, True), (1.0, False)])
@@ -257,16 +224,16 @@ def test_a_training_that_learned_nothing_is_warned_of(
     loss: float,
     warned: bool,
 ) -> None:
-    tune(base, tokenizer, rows, tmp_path, dict.fromkeys((2, 4, 6), loss), learning_rate=0.3)
+    fit(base, tokenizer, rows, tmp_path, dict.fromkeys((2, 4, 6), loss), learning_rate=0.3)
     assert ("nothing was learned; lower train.learning_rate (0.3)" in caplog.text) == warned
 
 
 def test_a_checkpoint_that_was_partly_written_is_left_out(
     base: Base, tokenizer: Any, rows: list[Any], tmp_path: Path
 ) -> None:
-    whole = tune(base, tokenizer, rows, tmp_path)
+    whole = fit(base, tokenizer, rows, tmp_path)
     state = tmp_path / "checkpoint-6/trainer_state.json"
     state.write_text(state.read_text()[:100])
-    again = tune(base, tokenizer, rows, tmp_path)
+    again = fit(base, tokenizer, rows, tmp_path)
     assert json.loads(state.read_text())["global_step"] == 6
     assert torch.equal(trainable(again.model), trainable(whole.model))

@@ -2,18 +2,14 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fintune.data.prompt import encode
 from fintune.errors import UserError
-from fintune.hardware import matmul_flops
-from fintune.model.adapter import add_adapter
-from fintune.model.base import load_base
-from fintune.model.likelihood import likelihood
 from fintune.params import Base
 from fintune.training import learning_rate
 from fintune.training import rates as search
@@ -28,20 +24,13 @@ from fintune.training.rates import (
     rate_for,
     score,
 )
-from fintune.training.train import TrainingResult, train
+from fintune.training.train import TrainingResult
 from fintune.training.trainer import AnswerTrainer
 from support.processes import in_processes
-from training.test_interrupted import Killed, kill_at
-from training.test_train import PARAMS, TEXTS, trainable
+from support.training import PARAMS, Killed, kill_at, remembered, trainable, tune
 
 STEPS = 40
 TESTED = 0.5  # a share that lets a short training search
-
-
-@pytest.fixture(scope="module")
-def rows(tokenizer: Any) -> list[tuple[list[int], list[int]]]:
-    matmul_flops(torch.float32)  # takes random numbers, once a process
-    return [encode(tokenizer, *text) for text in TEXTS]
 
 
 @pytest.fixture
@@ -49,23 +38,21 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search, "SHARE", TESTED)
 
 
-def tune(base: Base, tokenizer: Any, rows: Any, scratch: Path, **changes: Any) -> TrainingResult:
+def fit(base: Base, tokenizer: Any, rows: Any, scratch: Path, **changes: Any) -> TrainingResult:
     """Train with dropout, which depends on the random state."""
     lora = PARAMS.lora.model_copy(update={"dropout": 0.1})
     defaults = {"learning_rate": "auto", "max_steps": STEPS, "epochs": 99.0, "lora": lora}
     defaults |= {"schedule": "cosine", "warmup_fraction": 0.05, "validate_every_steps": 20}
-    params = PARAMS.model_copy(update=defaults | changes)
-    model = load_base(base, tokenizer, params.quantization, torch.float32)
-    return train(
-        add_adapter(model, tokenizer, params.lora, params.seed),
-        tokenizer,
-        rows,
-        params,
-        torch.float32,
-        validate=lambda model, _: {"loss": likelihood(model, rows[:4], "validate").loss},
-        scratch=scratch,
-        on_log=lambda *_: None,
-    )
+    return tune(base, tokenizer, rows, PARAMS.model_copy(update=defaults | changes), scratch)
+
+
+@pytest.fixture(scope="module")
+def whole(
+    base: Base, tokenizer: Any, rows: list[Any], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., TrainingResult]:
+    """Return a function that trains with a search, without a kill."""
+    folder = tmp_path_factory.mktemp
+    return remembered(lambda **given: fit(base, tokenizer, rows, folder("whole"), **given))
 
 
 @pytest.mark.parametrize(
@@ -80,12 +67,17 @@ def tune(base: Base, tokenizer: Any, rows: Any, scratch: Path, **changes: Any) -
 )
 @pytest.mark.usefixtures("short")
 def test_the_training_is_that_with_the_found_rate_as_a_number(
-    base: Base, tokenizer: Any, rows: list[Any], tmp_path: Path, changes: dict[str, Any]
+    base: Base,
+    tokenizer: Any,
+    rows: list[Any],
+    whole: Callable[..., TrainingResult],
+    tmp_path: Path,
+    changes: dict[str, Any],
 ) -> None:
-    found = tune(base, tokenizer, rows, tmp_path / "auto", **changes)
+    found = whole(**changes)
     assert found.search is not None
     rate = found.search.rate
-    plain = tune(base, tokenizer, rows, tmp_path / "number", learning_rate=rate, **changes)
+    plain = fit(base, tokenizer, rows, tmp_path / "number", learning_rate=rate, **changes)
     assert plain.search is None
     assert torch.equal(trainable(found.model), trainable(plain.model))
     assert found.curve == plain.curve and found.step_tokens == plain.step_tokens
@@ -118,7 +110,7 @@ def test_the_steps_that_are_done_are_those_of_the_plan(
         return step(self, model, inputs, *more)
 
     monkeypatch.setattr(AnswerTrainer, "training_step", counted)
-    result = tune(base, tokenizer, rows, tmp_path)
+    result = fit(base, tokenizer, rows, tmp_path)
     assert result.search is not None
     searched = len(done) - STEPS
     assert searched == result.search.steps == result.metrics["search_steps"] <= TESTED * STEPS
@@ -139,15 +131,16 @@ def test_a_killed_search_goes_on_and_finds_the_same(
     base: Base,
     tokenizer: Any,
     rows: list[Any],
+    whole: Callable[..., TrainingResult],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     call: int,
     kept: int,
 ) -> None:
-    whole = tune(base, tokenizer, rows, tmp_path / "whole")
+    expected = whole()
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_at(patch, "training_step", call, False)
-        tune(base, tokenizer, rows, tmp_path / "killed")
+        fit(base, tokenizer, rows, tmp_path / "killed")
     file = tmp_path / "killed" / learning_rate.FILE
     assert len(json.loads(file.read_text())["candidates"] if file.is_file() else []) == kept
     trained: list[float] = []
@@ -158,11 +151,11 @@ def test_a_killed_search_goes_on_and_finds_the_same(
             "train",
             lambda self, rate, steps: trained.append(rate) or go_on(self, rate, steps),
         )
-        again = tune(base, tokenizer, rows, tmp_path / "killed")
-    assert whole.search is not None and again.search is not None
-    assert again.search.rate == whole.search.rate
-    assert again.search.losses == whole.search.losses
-    assert torch.equal(trainable(again.model), trainable(whole.model))
+        again = fit(base, tokenizer, rows, tmp_path / "killed")
+    assert expected.search is not None and again.search is not None
+    assert again.search.rate == expected.search.rate
+    assert again.search.losses == expected.search.losses
+    assert torch.equal(trainable(again.model), trainable(expected.model))
     assert len(trained) == sum(each.candidates for each in plan_rounds(STEPS)) - kept
 
 
@@ -171,13 +164,13 @@ def test_a_training_that_goes_on_does_not_search_again(
     base: Base, tokenizer: Any, rows: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes = {"checkpoint_every_steps": 10}
-    whole = tune(base, tokenizer, rows, tmp_path / "whole", **changes)
+    whole = fit(base, tokenizer, rows, tmp_path / "whole", **changes)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_at(patch, "training_step", 18 + 26, False)
-        tune(base, tokenizer, rows, tmp_path / "killed", **changes)
+        fit(base, tokenizer, rows, tmp_path / "killed", **changes)
     with monkeypatch.context() as patch:
         patch.delattr(learning_rate._Candidates, "train")
-        again = tune(base, tokenizer, rows, tmp_path / "killed", **changes)
+        again = fit(base, tokenizer, rows, tmp_path / "killed", **changes)
     assert torch.equal(trainable(again.model), trainable(whole.model))
     assert again.curve == whole.curve
     assert len(again.step_tokens) == STEPS - 20
@@ -188,14 +181,14 @@ def test_candidates_that_diverge_drop_out(
     base: Base, tokenizer: Any, rows: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(learning_rate, "COARSE", (*COARSE[:4], 1e30))
-    found = tune(base, tokenizer, rows, tmp_path).search
+    found = fit(base, tokenizer, rows, tmp_path).search
     assert found is not None and found.rate <= 2 * COARSE[3]
     assert [row["learning_rate"] for row in found.losses if row["loss"] is None] == [1e30]
     again = learning_rate._read(tmp_path / learning_rate.FILE)[0]
     assert [rate for (_, rate), losses in again.items() if None in losses] == [1e30]
     monkeypatch.setattr(learning_rate, "COARSE", tuple(10.0**n for n in range(30, 35)))
     with pytest.raises(UserError, match=r"no rate from 1e\+30 to 1e\+34 had a finite loss"):
-        tune(base, tokenizer, rows, tmp_path / "none")
+        fit(base, tokenizer, rows, tmp_path / "none")
 
 
 @pytest.mark.usefixtures("short")
@@ -203,10 +196,10 @@ def test_two_processes_find_what_one_finds(
     base: Base, tokenizer: Any, rows: list[Any], tmp_path: Path
 ) -> None:
     changes = {"lora": PARAMS.lora, "kernels": "plain"}
-    alone = tune(base, tokenizer, rows, tmp_path / "one", **changes)
+    alone = fit(base, tokenizer, rows, tmp_path / "one", **changes)
 
     def work() -> dict[str, Any]:
-        result = tune(base, tokenizer, rows, tmp_path / "two", **changes)
+        result = fit(base, tokenizer, rows, tmp_path / "two", **changes)
         assert result.search is not None
         return {"rate": result.search.rate, "adapter": trainable(result.model)}
 

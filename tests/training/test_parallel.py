@@ -1,6 +1,7 @@
 """A training by several processes is that of one: rows, losses, adapter, also after a kill."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,43 +10,27 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from fintune import processes
-from fintune.data.prompt import encode
 from fintune.errors import UserError
-from fintune.hardware import matmul_flops
-from fintune.model.adapter import add_adapter
-from fintune.model.base import load_base
 from fintune.model.likelihood import likelihood
 from fintune.model.sharding import is_sharded
 from fintune.params import Base
-from fintune.training.train import train
 from fintune.training.trainer import AnswerTrainer, split_evenly
 from support.processes import in_processes
-from training.test_interrupted import Killed, kill_at
-from training.test_train import PARAMS, TEXTS, trainable
+from support.training import PARAMS, Killed, kill_at, remembered, trainable, tune
 
 
-@pytest.fixture(scope="module")
-def rows(tokenizer: Any) -> list[tuple[list[int], list[int]]]:
-    matmul_flops(torch.float32)  # takes random numbers, once a process
-    return [encode(tokenizer, *text) for text in TEXTS]
-
-
-def tune(base: Base, tokenizer: Any, rows: Any, scratch: Path, **changes: Any) -> dict[str, Any]:
+def fit(base: Base, tokenizer: Any, rows: Any, scratch: Path, **changes: Any) -> dict[str, Any]:
     """Train for a few steps; return what must not depend on the number of processes."""
     params = PARAMS.model_copy(update={"rows_per_step": 6, "validate_every_steps": 2} | changes)
     sharded = params.parallel == "fsdp" and processes.count() > 1
-    model = load_base(
-        base, tokenizer, params.quantization, torch.float32, shardable=params.parallel == "fsdp"
-    )
     logged: list[tuple[int, dict[str, float]]] = []
-    result = train(
-        add_adapter(model, tokenizer, params.lora, params.seed),
+    result = tune(
+        base,
         tokenizer,
         rows,
         params,
-        torch.float32,
+        scratch,
         validate=lambda model, _: {"loss": likelihood(model, rows[:9], "v").loss},
-        scratch=scratch,
         on_log=lambda step, values: logged.append((step, values)),
         sharded=sharded,
     )
@@ -80,6 +65,15 @@ def assert_same(
     assert found["metrics"]["train_loss"] == pytest.approx(expected["metrics"]["train_loss"])
 
 
+@pytest.fixture(scope="module")
+def whole(
+    base: Base, tokenizer: Any, rows: list[Any], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., dict[str, Any]]:
+    """Return a function that trains in this process alone."""
+    folder = tmp_path_factory.mktemp
+    return remembered(lambda **given: fit(base, tokenizer, rows, folder("whole"), **given))
+
+
 WAYS: dict[str, dict[str, Any]] = {
     "fused": {"tokens_per_pass": 100},
     "4 bits": {"quantization": "nf4"},
@@ -100,12 +94,17 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("changes", WAYS.values(), ids=WAYS)
 def test_two_processes_train_as_one(
-    base: Base, tokenizer: Any, rows: list[Any], tmp_path: Path, changes: dict[str, Any]
+    base: Base,
+    tokenizer: Any,
+    rows: list[Any],
+    whole: Callable[..., dict[str, Any]],
+    tmp_path: Path,
+    changes: dict[str, Any],
 ) -> None:
-    alone = tune(base, tokenizer, rows, tmp_path / "one", **changes)
+    alone = whole(**changes)
 
     def work() -> dict[str, Any]:
-        return tune(base, tokenizer, rows, tmp_path / "two", **changes)
+        return fit(base, tokenizer, rows, tmp_path / "two", **changes)
 
     first, second = in_processes(2, work, tmp_path / "results")
     assert_same(first, alone)
@@ -116,13 +115,18 @@ def test_two_processes_train_as_one(
 
 @pytest.mark.parametrize("way", ["fused", "fsdp", "fsdp, 4 bits"])
 def test_eight_processes_train_as_one(
-    base: Base, tokenizer: Any, rows: list[Any], tmp_path: Path, way: str
+    base: Base,
+    tokenizer: Any,
+    rows: list[Any],
+    whole: Callable[..., dict[str, Any]],
+    tmp_path: Path,
+    way: str,
 ) -> None:
     """Some of them have no row of a step."""
-    alone = tune(base, tokenizer, rows, tmp_path / "one", **WAYS[way])
+    alone = whole(**WAYS[way])
 
     def work() -> dict[str, Any]:
-        return tune(base, tokenizer, rows, tmp_path / "eight", **WAYS[way])
+        return fit(base, tokenizer, rows, tmp_path / "eight", **WAYS[way])
 
     for each in in_processes(8, work, tmp_path / "results"):
         # sums of eight parts round otherwise, and Adam's first steps enlarge what is near zero
@@ -144,7 +148,7 @@ def test_a_sharded_layer_is_whole_only_while_it_is_computed(
             return loss
 
         monkeypatch.setattr(AnswerTrainer, "training_step", noting)
-        tune(base, tokenizer, rows, tmp_path / "scratch", parallel="fsdp", max_steps=2)
+        fit(base, tokenizer, rows, tmp_path / "scratch", parallel="fsdp", max_steps=2)
         return whole
 
     assert in_processes(2, work, tmp_path / "results") == [[0, 0], [0, 0]]
@@ -154,18 +158,18 @@ def test_a_killed_training_goes_on_with_another_number_of_processes(
     base: Base, tokenizer: Any, rows: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes = {"max_steps": 6, "schedule": "cosine"}
-    alone = tune(base, tokenizer, rows, tmp_path / "one", **changes)
+    alone = fit(base, tokenizer, rows, tmp_path / "one", **changes)
 
     def killed() -> None:
         kill_at(monkeypatch, "training_step", 4, True)
         with pytest.raises(Killed):
-            tune(base, tokenizer, rows, tmp_path / "killed", **changes)
+            fit(base, tokenizer, rows, tmp_path / "killed", **changes)
 
     in_processes(2, killed, tmp_path / "results")
-    assert_last(tune(base, tokenizer, rows, tmp_path / "killed", **changes), alone)
+    assert_last(fit(base, tokenizer, rows, tmp_path / "killed", **changes), alone)
 
     def work() -> dict[str, Any]:
-        return tune(base, tokenizer, rows, tmp_path / "again", **changes)
+        return fit(base, tokenizer, rows, tmp_path / "again", **changes)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_at(patch, "training_step", 4, True)
@@ -188,7 +192,7 @@ def test_only_the_first_process_writes(
     def work() -> list[str]:
         folder = tmp_path / f"process-{processes.rank()}"
         # each has its own folder here, so that what it writes is known
-        found = tune(base, tokenizer, rows, folder, keep="last", max_steps=2)
+        found = fit(base, tokenizer, rows, folder, keep="last", max_steps=2)
         assert math.isfinite(found["metrics"]["validation_loss"])
         return sorted(path.name for path in folder.glob("checkpoint-*"))
 
@@ -208,7 +212,7 @@ def test_dropout_differs_between_processes_and_the_order_of_the_rows_does_not(
 
         monkeypatch.setattr(AnswerTrainer, "_gradients", noting)
         lora = PARAMS.lora.model_copy(update={"dropout": 0.1})
-        found = tune(base, tokenizer, rows, tmp_path / "scratch", lora=lora)
+        found = fit(base, tokenizer, rows, tmp_path / "scratch", lora=lora)
         tokens = found["step_tokens"]
         return seeds, tokens
 

@@ -7,20 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from fintune.data.prompt import encode
 from fintune.model.base import load_base
 from fintune.model.likelihood import likelihood
 from fintune.params import Base
 from fintune.training import quantization
 from fintune.training.quantization import quantization_cost
-from tests.training.test_train import PARAMS, TEXTS
+from support.training import PARAMS
 
 NF4 = PARAMS.model_copy(update={"quantization": "nf4"})
-
-
-@pytest.fixture
-def rows(tokenizer: Any) -> list[Any]:
-    return [encode(tokenizer, *text) for text in TEXTS]
 
 
 def test_it_is_the_base_s_loss_in_both(

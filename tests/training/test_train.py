@@ -9,85 +9,39 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from fintune.data.prompt import SPECIAL_TOKENS, encode, end_token_id
+from fintune.data.prompt import SPECIAL_TOKENS, end_token_id
 from fintune.errors import UserError
 from fintune.model.adapter import add_adapter, load_adapter, save_adapter
 from fintune.model.attention import packed_attention
 from fintune.model.base import load_base
 from fintune.model.batch import pack, pad
 from fintune.model.likelihood import likelihood
-from fintune.params import Base, Lora, Train
-from fintune.training.train import TrainingResult, total_steps, train
+from fintune.params import Base
+from fintune.training.train import TrainingResult, total_steps
 from fintune.training.trainer import AnswerTrainer, split_into_micro_batches
-
-PARAMS = Train(
-    quantization="none",
-    precision="float32",
-    lora=Lora(
-        r=4,
-        alpha=8,
-        dropout=0.0,
-        target_modules=[f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")],
-    ),
-    learning_rate=1e-2,
-    schedule="linear",
-    warmup_fraction=0.0,
-    weight_decay=0.0,
-    max_grad_norm=1.0,
-    epochs=1.0,
-    max_steps=4,
-    rows_per_step=4,
-    parallel="auto",
-    processes="auto",
-    attention="auto",
-    kernels="auto",
-    checkpointing="auto",
-    dequantize="auto",
-    products="auto",
-    tokens_per_pass="auto",
-    validate_every_steps=2,
-    checkpoint_every_steps=None,
-    early_stopping_patience=None,
-    keep="best_loss",
-    end_token="new",
-    seed=0,
-)
-TEXTS = [
-    (f"Instruction: Add.\nInput: {a} and {b}?\n<response>", f"{a + b}" * (1 + a) + "<response|end>")
-    for a in range(6)
-    for b in range(4)
-]
+from support.training import PARAMS, TEXTS, adapted, trainable, tune
 
 
-@pytest.fixture(scope="module")
-def rows(tokenizer: Any) -> list[tuple[list[int], list[int]]]:
-    return [encode(tokenizer, *text) for text in TEXTS]
-
-
-def adapted(base: Base, tokenizer: Any, params: Train) -> Any:
-    model = load_base(base, tokenizer, params.quantization, torch.float32)
-    return add_adapter(model, tokenizer, params.lora, params.seed)
-
-
-def tune(
+def fit(
     base: Base, tokenizer: Any, rows: Sequence[Any], scratch: Path, **changes: Any
 ) -> tuple[TrainingResult, list[float]]:
     """Train; return the result and the loss of each step."""
-    params = PARAMS.model_copy(update=changes)
     logged: dict[int, float] = {}
-    result = train(
-        adapted(base, tokenizer, params),
-        tokenizer,
-        rows,
-        params,
-        torch.float32,
-        validate=lambda model, _: {"loss": likelihood(model, rows[:4], "validate").loss},
-        scratch=scratch,
-        on_log=lambda step, values: logged.update(
-            {step: values["loss"]} if "loss" in values else {}
-        ),
-    )
+
+    def note(step: int, values: dict[str, float]) -> None:
+        logged.update({step: values["loss"]} if "loss" in values else {})
+
+    params = PARAMS.model_copy(update=changes)
+    result = tune(base, tokenizer, rows, params, scratch, on_log=note)
     return result, [logged[step] for step in sorted(logged)]
+
+
+@pytest.fixture(scope="module")
+def losses(
+    base: Base, tokenizer: Any, rows: list[Any], tmp_path_factory: pytest.TempPathFactory
+) -> list[float]:
+    """Train as it comes; return the loss of each step."""
+    return fit(base, tokenizer, rows, tmp_path_factory.mktemp("plain"))[1]
 
 
 @pytest.mark.parametrize("padded", [True, False])
@@ -120,7 +74,7 @@ def test_every_adapter_weight_and_both_token_rows_move_and_no_base_weight(
     params = PARAMS.model_copy(update={"quantization": quantization})
     model = adapted(base, tokenizer, params)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    result, _ = tune(base, tokenizer, rows, tmp_path, quantization=quantization)
+    result, _ = fit(base, tokenizer, rows, tmp_path, quantization=quantization)
     after = dict(result.model.named_parameters())
     assert set(before) == set(after)
     token_rows = [name for name in after if "trainable_tokens" in name]
@@ -152,11 +106,15 @@ def test_every_adapter_weight_and_both_token_rows_move_and_no_base_weight(
     ids=str,
 )
 def test_execution_does_not_change_what_is_learned(
-    base: Base, tokenizer: Any, rows: list[Any], tmp_path: Path, changes: dict[str, Any]
+    base: Base,
+    tokenizer: Any,
+    rows: list[Any],
+    losses: list[float],
+    tmp_path: Path,
+    changes: dict[str, Any],
 ) -> None:
-    _, plain = tune(base, tokenizer, rows, tmp_path / "plain")
-    result, other = tune(base, tokenizer, rows, tmp_path / "other", **changes)
-    assert other == pytest.approx(plain, rel=1e-5)
+    result, other = fit(base, tokenizer, rows, tmp_path, **changes)
+    assert other == pytest.approx(losses, rel=1e-5)
     assert result.metrics["steps"] == 4
 
 
@@ -177,7 +135,7 @@ def test_full_checkpointing_of_plain_layers_computes_each_one_again(
     for checkpointing in ("none", "full"):
         calls[0] = 0
         scratch = tmp_path / checkpointing
-        tune(base, tokenizer, rows, scratch, kernels="plain", checkpointing=checkpointing)
+        fit(base, tokenizer, rows, scratch, kernels="plain", checkpointing=checkpointing)
         found[checkpointing] = calls[0]
     assert found["full"] - found["none"] == 4 * len(layers)  # one recompute in each of four steps
 
@@ -193,7 +151,7 @@ def test_out_of_memory_halves_the_passes_and_changes_nothing(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Memory for 60 tokens per micro-batch, and one failure in the middle of a step."""
-    _, expected = tune(base, tokenizer, rows, tmp_path / "enough", kernels=kernels)
+    _, expected = fit(base, tokenizer, rows, tmp_path / "enough", kernels=kernels)
     sizes: list[int] = []
     name = f"_{kernels}_loss"
     loss = getattr(AnswerTrainer, name)
@@ -207,7 +165,7 @@ def test_out_of_memory_halves_the_passes_and_changes_nothing(
         return found
 
     monkeypatch.setattr(AnswerTrainer, name, scarce)
-    result, losses = tune(base, tokenizer, rows, tmp_path / "scarce", kernels=kernels)
+    result, losses = fit(base, tokenizer, rows, tmp_path / "scarce", kernels=kernels)
     assert losses == pytest.approx(expected, rel=1e-5)
     assert max(sizes) > 60 >= sizes[-1]
     assert result.metrics["steps"] == 4
@@ -222,7 +180,7 @@ def test_a_row_that_does_not_fit_is_named(
 
     monkeypatch.setattr(AnswerTrainer, "_fused_loss", none_left)
     with pytest.raises(UserError, match=r"not enough memory for a single row \(\d+ tokens\)"):
-        tune(base, tokenizer, rows, tmp_path)
+        fit(base, tokenizer, rows, tmp_path)
 
 
 @pytest.mark.parametrize("padded", [True, False])
@@ -243,7 +201,7 @@ def test_the_loss_is_the_mean_over_all_answer_tokens_of_a_step(
     base: Base, tokenizer: Any, rows: list[Any], tmp_path: Path
 ) -> None:
     """A step over all rows has the loss that `likelihood` measures."""
-    result, losses = tune(
+    result, losses = fit(
         base, tokenizer, rows, tmp_path, learning_rate=1e-12, max_steps=None, rows_per_step=24
     )
     assert result.metrics["steps"] == len(losses) == 1
@@ -253,7 +211,7 @@ def test_the_loss_is_the_mean_over_all_answer_tokens_of_a_step(
 def test_training_lowers_the_loss_and_keeps_the_best(
     base: Base, tokenizer: Any, rows: list[Any], tmp_path: Path
 ) -> None:
-    result, losses = tune(base, tokenizer, rows, tmp_path, max_steps=12, epochs=9.0)
+    result, losses = fit(base, tokenizer, rows, tmp_path, max_steps=12, epochs=9.0)
     assert losses[-1] < losses[0] - 0.5
     validated = {p["step"]: p["validation_loss"] for p in result.curve if p["validation_loss"]}
     assert result.metrics["validation_loss"] == min(validated.values())
@@ -266,7 +224,7 @@ def test_the_best_checkpoint_is_not_the_last_one(
     base: Base, tokenizer: Any, rows: list[Any], tmp_path: Path
 ) -> None:
     """The learning rate is so high that the validation loss rises, and an early checkpoint is restored."""
-    result, _ = tune(
+    result, _ = fit(
         base, tokenizer, rows, tmp_path, learning_rate=3.0, max_steps=8, epochs=9.0,
         schedule="constant", early_stopping_patience=2, validate_every_steps=1,
     )  # fmt: skip
@@ -308,7 +266,7 @@ def trained(
 ) -> Path:
     """Train an adapter without quantization and return its folder."""
     folder = tmp_path_factory.mktemp("trained")
-    result, _ = tune(base, tokenizer, rows, folder / "scratch", max_steps=10, epochs=9.0)
+    result, _ = fit(base, tokenizer, rows, folder / "scratch", max_steps=10, epochs=9.0)
     save_adapter(result.model, folder / "adapter")
     return folder / "adapter"
 
@@ -372,11 +330,6 @@ def test_packed_attention_is_attention_document_by_document(window: int | None) 
     assert torch.allclose(output, expected, atol=1e-12)
 
 
-def trainable(model: Any) -> torch.Tensor:
-    """Return a copy of all trainable weights."""
-    return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
-
-
 SCORES = [0.2, 0.9, 0.5]  # of the answers, at each validation
 LOSSES = [2.0, 1.5, 1.0]
 
@@ -400,16 +353,7 @@ def test_the_step_that_is_asked_for_is_kept(
     def note(step: int, values: dict[str, float]) -> None:
         logged.setdefault(step, {}).update(values)
 
-    result = train(
-        adapted(base, tokenizer, params),
-        tokenizer,
-        rows,
-        params,
-        torch.float32,
-        validate,
-        tmp_path,
-        note,
-    )
+    result = tune(base, tokenizer, rows, params, tmp_path, validate, note)
     assert torch.equal(trainable(result.model), weights[kept - 1])
     assert result.metrics["best_step"] == kept
     assert result.metrics["validation_loss"] == LOSSES[kept - 1]
@@ -432,10 +376,7 @@ def test_only_validations_with_answers_decide(
     def validate(model: Any, step: int) -> dict[str, float]:
         return {"loss": 1 / step} | ({"answers": 1 / step} if step % 2 == 0 else {})
 
-    model = adapted(base, tokenizer, params)
-    found = train(
-        model, tokenizer, rows, params, torch.float32, validate, tmp_path, lambda *_: None
-    )
+    found = tune(base, tokenizer, rows, params, tmp_path, validate)
     assert found.metrics["best_step"] == 2 and found.metrics["validation_answers"] == 0.5
     assert found.metrics["steps"] == steps
     assert [point["validation_answers"] for point in found.curve[:3]] == [None, 0.5, None]

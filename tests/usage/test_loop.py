@@ -3,12 +3,10 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.request import urlopen
 
 import pytest
 from ruamel.yaml import YAML
@@ -22,7 +20,7 @@ from fintune.generation.decoding import GREEDY
 from fintune.reports import whole
 from support.browser import chromium, wait_for_texts
 from support.project import ROOT, Project
-from support.servers import free_port
+from support.servers import free_port, running_server
 
 pytestmark = pytest.mark.end_to_end
 
@@ -74,22 +72,8 @@ def chat(project: Project) -> Iterator[str]:
     port = free_port()
     command = [sys.executable, "-m", "fintune", "chat", "--port", str(port)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "PYTEST_"))}
-    log = project / "chat.log"
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            command, cwd=project.folder, env=environment, stdout=file, stderr=file
-        )
-    try:
-        while True:
-            try:
-                urlopen(f"http://127.0.0.1:{port}", timeout=10).close()
-                break
-            except OSError:
-                assert process.poll() is None, log.read_text()
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait()
+    with running_server(command, port, environment, project / "chat.log") as address:
+        yield address
 
 
 def ask(page: webdriver.Chrome, question: str) -> str:

