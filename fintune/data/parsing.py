@@ -52,12 +52,14 @@ def suffix_of(name: str) -> tuple[str, ...]:
 class Pieces(NamedTuple):
     """A table that is read piece by piece, as often as need be.
 
-    `names` are those of its columns; of JSON Lines of the first piece, and `is_sure` is false.
+    `names` are those of its columns; of JSON Lines of the first piece, and `is_sure` is false. `state` is
+    another for other content, as the time of a file.
     """
 
     names: list[str]
     is_sure: bool
     read: Callable[[Collection[str]], Iterator[Piece]]  # given the columns to read
+    state: str = ""
 
 
 def open_table(path: Path, name: str) -> Pieces:

@@ -25,8 +25,11 @@ from fintune.data.minhash import (
     numbers_keys,
     shingles_of,
 )
+from fintune.data.parts import made_once
 from fintune.data.stream import in_threads
 
+SCHEMA = pa.schema([("parent", pa.int32())])
+BANDS_KEPT = 20  # that are joined until what is joined is kept
 PAIRS_AT_ONCE = 2**12
 BYTES_AT_ONCE = 2**20  # of texts whose shingles are made; these take forty times as much
 PAIRS_SORTED, CACHED = 512, 2**17  # pairs whose shingles are sorted at once, and these
@@ -104,7 +107,12 @@ def _parts(sizes: Numbers) -> Iterator[slice]:
 
 
 def group_similar(
-    texts: Iterable[pa.Array], count: int, similarity: float, forest: Forest, scratch: Path
+    texts: Iterable[pa.Array],
+    count: int,
+    similarity: float,
+    forest: Forest,
+    scratch: Path,
+    kept_in: Path | None = None,
 ) -> None:
     """Join the questions that are similar.
 
@@ -112,25 +120,40 @@ def group_similar(
         texts: the different questions, in batches.
         count: their number.
         scratch: a folder for the texts, and for the keys of the bands, which are read band by band.
+        kept_in: a folder where what is joined is kept after some bands, and read if it is there.
     """
-    path, kept, done = scratch / "bands", _Texts(scratch / "questions", count), 0
-    with path.open("wb") as file:
-        for keys in in_threads(partial(bands, similarity=similarity), kept.write(texts)):
-            for band, part in enumerate(keys):
-                file.seek(4 * (band * count + done))
-                part.tofile(file)
-            done += keys.shape[1]
+    path, kept = scratch / "bands", _Texts(scratch / "questions", count)
     compared: list[Numbers] = []  # large sets of questions: many bands hold the same
+    bar = tqdm(desc="split: compare", total=BANDS, unit="band", leave=False)
+
+    def prepare() -> None:
+        done = 0
+        with path.open("wb") as file:
+            for keys in in_threads(partial(bands, similarity=similarity), kept.write(texts)):
+                for band, part in enumerate(keys):
+                    file.seek(4 * (band * count + done))
+                    part.tofile(file)
+                done += keys.shape[1]
 
     def join(band: int) -> None:
         keys = np.fromfile(path, np.uint32, count, offset=4 * band * count)
         _join_band(*collisions(keys), kept, similarity, forest, compared)
 
-    joined = in_threads(join, range(BANDS))
-    for _ in tqdm(joined, desc="split: compare", total=BANDS, unit="band", leave=False):
-        pass
-    path.unlink()
-    kept.path.unlink()
+    def joined(some: range) -> Iterator[tuple[pa.RecordBatch, dict[str, Any]]]:
+        if not path.exists():
+            prepare()
+        for _ in in_threads(join, some):
+            bar.update()
+        yield pa.record_batch([forest.parent], SCHEMA), {}
+
+    with bar:
+        for begin in range(0, BANDS, BANDS_KEPT):
+            some = range(begin, min(BANDS, begin + BANDS_KEPT))
+            file = kept_in and kept_in / f"bands-{begin}.arrow"
+            ((batch, _),) = made_once(file, SCHEMA, joined(some))
+            forest.parent = batch.column("parent").to_numpy().copy()
+    for file in (path, kept.path):
+        file.unlink(missing_ok=True)
 
 
 def _join_band(

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -149,15 +149,16 @@ def batches(
     columns: list[str] | None = None,
     shown: str = "",
     size: int = BATCH,
-    group: int | None = None,
+    groups: Sequence[int] | None = None,
 ) -> Iterator[pa.RecordBatch]:
-    """Yield a table's rows, or those of a row group, in batches, with a bar that says what is done."""
-    groups = range(file.num_row_groups) if group is None else [group]
+    """Yield a table's rows, or those of some row groups, in batches, with a bar that says what is done."""
+    groups = range(file.num_row_groups) if groups is None else groups
     total = sum(file.metadata.row_group(each).num_rows for each in groups)
     with tqdm(total=total, desc=shown, unit="row", leave=False, disable=not shown) as bar:
-        for batch in file.iter_batches(size, groups, columns, use_threads=False):
-            yield batch
-            bar.update(batch.num_rows)
+        for each in groups:  # read together, all stay in memory until the last is done
+            for batch in file.iter_batches(size, [each], columns, use_threads=False):
+                yield batch
+                bar.update(batch.num_rows)
 
 
 @contextmanager
