@@ -42,11 +42,25 @@ def shingles(questions: list[str]) -> tuple[Numbers, Numbers]:
 
 def shingles_of(texts: pa.Array) -> tuple[Numbers, Numbers]:
     """Return what `shingles` does, for a column."""
+    return _shingles(*_padded(texts))
+
+
+def sums_of(texts: pa.Array) -> tuple[Numbers, Numbers, Numbers]:
+    """Return sums that are equal where shingles are, where each text's begin, and how many it has.
+
+    After the sums of one text, those of its end and the next one's beginning follow.
+    """
+    text, lengths = _padded(texts)
+    sums, begins, counts = _sums(text, lengths)
+    _set_short(sums, text, begins, lengths)
+    return sums, begins, counts
+
+
+def _padded(texts: pa.Array) -> tuple[str, Numbers]:
+    """Return texts that follow one another, each between spaces, and their lengths."""
     space, nothing = (pa.scalar(text, texts.type) for text in (" ", ""))
     padded = pc.binary_join_element_wise(space, texts, space, nothing)
-    return _shingles(
-        str(data_of(padded), "utf-8"), pc.utf8_length(padded).to_numpy().astype(np.int64)
-    )
+    return str(data_of(padded), "utf-8"), pc.utf8_length(padded).to_numpy().astype(np.int64)
 
 
 def data_of(texts: pa.Array) -> pa.Buffer:
@@ -59,22 +73,32 @@ def data_of(texts: pa.Array) -> pa.Buffer:
     return data.slice(begin, end - begin)
 
 
-def _shingles(text: str, lengths: Numbers) -> tuple[Numbers, Numbers]:
-    """Hash the shingles of texts that follow one another."""
+def _sums(text: str, lengths: Numbers) -> tuple[Numbers, Numbers, Numbers]:
+    """Return sums for the shingles of texts that follow one another, their beginnings and numbers."""
     coded = (text + "\0" * SHINGLE).encode("utf-32-le", "surrogatepass")
     characters = np.frombuffer(coded, np.uint32)
-    hashed = np.zeros(len(text), np.uint64)
-    for k in range(SHINGLE):
-        hashed += characters[k : len(hashed) + k] * ODD[k]
+    sums = characters[: len(text)] * ODD[0]
+    for k in range(1, SHINGLE):
+        sums += characters[k : len(sums) + k] * ODD[k]
+    begins = np.cumsum(lengths) - lengths
+    return sums, begins, np.maximum(1, lengths - SHINGLE + 1)
+
+
+def _set_short(hashed: Numbers, text: str, begins: Numbers, lengths: Numbers) -> None:
+    """Let a text that is shorter than a shingle be its only one."""
+    for i in np.flatnonzero(lengths < SHINGLE):
+        short = text[begins[i] : begins[i] + lengths[i]].encode("utf-8", "surrogatepass")
+        hashed[begins[i]] = int.from_bytes(hashlib.blake2b(short, digest_size=8).digest())
+
+
+def _shingles(text: str, lengths: Numbers) -> tuple[Numbers, Numbers]:
+    """Hash the shingles of texts that follow one another."""
+    hashed, begins, counts = _sums(text, lengths)
     for odd in ODD[SHINGLE : SHINGLE + 2]:
         hashed ^= hashed >> np.uint64(32)
         hashed *= odd
     hashed ^= hashed >> np.uint64(32)
-    counts = np.maximum(1, lengths - SHINGLE + 1)
-    begins = np.cumsum(lengths) - lengths
-    for i in np.flatnonzero(lengths < SHINGLE):  # shorter than a shingle: the text itself
-        short = text[begins[i] : begins[i] + lengths[i]].encode("utf-8", "surrogatepass")
-        hashed[begins[i]] = int.from_bytes(hashlib.blake2b(short, digest_size=8).digest())
+    _set_short(hashed, text, begins, lengths)
     starts = np.concatenate(([0], np.cumsum(counts)))
     places = np.arange(starts[-1]) + np.repeat(begins - starts[:-1], counts)
     return hashed[places], starts
@@ -115,9 +139,12 @@ def bands(texts: pa.Array, similarity: float) -> Numbers:
 
 def collisions(keys: Numbers) -> tuple[Numbers, Numbers]:
     """Return the questions whose key in a band another one has, key by key, and where each key's begin."""
-    packed = keys.astype(np.uint64) << np.uint64(32) | np.arange(len(keys), dtype=np.uint64)
+    packed = keys.astype(np.uint64)
+    packed <<= np.uint64(32)
+    packed |= np.arange(len(keys), dtype=np.uint64)
     packed.sort()  # several times as fast as a stable argsort
-    order, in_order = packed.astype(np.uint32).astype(np.int32), packed >> np.uint64(32)
-    new = np.concatenate(([True], in_order[1:] != in_order[:-1], [True]))
-    alone = new[1:] & new[:-1]
-    return order[~alone], np.concatenate((np.flatnonzero(new[:-1][~alone]), [(~alone).sum()]))
+    new = np.ones(len(keys) + 1, bool)
+    new[1:-1] = packed[1:] >> np.uint64(32) != packed[:-1] >> np.uint64(32)
+    several = ~(new[1:] & new[:-1])
+    begins = np.flatnonzero(new[:-1][several])
+    return packed[several].astype(np.uint32).astype(np.int32), np.append(begins, several.sum())

@@ -24,15 +24,17 @@ from fintune.data.minhash import (
     data_of,
     numbers_keys,
     shingles_of,
+    sums_of,
 )
 from fintune.data.parts import made_once
 from fintune.data.stream import in_threads
 
 SCHEMA = pa.schema([("parent", pa.int32())])
 BANDS_KEPT = 20  # that are joined until what is joined is kept
-PAIRS_AT_ONCE = 2**12
-BYTES_AT_ONCE = 2**20  # of texts whose shingles are made; these take forty times as much
-PAIRS_SORTED, CACHED = 512, 2**17  # pairs whose shingles are sorted at once, and these
+PAIRS_AT_ONCE = 2**16  # whose texts are read
+BYTES_AT_ONCE = 2**18  # of texts whose shingles are made, which take forty times as much
+WINDOW = 2**26  # bytes of the texts that are in memory to read some of them
+PAIRS_SORTED, CACHED = 256, 2**16  # pairs whose shingles are sorted at once, and these
 SMALL = 64  # questions of one band; more are compared as blocks of a matrix
 CELLS = 2**21  # of such a block
 
@@ -89,11 +91,16 @@ class _Texts:
         return self.begins[places + 1] - self.begins[places]
 
     def at(self, places: Numbers) -> pa.Array:
-        """Return questions."""
-        with pa.memory_map(str(self.path)) as file:
-            buffers = [None, pa.py_buffer(self.begins), file.read_buffer()]
-            every = pa.Array.from_buffers(pa.large_string(), len(self.begins) - 1, buffers)
-            return every.take(pa.array(places))
+        """Return questions, given their places in ascending order."""
+        windows = self.begins[places] // WINDOW
+        found = []
+        for some in np.split(places, np.flatnonzero(np.diff(windows)) + 1):
+            with pa.memory_map(str(self.path)) as file:  # anew: what was read is no longer there
+                buffers = [None, pa.py_buffer(self.begins), file.read_buffer()]
+                every = pa.Array.from_buffers(pa.large_string(), len(self.begins) - 1, buffers)
+                found.append(every.take(pa.array(some)))
+                del every, buffers
+        return pa.concat_arrays(found)
 
 
 def _parts(sizes: Numbers) -> Iterator[slice]:
@@ -186,8 +193,8 @@ def _join_band(
             one, other = members[some], members[some + apart]
             new = forest.roots(one) != forest.roots(other)
             one, other = one[new], other[new]
-            for part in _parts(texts.sizes(one) + texts.sizes(other)):
-                _join_pairs(one[part], other[part], texts, similarity, forest)
+            if len(one):
+                _join_pairs(one, other, texts, similarity, forest)
 
 
 def _matrix(questions: pa.Array) -> Any:
@@ -212,35 +219,42 @@ def _join_pairs(
 ) -> None:
     rows, places = np.unique(np.concatenate((one, other)), return_inverse=True)
     questions = texts.at(rows)
-    alike = _alike(*shingles_of(questions), places[: len(one)], places[len(one) :], similarity)
-    one, other = one[alike], other[alike]
-    rows, places = np.unique(np.concatenate((one, other)), return_inverse=True)
-    numbers = numbers_keys(texts.at(rows))[places]
-    same = numbers[: len(one)] == numbers[len(one) :]
-    forest.join(one[same], other[same])
+    left, right = places[: len(one)], places[len(one) :]
+    sizes = pc.binary_length(questions).to_numpy()
+    alike = np.concatenate(
+        [
+            _alike(questions, left[part], right[part], similarity)
+            for part in _parts(sizes[left] + sizes[right])
+        ]
+    )
+    left, right = left[alike], right[alike]
+    rows, places = np.unique(np.concatenate((left, right)), return_inverse=True)
+    numbers = numbers_keys(questions.take(pa.array(rows)))[places]
+    same = numbers[: len(left)] == numbers[len(left) :]
+    forest.join(one[alike][same], other[alike][same])
 
 
-def _alike(
-    hashed: Numbers, starts: Numbers, left: Numbers, right: Numbers, similarity: float
-) -> Numbers:
-    """Return which pairs of questions are similar by their shingles.
+def _alike(texts: pa.Array, left: Numbers, right: Numbers, similarity: float) -> Numbers:
+    """Return which pairs of texts are similar by their shingles.
 
     Those of both are sorted together, with the last bit for the side that they are of: one that both have
     is once followed by itself of the other side, however often it is there.
     """
-    hashed, counts = hashed & ~np.uint64(1), np.diff(starts)
+    sums, begins, counts = sums_of(texts.take(pa.array(np.concatenate((left, right)))))
+    sums &= ~np.uint64(1)
     found = np.zeros(len(left), bool)
-    widths = counts[left] + counts[right]
+    widths = counts[: len(left)] + counts[len(left) :]
     order, done = np.argsort(widths, kind="stable"), 0
     while done < len(order):
         # no more than so many shingles, all repeated to the width of the widest pair
         size = max(1, int(CACHED // widths[order[min(len(order), done + PAIRS_SORTED) - 1]]))
         some = order[done : done + min(size, PAIRS_SORTED)]
         sides = []
-        for side, rows in ((0, left[some]), (1, right[some])):
+        for side, rows in enumerate((some, some + len(left))):
             below = np.arange(counts[rows].max())[None]
-            places = starts[rows][:, None] + np.minimum(below, counts[rows][:, None] - 1)
-            sides.append(hashed[places] | np.uint64(side))
+            places = begins[rows][:, None] + np.minimum(below, counts[rows][:, None] - 1)
+            sides.append(sums[places])
+            sides[side] |= np.uint64(side)
         together = np.concatenate(sides, axis=1)
         together.sort(axis=1)
         apart = together[:, 1:] ^ together[:, :-1]

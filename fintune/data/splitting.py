@@ -106,7 +106,10 @@ def _lost(
     file: pq.ParquetFile, kept: Numbers, order: Numbers, unique: Numbers
 ) -> Iterator[tuple[int, str, str]]:
     """Yield the first rows of each reason for leaving one out: number, reason and beginning."""
-    reasons = {"held_out_question": np.flatnonzero(~kept), "duplicate": np.setdiff1d(order, unique)}
+    equal = np.zeros(len(kept), bool)
+    equal[order] = True
+    equal[unique] = False
+    reasons = {"held_out_question": np.flatnonzero(~kept), "duplicate": np.flatnonzero(equal)}
     for reason, found in reasons.items():
         for row, text in zip(found, inputs_of(file, found[:LISTED]), strict=False):
             yield int(row) + 1, reason, brief(text, 100)
