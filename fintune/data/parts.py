@@ -73,7 +73,7 @@ def made_once(
     path: Path | None,
     schema: pa.Schema,
     made: Iterable[tuple[pa.RecordBatch, Told]],
-    compression: str | None = "zstd",
+    compression: str | None = "lz4",
     lasts: bool = True,
 ) -> Iterator[tuple[pa.RecordBatch, Told]]:
     """Yield the batches of a part and what is told of each: from its file, or made, and then kept there.

@@ -67,30 +67,7 @@ def split_rows(
     scratch.mkdir(parents=True)
     try:
         keys = read_keys(file, params.seed, kept_in or scratch, kept_in is not None)
-        question, group = _group(keys, params.near_duplicate_similarity, scratch, kept_in)
-        side, held_out, leader = _draw(keys, group[question], params)
-        kept = keys["given"] == held_out
-        warn_of_dropped(
-            "split",
-            len(kept) - int(kept.sum()),
-            (
-                f"{brief(text, 60)!r} is held out"
-                for text in inputs_of(file, np.flatnonzero(~kept)[:3])
-            ),
-            len(kept),
-        )
-        order = np.flatnonzero(kept)
-        order = order[np.lexsort((keys["row"][order], keys["order"][order], side[order]))]
-        unique = without_duplicates(file, keys, order)
-        counts = np.bincount(side[unique], minlength=len(SPLITS))
-        _check_counts(counts, params, len(group), len(np.unique(group)))
-        sizes = np.bincount(group[question[unique]], minlength=len(group))
-        leaders = leader[np.isin(group[question], np.flatnonzero(sizes == sizes.max()))]
-        (example,) = inputs_of(file, leaders[[keys["leader"][leaders].argmin()]])
-        groups = {"groups": int((sizes > 0).sum()), "largest_group_rows": int(sizes.max())}
-        _warn_of_shares(
-            counts, params, groups, normalize_question(example), bool(keys["assigned"].any())
-        )
+        kept, order, unique, counts, groups = _assign(file, keys, params, scratch, kept_in)
         write_in_order(file, unique, counts, [rows_of(folder, each) for each in SPLITS], scratch)
         list_dropped(folder, ("row", "reason", "text"), _lost(file, kept, order, unique))
         left_out = {
@@ -100,6 +77,35 @@ def split_rows(
         return left_out, groups
     finally:
         shutil.rmtree(scratch)
+
+
+def _assign(
+    file: pq.ParquetFile, keys: Keys, params: Split, scratch: Path, kept_in: Path | None
+) -> tuple[Numbers, Numbers, Numbers, Numbers, dict[str, int]]:
+    """Return which rows are not held out, these in the order of the splits, the different ones of them, their
+    number in each split, and what is told of the groups."""
+    question, group = _group(keys, params.near_duplicate_similarity, scratch, kept_in)
+    side, held_out, leader = _draw(keys, group[question], params)
+    kept = keys["given"] == held_out
+    warn_of_dropped(
+        "split",
+        len(kept) - int(kept.sum()),
+        (f"{brief(text, 60)!r} is held out" for text in inputs_of(file, np.flatnonzero(~kept)[:3])),
+        len(kept),
+    )
+    order = np.flatnonzero(kept)
+    order = order[np.lexsort((keys["row"][order], keys["order"][order], side[order]))]
+    unique = without_duplicates(file, keys, order)
+    counts = np.bincount(side[unique], minlength=len(SPLITS))
+    _check_counts(counts, params, len(group), len(np.unique(group)))
+    sizes = np.bincount(group[question[unique]], minlength=len(group))
+    leaders = leader[np.isin(group[question], np.flatnonzero(sizes == sizes.max()))]
+    (example,) = inputs_of(file, leaders[[keys["leader"][leaders].argmin()]])
+    groups = {"groups": int((sizes > 0).sum()), "largest_group_rows": int(sizes.max())}
+    _warn_of_shares(
+        counts, params, groups, normalize_question(example), bool(keys["assigned"].any())
+    )
+    return kept, order, unique, counts, groups
 
 
 def _lost(

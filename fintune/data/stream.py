@@ -82,7 +82,13 @@ def ordered(function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[
 
 def in_threads(function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
     """Yield the results of a function that is numpy's or Arrow's work, as `ordered` does, from threads."""
-    yield from _in_turn(ThreadPoolExecutor(workers()), function, jobs, deque(), workers())
+    waiting = iter(jobs)
+    begun = list(islice(waiting, 2))
+    if len(begun) < 2:
+        yield from map(function, begun)
+        return
+    pool = ThreadPoolExecutor(workers())
+    yield from _in_turn(pool, function, chain(begun, waiting), deque(), workers())
 
 
 def _in_turn(
