@@ -38,17 +38,13 @@ def kept_parts(
     removed when the block ends well, and those of killed stages with other tables or settings at once. A
     process beside one that has the folder keeps nothing.
     """
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for path in [*inputs, *sorted(Path(__file__).parent.glob("*.py"))]:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    digest.update(json.dumps(list(map(version, LIBRARIES))).encode())
-    folder = project_root() / paths.SCRATCH / f"{stage}-{digest.hexdigest()[:16]}"
-    for other in folder.parent.glob(f"{stage}-*"):
+    scratch = project_root() / paths.SCRATCH
+    folder = scratch / f"{stage}-{_hash(inputs, settings)}" if is_large else None
+    for other in scratch.glob(f"{stage}-*"):
         if other != folder:
             with suppress(Timeout), FileLock(other / LOCK).acquire(timeout=0):
                 shutil.rmtree(other)
-    if not is_large:
+    if folder is None:
         yield None
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,6 +58,15 @@ def kept_parts(
             log.info("%s goes on: %d parts were finished before", stage, len(finished))
         yield folder
         shutil.rmtree(folder)
+
+
+def _hash(inputs: Sequence[Path], settings: Sequence[Any]) -> str:
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for path in [*inputs, *sorted(Path(__file__).parent.glob("*.py"))]:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    digest.update(json.dumps(list(map(version, LIBRARIES))).encode())
+    return digest.hexdigest()[:16]
 
 
 def are_many(tables: Iterable[Path]) -> bool:
