@@ -60,20 +60,29 @@ def downloaded(url: str, kept_in: Path | None = None) -> Iterator[Path]:
         try:
             system, path = fsspec.url_to_fs(url, **options)
             state = _state(system, path) if kept_in else {}
-            if state and note.is_file() and json.loads(note.read_text()) == state:
+            if state and _read(note) == state:
                 log.info("%s: was downloaded before and is the same", url)
             else:
                 note.unlink(missing_ok=True)
                 system.get_file(path, str(file), callback=bar)
-                with file.open("rb") as written:
-                    os.fsync(written.fileno())
                 if state:
+                    with file.open("rb") as written:
+                        os.fsync(
+                            written.fileno()
+                        )  # else a machine that dies can leave the note alone
                     write_text(note, json.dumps(state))
         except RecordError:
             raise
         except Exception as error:  # each protocol raises its own library's errors
             raise RecordError(f"{url}: {_reason(error)}") from error
         yield file
+
+
+def _read(note: Path) -> Any:
+    try:
+        return json.loads(note.read_text())
+    except (OSError, ValueError):  # not there, or cut by a machine that died
+        return None
 
 
 def _state(system: Any, path: str) -> dict[str, str]:

@@ -56,8 +56,13 @@ def kept_parts(
     with lock:
         if finished := list(folder.glob("*.arrow")):
             log.info("%s goes on: %d parts were finished before", stage, len(finished))
-        yield folder
-        shutil.rmtree(folder)
+        is_done = False
+        try:
+            yield folder
+            is_done = True
+        finally:
+            if is_done or [path.name for path in folder.iterdir()] == [LOCK]:
+                shutil.rmtree(folder)
 
 
 def _hash(inputs: Sequence[Path], settings: Sequence[Any]) -> str:

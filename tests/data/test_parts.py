@@ -129,6 +129,18 @@ def test_parts_of_other_tables_or_settings_are_swept(
         assert kept and kept != folder and not folder.exists()
 
 
+def test_a_stage_that_fails_before_its_first_part_leaves_nothing(source: Path) -> None:
+    with pytest.raises(KeyError), kept_parts("format", True, [source], []) as kept:
+        assert kept and kept.exists()
+        raise KeyError
+    assert not list(paths.SCRATCH.iterdir())
+    with pytest.raises(KeyError), kept_parts("format", True, [source], []) as kept:
+        assert kept
+        (kept / "train-0.arrow").touch()
+        raise KeyError
+    assert list(paths.SCRATCH.glob("format-*/train-0.arrow"))
+
+
 def test_one_of_two_processes_keeps_parts(source: Path) -> None:
     with (
         kept_parts("format", are_many([source]), [source], [""]) as one,
