@@ -37,7 +37,6 @@ LINES = (".jsonl", ".ndjson", ".jsonlines")
 SEPARATED = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
 FORMATS = (".parquet", ".json", *LINES, *SEPARATED)
 OTHER = {";": "semicolons", "\t": "tabs", "|": "bars"}  # as spreadsheets and databases write CSV
-FIRST = 2**16  # bytes of JSON Lines whose names are taken for those of all
 DEEPEST = 64  # brackets that a line opens; of some ten thousand within another Arrow's parser dies
 PACKED = (".gz", ".zst", ".bz2", ".xz")
 
@@ -53,7 +52,7 @@ def suffix_of(name: str) -> tuple[str, ...]:
 class Pieces(NamedTuple):
     """A table that is read piece by piece, as often as need be.
 
-    `names` are those of its columns; of JSON Lines those of the first ones, and `is_sure` is false. `state`
+    `names` are those of its columns; of JSON Lines of the first piece, and `is_sure` is false. `state`
     is another for other content, as the time of a file.
     """
 
@@ -83,10 +82,10 @@ def open_table(path: Path, name: str) -> Pieces:
         if format_ in SEPARATED:
             return _separated(path, SEPARATED[format_])
         if format_ in LINES:
-            first = next(lines_of(path, format_), Piece(b"", 1)).content
-            assert isinstance(first, bytes)
-            some = Piece(first[: first.rfind(b"\n", 0, FIRST) + 1] or first, 1)
-            return Pieces(names_of(rows_in(some)), False, lambda wanted: lines_of(path, format_))
+            first = next(lines_of(path, format_), Piece(b"", 1))
+            columns = columns_in(first, ())
+            names = names_of(rows_in(first)) if columns is None else columns.column_names
+            return Pieces(names, False, lambda wanted: lines_of(path, format_))
         return in_memory(list(_json_rows(whole_text(path))))
 
 

@@ -68,7 +68,7 @@ class Forest:
 
 
 class _Texts:
-    """Questions in a file, of which any can be read; the system may forget what was."""
+    """Questions in a file, of which some are read at a time."""
 
     def __init__(self, path: Path, count: int) -> None:
         self.path = path
