@@ -211,11 +211,15 @@ def test_a_spool_gives_back_its_batches(tmp_path: Path) -> None:
     assert list(unspool(tmp_path / "spool")) == some
 
 
-def fetched(path: Path, target: Path, **changes: Any) -> dict[str, Any]:
+def fetch_params(path: Path, **changes: Any) -> Fetch:
     chosen = read_params(ROOT / "recipes/demo.yaml").fetch.model_dump()
     plain = dict.fromkeys(chosen["columns"]) | {name: name for name in COLUMNS}
     given = chosen | {"source": str(path), "columns": plain} | changes
-    return fetch_records(Fetch.model_validate(given), target)
+    return Fetch.model_validate(given)
+
+
+def fetched(path: Path, target: Path, **changes: Any) -> dict[str, Any]:
+    return fetch_records(fetch_params(path, **changes), target)
 
 
 @pytest.fixture
