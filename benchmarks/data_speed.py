@@ -4,8 +4,9 @@ python benchmarks/data_speed.py --rows 10000 100000 1000000 --out benchmarks/dat
 
 Questions and answers are sentences of random words, common ones more often, from the shipped texts. Of
 twenty rows one repeats another, two ask its question again, and one asks it in nearly the same words. Each
-part runs in a process of its own. Seconds hold reading and writing, not imports; memory is the
-most that its processes had together, each page that they share counted once (PSS), looked at every 50 ms.
+part runs in a process of its own, and keeps what outlasts a kill, as its stage does. Seconds hold reading and
+writing, not imports; memory is the most that its processes had together, each page that they share counted
+once (PSS), looked at every 50 ms.
 """
 
 import argparse
@@ -202,7 +203,8 @@ def params() -> Any:
 def fetch(base: Path) -> Any:
     import stages.fetch  # noqa: F401
     from fintune import paths
-    from fintune.data.sources import fetch_records
+    from fintune.data.parts import kept_parts
+    from fintune.data.sources import fetch_records, is_large
 
     columns = {"instruction": "instruction", "input": "input", "output": "output"}
     given = params().fetch
@@ -214,21 +216,29 @@ def fetch(base: Path) -> Any:
             ),
         }
     )
-    return lambda: fetch_records(given, paths.RAW_ROWS)
+
+    def work() -> None:
+        with kept_parts("fetch", is_large(given), [], [given.model_dump()]) as kept:
+            fetch_records(given, paths.RAW_ROWS, kept)
+
+    return work
 
 
 def split(base: Path) -> Any:
     import scipy.sparse  # noqa: F401
 
     from fintune import paths
+    from fintune.data.parts import are_many, kept_parts
     from fintune.data.splitting import describe_splits, split_rows
 
     fractions = {"validation_fraction": 0.1, "test_fraction": 0.1}
     given = params().split.model_copy(update=fractions)
 
     def work() -> None:
-        split_rows(paths.RAW_ROWS, paths.SPLIT, given)
-        describe_splits(paths.SPLIT)
+        inputs = [paths.RAW_ROWS]
+        with kept_parts("split", are_many(inputs), inputs, [given.model_dump()]) as kept:
+            split_rows(paths.RAW_ROWS, paths.SPLIT, given, kept)
+            describe_splits(paths.SPLIT)
 
     return work
 
@@ -239,6 +249,7 @@ def format(base: Path, count: bool = True) -> Any:
     leave_torch_out()
     from fintune import paths
     from fintune.data import formatting
+    from fintune.data.parts import are_many, kept_parts
     from fintune.data.prompt import load_tokenizer
     from fintune.data.tables import SPLITS
     from fintune.params import Base
@@ -249,9 +260,11 @@ def format(base: Path, count: bool = True) -> Any:
         formatting.count_tokens = lambda tokenizer, rows: [(1, 1)] * len(rows)
 
     def work() -> None:
-        for each in SPLITS:
-            source, target = (paths.rows(at, each) for at in (paths.SPLIT, paths.FORMATTED))
-            formatting.format_rows(tokenizer, source, target, given, each)
+        inputs = [paths.rows(paths.SPLIT, each) for each in SPLITS]
+        with kept_parts("format", are_many(inputs), inputs, [given.model_dump()]) as kept:
+            for each, source in zip(SPLITS, inputs, strict=True):
+                target = paths.rows(paths.FORMATTED, each)
+                formatting.format_rows(tokenizer, source, target, given, each, kept)
 
     return work
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from fintune import paths
 from fintune.data.formatting import format_rows
-from fintune.data.parts import kept_parts
+from fintune.data.parts import are_many, kept_parts
 from fintune.data.prompt import describe_layout, load_tokenizer
 from fintune.data.tables import SPLITS, list_dropped
 from fintune.data.tokens import tokens_told
@@ -30,7 +30,9 @@ def main() -> None:
     report, lost = {}, []
     inputs = [paths.rows(paths.SPLIT, split) for split in SPLITS]
     texts = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]
-    with kept_parts("format", inputs, [params.format.model_dump(), *texts]) as kept:
+    with kept_parts(
+        "format", are_many(inputs), inputs, [params.format.model_dump(), *texts]
+    ) as kept:
         for split, source in zip(SPLITS, inputs, strict=True):
             target = paths.rows(paths.FORMATTED, split)
             report[split], dropped = format_rows(

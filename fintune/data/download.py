@@ -1,21 +1,34 @@
 """Download a source from a URL: with a progress bar, and a limit on silence, not on length."""
 
+import hashlib
+import json
+import logging
+import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from fintune.data.unpacking import source_limit, too_large
 from fintune.errors import RecordError, brief
+from fintune.stage import write_text
 
+log = logging.getLogger("fintune")
 SILENCE = 60.0  # seconds without a byte until a transfer is given up
+# by which servers state what they hold, as fsspec's file systems name it
+SUMS = ("ETag", "etag", "Content-MD5", "Digest", "md5Hash", "generation", "VersionId")
+TIMES = ("Last-Modified", "LastModified", "last_modified", "updated", "mtime")
 
 
 @contextmanager
-def downloaded(url: str) -> Iterator[Path]:
+def downloaded(url: str, kept_in: Path | None = None) -> Iterator[Path]:
     """Download what any URL leads to that fsspec opens, to a file for the time of the block.
+
+    Args:
+        kept_in: a folder where the file is kept; one that is there is read, if the server states that it
+            still holds the same.
 
     Raises:
         RecordError: the transfer failed; the message says why.
@@ -40,16 +53,46 @@ def downloaded(url: str) -> Iterator[Path]:
                 raise RecordError(f"{url}{too_large('it sends')}")
 
     bar = Bounded(tqdm_kwargs={"desc": "download", "unit": "B", "unit_scale": True, "leave": False})
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "source"
+    with ExitStack() as stack:
+        folder = kept_in or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        name = hashlib.sha256(url.encode()).hexdigest()[:16]
+        file, note = folder / f"{name}.source", folder / f"{name}.json"
         try:
             system, path = fsspec.url_to_fs(url, **options)
-            system.get_file(path, str(file), callback=bar)
+            state = _state(system, path) if kept_in else {}
+            if state and _read(note) == state:
+                log.info("%s: was downloaded before and is the same", url)
+            else:
+                note.unlink(missing_ok=True)
+                system.get_file(path, str(file), callback=bar)
+                if state:
+                    with file.open("rb") as written:
+                        os.fsync(
+                            written.fileno()
+                        )  # else a machine that dies can leave the note alone
+                    write_text(note, json.dumps(state))
         except RecordError:
             raise
         except Exception as error:  # each protocol raises its own library's errors
             raise RecordError(f"{url}: {_reason(error)}") from error
         yield file
+
+
+def _read(note: Path) -> Any:
+    try:
+        return json.loads(note.read_text())
+    except (OSError, ValueError):  # not there, or cut by a machine that died
+        return None
+
+
+def _state(system: Any, path: str) -> dict[str, str]:
+    """Return what a server states of a file that would be another for other content; perhaps nothing."""
+    try:
+        about = system.info(path)
+    except Exception:  # some servers answer no question of this kind, but send the file
+        return {}
+    found = {name: str(about[name]) for name in (*SUMS, *TIMES) if about.get(name)}
+    return found and found | {"size": str(about.get("size"))}
 
 
 def _reason(error: Exception) -> str:

@@ -262,7 +262,7 @@ def _formatted(
         return
     count = file.num_row_groups
     for group in range(count):
-        done = each(batches(file, None, f"{shown} {group + 1}/{count}", AT_ONCE, group))
+        done = each(batches(file, None, f"{shown} {group + 1}/{count}", AT_ONCE, [group]))
         made = (
             (one.rows, {"events": one.events, "lost": one.lost, "reason": one.reason})
             for one in done

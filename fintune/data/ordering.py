@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from fintune.data.keys import Keys
 from fintune.data.stream import GROUP, batches, in_threads, spool, unspool, writer
 from fintune.data.tables import OPTIONAL
 
@@ -77,21 +78,22 @@ def _sorted(path: Path) -> pa.Table:
     return table.take(pa.array(np.argsort(table[PLACE.name].to_numpy()))).drop_columns(PLACE.name)
 
 
-def without_duplicates(file: pq.ParquetFile, keys: dict[str, Numbers], order: Numbers) -> Numbers:
+def without_duplicates(file: pq.ParquetFile, keys: Keys, order: Numbers) -> Numbers:
     """Return rows in hash order without those whose texts equal another's.
 
     What the optional columns of the duplicates hold decides which one stays, not their order.
     """
     same = np.ones(max(0, len(order) - 1), bool)
     for name in ("order", "row", "row_too"):
-        same &= keys[name][order[1:]] == keys[name][order[:-1]]
+        values = keys[name][order]
+        same &= values[1:] == values[:-1]
     new = np.concatenate(([True], ~same))[: len(order)]
     unique = order[new]
     optional = [name for name in file.schema_arrow.names if name in OPTIONAL]
     if same.any() and optional:
         several = np.concatenate((same, [False])) | ~new
         best: dict[int, tuple[str, int]] = {}
-        place = np.full(len(keys["row"]), -1, np.int32)
+        place = np.full(file.metadata.num_rows, -1, np.int32)
         place[order[several]] = (np.cumsum(new) - 1)[several]
         begin = 0
         for batch in batches(file, optional):

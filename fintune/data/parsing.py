@@ -52,12 +52,14 @@ def suffix_of(name: str) -> tuple[str, ...]:
 class Pieces(NamedTuple):
     """A table that is read piece by piece, as often as need be.
 
-    `names` are those of its columns; of JSON Lines of the first piece, and `is_sure` is false.
+    `names` are those of its columns; of JSON Lines of the first piece, and `is_sure` is false. `state`
+    is another for other content, as the time of a file.
     """
 
     names: list[str]
     is_sure: bool
     read: Callable[[Collection[str]], Iterator[Piece]]  # given the columns to read
+    state: str = ""
 
 
 def open_table(path: Path, name: str) -> Pieces:
@@ -81,7 +83,9 @@ def open_table(path: Path, name: str) -> Pieces:
             return _separated(path, SEPARATED[format_])
         if format_ in LINES:
             first = next(lines_of(path, format_), Piece(b"", 1))
-            return Pieces(names_of(rows_in(first)), False, lambda wanted: lines_of(path, format_))
+            columns = columns_in(first, ())
+            names = names_of(rows_in(first)) if columns is None else columns.column_names
+            return Pieces(names, False, lambda wanted: lines_of(path, format_))
         return in_memory(list(_json_rows(whole_text(path))))
 
 

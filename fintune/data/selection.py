@@ -3,8 +3,8 @@
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -76,6 +76,17 @@ class Selected:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for name in ("dropped", "faults", "names", "present", "asked", "alone"):
             getattr(self, name).update(getattr(other, name))
+
+    def told(self) -> dict[str, Any]:
+        """Return what JSON can hold of it."""
+        values = ((each.name, getattr(self, each.name)) for each in fields(self))
+        return {name: [*value] if isinstance(value, set) else value for name, value in values}
+
+    @classmethod
+    def of(cls, told: dict[str, Any]) -> "Selected":
+        """Return what `told` was made of."""
+        kinds = {name: type(value) for name, value in vars(cls()).items()}
+        return cls(**{name: kinds[name](value) for name, value in told.items()})
 
 
 def is_plain(rules: Rules) -> bool:

@@ -2,37 +2,41 @@
 
 Two questions are similar when the Jaccard similarity of their five-character shingles is at least the one
 asked for and they contain the same numbers: "a loan of $5,000" and "a loan of $9,000" have different answers.
-A question has 72 minima of its hashed shingles (Broder 1997); a band joins two groups of two or three of them
-(groups are reused, as in Andoni and Indyk 2006), and questions that are equal in a band are compared. The
-arithmetic is of integers, so that the pairs are the same on every machine.
+Questions that are equal in one of 60 bands are compared.
 """
 
-import hashlib
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
+import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
+from fintune.data.minhash import (
+    BANDS,
+    Numbers,
+    bands,
+    collisions,
+    data_of,
+    numbers_keys,
+    shingles_of,
+    sums_of,
+)
+from fintune.data.parts import made_once
 from fintune.data.stream import in_threads
 
-SHINGLE = 5
-HASHES, BANDS = 72, 60
-ROWS_AT_ONCE = 512  # of the minima; what fits a core's cache
-PAIRS_AT_ONCE = 2**15  # all of their shingles take 140 MB
+SCHEMA = pa.schema([("parent", pa.int32())])
+BANDS_KEPT = 20  # that are joined until what is joined is kept
+PAIRS_AT_ONCE = 2**16  # whose texts are read
+BYTES_AT_ONCE = 2**18  # of texts whose shingles are made, which take forty times as much
+WINDOW = 2**26  # bytes of the texts that are in memory to read some of them
+PAIRS_SORTED, CACHED = 256, 2**16  # pairs whose shingles are sorted at once, and these
 SMALL = 64  # questions of one band; more are compared as blocks of a matrix
 CELLS = 2**21  # of such a block
-NUMBER = re.compile(r"\d[\d.]*")
-SOURCE = np.random.Philox(key=1)  # a counter with a published definition, unlike the default's
-ODD: NDArray[np.uint64] = SOURCE.random_raw(SHINGLE + 2 + HASHES) | np.uint64(1)
-
-Numbers = NDArray[Any]
 
 
 class Forest:
@@ -40,185 +44,164 @@ class Forest:
 
     def __init__(self, size: int) -> None:
         self.parent = np.arange(size, dtype=np.int32)
+        self.lock = RLock()
 
     def roots(self, places: Numbers) -> Numbers:
         """Return the set of each of many questions."""
-        found = self.parent[places]
-        while (higher := self.parent[found]).shape and (higher != found).any():
-            found = higher
-        self.parent[places] = found
-        return found
+        with self.lock:
+            found = self.parent[places]
+            while (higher := self.parent[found]).shape and (higher != found).any():
+                found = higher
+            self.parent[places] = found
+            return found
 
     def join(self, one: Numbers, other: Numbers) -> None:
         """Join the sets of pairs of questions; a set's root is its first question."""
-        while len(one):
-            low, high = (
-                each(self.roots(one), self.roots(other)) for each in (np.minimum, np.maximum)
-            )
-            apart = low != high
-            low, high, one, other = low[apart], high[apart], one[apart], other[apart]
-            np.minimum.at(self.parent, high, low)
+        with self.lock:
+            while len(one):
+                low, high = (
+                    each(self.roots(one), self.roots(other)) for each in (np.minimum, np.maximum)
+                )
+                apart = low != high
+                low, high, one, other = low[apart], high[apart], one[apart], other[apart]
+                np.minimum.at(self.parent, high, low)
+
+
+class _Texts:
+    """Questions in a file, of which some are read at a time."""
+
+    def __init__(self, path: Path, count: int) -> None:
+        self.path = path
+        self.begins = np.zeros(count + 1, np.int64)  # in the file
+
+    def write(self, texts: Iterable[pa.Array]) -> Iterator[pa.Array]:
+        """Write all questions, and yield them in parts of which the shingles are no burden."""
+        done = 0
+        with self.path.open("wb") as file:
+            for some in texts:
+                file.write(data_of(some))
+                sizes = pc.binary_length(some).to_numpy()
+                self.begins[done + 1 : done + 1 + len(some)] = self.begins[done] + np.cumsum(sizes)
+                done += len(some)
+                for part in _parts(sizes):
+                    yield some[part]
+
+    def sizes(self, places: Numbers) -> Numbers:
+        """Return the bytes of questions."""
+        return self.begins[places + 1] - self.begins[places]
+
+    def at(self, places: Numbers) -> pa.Array:
+        """Return questions, given their places in ascending order."""
+        windows = self.begins[places] // WINDOW
+        found = []
+        for some in np.split(places, np.flatnonzero(np.diff(windows)) + 1):
+            with pa.memory_map(str(self.path)) as file:  # anew: what was read is no longer there
+                buffers = [None, pa.py_buffer(self.begins), file.read_buffer()]
+                every = pa.Array.from_buffers(pa.large_string(), len(self.begins) - 1, buffers)
+                found.append(every.take(pa.array(some)))
+                del every, buffers
+        return pa.concat_arrays(found)
+
+
+def _parts(sizes: Numbers) -> Iterator[slice]:
+    """Cut texts of these bytes into parts of no more bytes than are worked on at once."""
+    ends, begin = np.cumsum(sizes), 0
+    while begin < len(ends):
+        most = BYTES_AT_ONCE + (ends[begin - 1] if begin else 0)
+        end = max(begin + 1, int(np.searchsorted(ends, most, "right")))
+        yield slice(begin, end)
+        begin = end
 
 
 def group_similar(
-    texts: Iterable[pa.Array], count: int, similarity: float, forest: Forest, scratch: Path
+    texts: Iterable[pa.Array],
+    count: int,
+    similarity: float,
+    forest: Forest,
+    scratch: Path,
+    kept_in: Path | None = None,
 ) -> None:
     """Join the questions that are similar.
 
     Args:
         texts: the different questions, in batches.
         count: their number.
-        scratch: a folder for the keys of the bands, which are read band by band.
+        scratch: a folder for the texts, and for the keys of the bands, which are read band by band.
+        kept_in: a folder where what is joined is kept after some bands, and read if it is there.
     """
-    kept: list[pa.Array] = []
+    path, kept = scratch / "bands", _Texts(scratch / "questions", count)
+    compared: list[Numbers] = []  # large sets of questions: many bands hold the same
+    bar = tqdm(desc="split: compare", total=BANDS, unit="band", leave=False)
 
-    def each() -> Iterator[pa.Array]:
-        for some in texts:
-            kept.append(some)
-            yield some
+    def prepare() -> None:
+        done = 0
+        with path.open("wb") as file:
+            for keys in in_threads(partial(bands, similarity=similarity), kept.write(texts)):
+                for band, part in enumerate(keys):
+                    file.seek(4 * (band * count + done))
+                    part.tofile(file)
+                done += keys.shape[1]
 
-    begin, path = 0, scratch / "bands"
-    with path.open("wb") as file:
-        for keys in in_threads(partial(bands, similarity=similarity), each()):
-            for band, part in enumerate(keys):
-                file.seek(4 * (band * count + begin))
-                part.tofile(file)
-            begin += keys.shape[1]
-    begins = np.cumsum([0, *map(len, kept)])
+    def join(band: int) -> None:
+        keys = np.fromfile(path, np.uint32, count, offset=4 * band * count)
+        _join_band(*collisions(keys), kept, similarity, forest, compared)
 
-    def texts_at(places: Numbers) -> list[str]:
-        cuts = np.searchsorted(places, begins)
-        return [
-            text
-            for k, (low, high) in enumerate(pairwise(cuts))
-            if low < high
-            for text in kept[k].take(pa.array(places[low:high] - begins[k])).to_pylist()
-        ]
+    def joined(some: range) -> Iterator[tuple[pa.RecordBatch, dict[str, Any]]]:
+        if not path.exists():
+            prepare()
+        for _ in in_threads(join, some):
+            bar.update()
+        yield pa.record_batch([forest.parent], SCHEMA), {}
 
-    found = in_threads(partial(_collisions_in, path, count), range(BANDS))
-    bar = tqdm(found, desc="split: compare", total=BANDS, unit="band", leave=False)
-    join_similar(bar, texts_at, similarity, forest)
-    path.unlink()
-
-
-def _collisions_in(path: Path, count: int, band: int) -> tuple[Numbers, Numbers]:
-    return collisions(np.fromfile(path, np.uint32, count, offset=4 * band * count))
-
-
-def numbers_key(question: str) -> int:
-    """Return 64 bits that are the same for questions with the same numbers; 0 without any."""
-    numbers = NUMBER.findall(question)
-    if not numbers:
-        return 0
-    text = " ".join(sorted(numbers)).encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest())
+    with bar:
+        for begin in range(0, BANDS, BANDS_KEPT):
+            some = range(begin, min(BANDS, begin + BANDS_KEPT))
+            file = kept_in and kept_in / f"bands-{begin}.arrow"
+            ((batch, _),) = made_once(file, SCHEMA, joined(some))
+            forest.parent = batch.column("parent").to_numpy().copy()
+    for file in (path, kept.path):
+        file.unlink(missing_ok=True)
 
 
-def shingles(questions: list[str]) -> tuple[Numbers, Numbers]:
-    """Return the hashed shingles of all questions, one after another, and where each question's begin."""
-    padded = [f" {question} " for question in questions]
-    lengths = np.fromiter(map(len, padded), np.int64, len(padded))
-    text = "".join(padded) + "\0" * SHINGLE
-    characters = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
-    hashed = np.zeros(len(text) - SHINGLE, np.uint64)
-    for k in range(SHINGLE):
-        hashed += characters[k : len(hashed) + k] * ODD[k]
-    for odd in ODD[SHINGLE : SHINGLE + 2]:
-        hashed ^= hashed >> np.uint64(32)
-        hashed *= odd
-    hashed ^= hashed >> np.uint64(32)
-    counts = np.maximum(1, lengths - SHINGLE + 1)
-    begins = np.cumsum(lengths) - lengths
-    for i in np.flatnonzero(lengths < SHINGLE):  # shorter than a shingle: the text itself
-        digest = hashlib.blake2b(padded[i].encode(), digest_size=8).digest()
-        hashed[begins[i]] = int.from_bytes(digest)
-    starts = np.concatenate(([0], np.cumsum(counts)))
-    places = np.arange(starts[-1]) + np.repeat(begins - starts[:-1], counts)
-    return hashed[places], starts
-
-
-def bands(texts: pa.Array, similarity: float) -> Numbers:
-    """Return the keys of each band, bands x questions, as 32 bits; equal ones may be similar."""
-    questions = texts.to_pylist()
-    if not questions:
-        return np.empty((BANDS, 0), np.uint32)
-    hashed, starts = shingles(questions)
-    small = (hashed >> np.uint64(32)).astype(np.uint32)
-    multipliers = (ODD[SHINGLE + 2 :] >> np.uint64(32)).astype(np.uint32) | np.uint32(1)
-    counts = np.diff(starts)
-    minima = np.empty((HASHES, len(questions)), np.uint32)
-    by_length = np.argsort(counts, kind="stable")
-    for begin in range(0, len(questions), ROWS_AT_ONCE):
-        rows = by_length[begin : begin + ROWS_AT_ONCE]
-        # a question's shingles are a column; the last one is repeated, which leaves the minimum as it is
-        below = np.arange(counts[rows[-1]])[:, None]
-        columns = small[starts[rows] + np.minimum(below, counts[rows] - 1)]
-        product = np.empty_like(columns)
-        for k in range(HASHES):
-            np.multiply(columns, multipliers[k], out=product)
-            minima[k, rows] = product.min(axis=0)
-    size = 2 if similarity < 0.65 else 3
-    groups = np.zeros((HASHES // size, len(questions)), np.uint64)
-    for k, minimum in enumerate(minima):
-        groups[k // size] = (groups[k // size] + minimum) * ODD[k % SHINGLE]
-        groups[k // size] ^= groups[k // size] >> np.uint64(29)
-    numbers = np.fromiter(map(numbers_key, questions), np.uint64, len(questions))
-    keys = np.empty((BANDS, len(questions)), np.uint32)
-    around = [(k, (k + step) % len(groups)) for step in (1, 5, 7) for k in range(len(groups))]
-    for band, (one, other) in enumerate(around[:BANDS]):
-        mixed = (groups[one] * ODD[0] + groups[other] + numbers) * ODD[1]
-        keys[band] = (mixed ^ (mixed >> np.uint64(31))) * ODD[2] >> np.uint64(32)
-    return keys
-
-
-def collisions(keys: Numbers) -> tuple[Numbers, Numbers]:
-    """Return the questions whose key in a band another one has, key by key, and where each key's begin."""
-    packed = keys.astype(np.uint64) << np.uint64(32) | np.arange(len(keys), dtype=np.uint64)
-    packed.sort()  # several times as fast as a stable argsort
-    order, in_order = packed.astype(np.uint32).astype(np.int32), packed >> np.uint64(32)
-    new = np.concatenate(([True], in_order[1:] != in_order[:-1], [True]))
-    alone = new[1:] & new[:-1]
-    return order[~alone], np.concatenate((np.flatnonzero(new[:-1][~alone]), [(~alone).sum()]))
-
-
-def join_similar(
-    bands_found: Iterable[tuple[Numbers, Numbers]],
-    texts: Callable[[Numbers], list[str]],
+def _join_band(
+    members: Numbers,
+    starts: Numbers,
+    texts: _Texts,
     similarity: float,
     forest: Forest,
+    compared: list[Numbers],
 ) -> None:
-    """Join the questions that are similar.
+    """Join the questions of a band that are similar.
 
     Args:
-        bands_found: what `collisions` returns of each band.
-        texts: returns questions by their places.
+        members: with `starts` what `collisions` returns.
+        compared: large sets of questions that other bands hold; those of this one are added.
     """
-    compared: list[Numbers] = []  # large sets of questions: many bands hold the same
-    for members, starts in bands_found:
-        sizes = np.diff(starts)
-        for k in np.flatnonzero(sizes > SMALL):
-            together = np.sort(members[starts[k] : starts[k + 1]])
-            if not any(np.isin(together, known).all() for known in compared):
-                _join_many(together, texts, similarity, forest)
-                compared = sorted([*compared, together], key=len)[-16:]
-        key = np.repeat(np.arange(len(sizes)), sizes)
-        few = np.repeat(sizes <= SMALL, sizes)
-        members, key = members[few], key[few]
-        for apart in range(1, min(SMALL, sizes.max(initial=0))):
-            first = np.flatnonzero(key[apart:] == key[:-apart])
-            for begin in range(0, len(first), PAIRS_AT_ONCE):
-                some = first[begin : begin + PAIRS_AT_ONCE]
-                one, other = members[some], members[some + apart]
-                new = forest.roots(one) != forest.roots(other)
-                if new.any():
-                    _join_pairs(one[new], other[new], texts, similarity, forest)
+    sizes = np.diff(starts)
+    for k in np.flatnonzero(sizes > SMALL):
+        together = np.sort(members[starts[k] : starts[k + 1]])
+        if not any(np.isin(together, known).all() for known in compared):
+            _join_many(together, texts, similarity, forest)
+            compared[:] = sorted([*compared, together], key=len)[-16:]
+    key = np.repeat(np.arange(len(sizes)), sizes)
+    few = np.repeat(sizes <= SMALL, sizes)
+    members, key = members[few], key[few]
+    for apart in range(1, min(SMALL, sizes.max(initial=0))):
+        first = np.flatnonzero(key[apart:] == key[:-apart])
+        for begin in range(0, len(first), PAIRS_AT_ONCE):
+            some = first[begin : begin + PAIRS_AT_ONCE]
+            one, other = members[some], members[some + apart]
+            new = forest.roots(one) != forest.roots(other)
+            one, other = one[new], other[new]
+            if len(one):
+                _join_pairs(one, other, texts, similarity, forest)
 
 
-def _matrix(questions: list[str]) -> Any:
+def _matrix(questions: pa.Array) -> Any:
     """Return which question has which shingle, as a sparse matrix."""
     from scipy.sparse import csr_array
 
-    hashed, starts = shingles(questions)
+    hashed, starts = shingles_of(questions)
     _, columns = np.unique(hashed, return_inverse=True)
     shape = (len(questions), int(columns.max()) + 1)
     found = csr_array((np.ones(len(columns), np.int32), columns, starts), shape=shape)
@@ -230,35 +213,69 @@ def _matrix(questions: list[str]) -> Any:
 def _join_pairs(
     one: Numbers,
     other: Numbers,
-    texts: Callable[[Numbers], list[str]],
+    texts: _Texts,
     similarity: float,
     forest: Forest,
 ) -> None:
     rows, places = np.unique(np.concatenate((one, other)), return_inverse=True)
-    questions = texts(rows)
+    questions = texts.at(rows)
     left, right = places[: len(one)], places[len(one) :]
-    shared = _matrix(questions)
-    sizes = np.diff(shared.indptr)
-    both = shared[left].multiply(shared[right]).sum(axis=1)
-    numbers = np.array([numbers_key(question) for question in questions], np.uint64)
-    alike = both >= similarity * (sizes[left] + sizes[right] - both)
-    alike &= numbers[left] == numbers[right]
-    forest.join(one[alike], other[alike])
+    sizes = pc.binary_length(questions).to_numpy()
+    alike = np.concatenate(
+        [
+            _alike(questions, left[part], right[part], similarity)
+            for part in _parts(sizes[left] + sizes[right])
+        ]
+    )
+    left, right = left[alike], right[alike]
+    rows, places = np.unique(np.concatenate((left, right)), return_inverse=True)
+    numbers = numbers_keys(questions.take(pa.array(rows)))[places]
+    same = numbers[: len(left)] == numbers[len(left) :]
+    forest.join(one[alike][same], other[alike][same])
 
 
-def _join_many(
-    members: Numbers, texts: Callable[[Numbers], list[str]], similarity: float, forest: Forest
-) -> None:
+def _alike(texts: pa.Array, left: Numbers, right: Numbers, similarity: float) -> Numbers:
+    """Return which pairs of texts are similar by their shingles.
+
+    Those of both are sorted together, with the last bit for the side that they are of: one that both have
+    is once followed by itself of the other side, however often it is there.
+    """
+    sums, begins, counts = sums_of(texts.take(pa.array(np.concatenate((left, right)))))
+    sums &= ~np.uint64(1)
+    found = np.zeros(len(left), bool)
+    widths = counts[: len(left)] + counts[len(left) :]
+    order, done = np.argsort(widths, kind="stable"), 0
+    while done < len(order):
+        # no more than so many shingles, all repeated to the width of the widest pair
+        size = max(1, int(CACHED // widths[order[min(len(order), done + PAIRS_SORTED) - 1]]))
+        some = order[done : done + min(size, PAIRS_SORTED)]
+        sides = []
+        for side, rows in enumerate((some, some + len(left))):
+            below = np.arange(counts[rows].max())[None]
+            places = begins[rows][:, None] + np.minimum(below, counts[rows][:, None] - 1)
+            sides.append(sums[places])
+            sides[side] |= np.uint64(side)
+        together = np.concatenate(sides, axis=1)
+        together.sort(axis=1)
+        apart = together[:, 1:] ^ together[:, :-1]
+        both = np.count_nonzero(apart == 1, axis=1)
+        either = np.count_nonzero(apart > 1, axis=1) + 1
+        found[some] = both >= similarity * either
+        done += len(some)
+    return found
+
+
+def _join_many(members: Numbers, texts: _Texts, similarity: float, forest: Forest) -> None:
     """Join those of many questions that are similar; pairs that are joined already are not compared.
 
     What all have in common, as the words of a template, is counted once.
     """
-    questions = texts(members)
+    questions = texts.at(members)
     found = _matrix(questions)
     sizes = np.diff(found.indptr)
     common = np.bincount(found.indices, minlength=found.shape[1]) == len(members)
     rest = found[:, ~common]
-    numbers = np.array([numbers_key(question) for question in questions], np.uint64)
+    numbers = numbers_keys(questions)
     left, begun = np.arange(len(members)), False
     while len(left):
         roots = forest.roots(members[left])

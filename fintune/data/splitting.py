@@ -7,31 +7,28 @@ split follows from its member with the smallest hash.
 Rows that the source assigns to validation or test stay there. A group of similar questions that it
 assigns to several splits goes to the one held out most, without its rows of the others.
 
-In memory are hashes, and the different questions; texts pass through in batches.
+In memory are some hashes at a time; the others, and the texts, are in files.
 """
 
-import json
 import logging
 import os
 import shutil
 from collections.abc import Iterator
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from fintune.data.keys import Keys, read_keys
 from fintune.data.ordering import inputs_of, without_duplicates, write_in_order
-from fintune.data.prompt import render_prompt
 from fintune.data.questions import normalize_question, normalized
-from fintune.data.records import hash_of, hashes_of, warn_of_dropped
+from fintune.data.records import hashes_of, warn_of_dropped
 from fintune.data.similar import Forest, group_similar
-from fintune.data.stream import batches, in_threads, open_rows, spool, unspool
+from fintune.data.stream import batches, in_threads, open_rows
 from fintune.data.tables import COLUMNS, LISTED, SPLITS, list_dropped
 from fintune.errors import UserError, brief
 from fintune.params import Split
@@ -40,20 +37,19 @@ from fintune.paths import rows as rows_of
 log = logging.getLogger("fintune")
 
 LARGE = 0.1  # of the rows; a group with more is told
-NEXT = "\nInput: "  # within an instruction or an input, two rows can have one prompt
-HASHES = ("order", "row", "row_too", "leader", "side", "asked", "prompt", "group")
-KEYS = {**dict.fromkeys(HASHES, np.uint64), "given": np.int8, "assigned": np.bool_}
-TEXTS = pa.schema([("text", pa.string())])
 Numbers = NDArray[Any]
 
 
-def split_rows(source: Path, folder: Path, params: Split) -> tuple[dict[str, int], dict[str, int]]:
+def split_rows(
+    source: Path, folder: Path, params: Split, kept_in: Path | None = None
+) -> tuple[dict[str, int], dict[str, int]]:
     """Assign every row of a table to train, validation or test, and write these.
 
     Args:
         source: records with `instruction`, `input` and `output`; the question is `input`. `split` is
             where the source puts a row; the fractions are drawn from rows that it puts nowhere or in train.
         folder: where the rows of each split are written, in hash order.
+        kept_in: a folder where hashes and groups that are found are kept, and read if they are there.
 
     Returns:
         The number of rows left out, by reason: `held_out_question` (the source puts the same or a similar
@@ -70,31 +66,8 @@ def split_rows(source: Path, folder: Path, params: Split) -> tuple[dict[str, int
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:
-        keys = _read_keys(file, params.seed, scratch / "texts")
-        question, group = _group(keys, params.near_duplicate_similarity, scratch)
-        side, held_out, leader = _draw(keys, group[question], params)
-        kept = keys["given"] == held_out
-        warn_of_dropped(
-            "split",
-            len(kept) - int(kept.sum()),
-            (
-                f"{brief(text, 60)!r} is held out"
-                for text in inputs_of(file, np.flatnonzero(~kept)[:3])
-            ),
-            len(kept),
-        )
-        order = np.flatnonzero(kept)
-        order = order[np.lexsort((keys["row"][order], keys["order"][order], side[order]))]
-        unique = without_duplicates(file, keys, order)
-        counts = np.bincount(side[unique], minlength=len(SPLITS))
-        _check_counts(counts, params, len(group), len(np.unique(group)))
-        sizes = np.bincount(group[question[unique]], minlength=len(group))
-        leaders = leader[np.isin(group[question], np.flatnonzero(sizes == sizes.max()))]
-        (example,) = inputs_of(file, leaders[[keys["leader"][leaders].argmin()]])
-        groups = {"groups": int((sizes > 0).sum()), "largest_group_rows": int(sizes.max())}
-        _warn_of_shares(
-            counts, params, groups, normalize_question(example), bool(keys["assigned"].any())
-        )
+        keys = read_keys(file, params.seed, kept_in or scratch, kept_in is not None)
+        kept, order, unique, counts, groups = _assign(file, keys, params, scratch, kept_in)
         write_in_order(file, unique, counts, [rows_of(folder, each) for each in SPLITS], scratch)
         list_dropped(folder, ("row", "reason", "text"), _lost(file, kept, order, unique))
         left_out = {
@@ -106,113 +79,79 @@ def split_rows(source: Path, folder: Path, params: Split) -> tuple[dict[str, int
         shutil.rmtree(scratch)
 
 
+def _assign(
+    file: pq.ParquetFile, keys: Keys, params: Split, scratch: Path, kept_in: Path | None
+) -> tuple[Numbers, Numbers, Numbers, Numbers, dict[str, int]]:
+    """Return which rows are not held out, these in the order of the splits, the different ones of them, their
+    number in each split, and what is told of the groups."""
+    question, group = _group(keys, params.near_duplicate_similarity, scratch, kept_in)
+    side, held_out, leader = _draw(keys, group[question], params)
+    kept = keys["given"] == held_out
+    warn_of_dropped(
+        "split",
+        len(kept) - int(kept.sum()),
+        (f"{brief(text, 60)!r} is held out" for text in inputs_of(file, np.flatnonzero(~kept)[:3])),
+        len(kept),
+    )
+    order = np.flatnonzero(kept)
+    order = order[np.lexsort((keys["row"][order], keys["order"][order], side[order]))]
+    unique = without_duplicates(file, keys, order)
+    counts = np.bincount(side[unique], minlength=len(SPLITS))
+    _check_counts(counts, params, len(group), len(np.unique(group)))
+    sizes = np.bincount(group[question[unique]], minlength=len(group))
+    leaders = leader[np.isin(group[question], np.flatnonzero(sizes == sizes.max()))]
+    (example,) = inputs_of(file, leaders[[keys["leader"][leaders].argmin()]])
+    groups = {"groups": int((sizes > 0).sum()), "largest_group_rows": int(sizes.max())}
+    _warn_of_shares(
+        counts, params, groups, normalize_question(example), bool(keys["assigned"].any())
+    )
+    return kept, order, unique, counts, groups
+
+
 def _lost(
     file: pq.ParquetFile, kept: Numbers, order: Numbers, unique: Numbers
 ) -> Iterator[tuple[int, str, str]]:
     """Yield the first rows of each reason for leaving one out: number, reason and beginning."""
-    reasons = {"held_out_question": np.flatnonzero(~kept), "duplicate": np.setdiff1d(order, unique)}
+    equal = np.zeros(len(kept), bool)
+    equal[order] = True
+    equal[unique] = False
+    reasons = {"held_out_question": np.flatnonzero(~kept), "duplicate": np.flatnonzero(equal)}
     for reason, found in reasons.items():
         for row, text in zip(found, inputs_of(file, found[:LISTED]), strict=False):
             yield int(row) + 1, reason, brief(text, 100)
 
 
-def _read_keys(file: pq.ParquetFile, seed: int, texts: Path) -> dict[str, Numbers]:
-    """Return what is known of each row without its texts; write the texts by which questions are compared."""
-    present = [
-        name for name in (*COLUMNS, "split", "group", "turns") if name in file.schema_arrow.names
-    ]
-    found, begin = (
-        {name: np.zeros(file.metadata.num_rows, dtype) for name, dtype in KEYS.items()},
-        0,
-    )
-    with spool(texts, TEXTS) as write:
-        work = in_threads(partial(_keys, seed=seed), batches(file, present, "split: hash"))
-        for keys, compared in work:
-            write(compared)
-            for name, values in keys.items():
-                if values.any():  # else no memory is taken
-                    found[name][begin : begin + len(values)] = values
-            begin += len(compared)
-    return found
-
-
-def _keys(batch: pa.RecordBatch, seed: int) -> tuple[dict[str, Numbers], pa.RecordBatch]:
-    """Return hashes of each row: what makes two rows equal, or their questions, or joins them; 0 is none.
-
-    Conversations are compared by what the user said: the answers of one assistant, and a transcript's
-    labels, are alike.
-    """
-    instructions, inputs, outputs = (batch.column(name) for name in COLUMNS)
-    question = compared = normalized(inputs)
-    found: dict[str, Numbers] = {key: np.zeros(len(batch), kind) for key, kind in KEYS.items()}
-    for key, name in (("order", f"order {seed}"), ("leader", "leader"), ("side", f"side {seed}")):
-        found[key] = hashes_of(name, question)[:, 0]
-    whole = pc.binary_join_element_wise(instructions, inputs, outputs, "\0")
-    found["row"], found["row_too"] = hashes_of("row", whole, words=2).T
-    several = pc.or_(pc.match_substring(instructions, NEXT), pc.match_substring(inputs, NEXT))
-    for i in np.flatnonzero(several):  # no other row has the prompt of the others
-        prompt = render_prompt(instructions[i].as_py(), inputs[i].as_py())
-        found["prompt"][i] = hash_of("prompt", prompt)
-    optional = {name: batch.column(name) for name in batch.schema.names if name not in COLUMNS}
-    if "turns" in optional:
-        turns = optional["turns"]
-        has_turns = pc.greater(pc.fill_null(pc.binary_length(turns), 0), 0)
-        said = pa.array(map(_said, turns.filter(has_turns).to_pylist()), pa.string())
-        compared = pc.replace_with_mask(question, has_turns, said)
-        found["asked"][has_turns] = hashes_of("asked", said)[:, 0]
-    if "group" in optional:
-        has_group = pc.greater(pc.fill_null(pc.binary_length(optional["group"]), 0), 0)
-        found["group"][has_group] = hashes_of("group", optional["group"].filter(has_group))[:, 0]
-    if "split" in optional:
-        given = [SPLITS.index(name or "train") for name in optional["split"].to_pylist()]
-        found["given"] = np.array(given, np.int8)
-        found["assigned"] = np.array([bool(name) for name in optional["split"].to_pylist()])
-    return found, pa.record_batch([compared], schema=TEXTS)
-
-
-def _said(turns: str) -> str:
-    """Return the normalised text of what the user said."""
-    return normalize_question("\n".join(text for role, text in json.loads(turns) if role == "user"))
-
-
 def _group(
-    keys: dict[str, Numbers], similarity: float | None, scratch: Path
+    keys: Keys, similarity: float | None, scratch: Path, kept: Path | None
 ) -> tuple[Numbers, Numbers]:
     """Return the question of each row, and the group of each question, both as numbers from 0."""
-    order = np.lexsort((keys["asked"], keys["asked"] == 0, keys["order"]))
-    ordered_keys = keys["order"][order]
-    new = np.concatenate(([True], ordered_keys[1:] != ordered_keys[:-1]))
+    hashes, asked = keys["order"], keys["asked"]
+    order = np.lexsort((asked, asked == 0, hashes))
+    hashes = hashes[order]
+    new = np.concatenate(([True], hashes[1:] != hashes[:-1]))
+    del hashes
     first = order[new]  # a row of each question, of a conversation if there is one
-    places = np.argsort(np.argsort(first))
+    places = np.argsort(np.argsort(first)).astype(np.int32)
     question = np.empty(len(order), np.int32)
     question[order] = places[np.cumsum(new) - 1]
+    del order, places
     first.sort()
     forest = Forest(len(first))
-    asked = np.zeros_like(keys["asked"])
-    asked[first] = keys["asked"][first]
-    for linking in (keys["prompt"], keys["group"], asked):
+    asked_first = np.zeros_like(asked)
+    asked_first[first] = asked[first]
+    del asked
+    for linking in (keys["prompt"], keys["group"], asked_first):
         rows = np.flatnonzero(linking)
         rows = rows[np.argsort(linking[rows], kind="stable")]
         same = linking[rows[1:]] == linking[rows[:-1]]
         forest.join(question[rows[1:][same]], question[rows[:-1][same]])
+    del asked_first, linking
     if similarity is not None:
-        group_similar(_texts_of(scratch / "texts", first), len(first), similarity, forest, scratch)
-    (scratch / "texts").unlink()
+        group_similar(keys.texts(first), len(first), similarity, forest, scratch, kept)
     return question, forest.roots(np.arange(len(first)))
 
 
-def _texts_of(path: Path, rows: Numbers) -> Iterator[pa.Array]:
-    """Yield the texts of some rows, in ascending order."""
-    begin = 0
-    for batch in unspool(path):
-        low, high = np.searchsorted(rows, (begin, begin + batch.num_rows))
-        yield batch.column("text").take(pa.array(rows[low:high] - begin))
-        begin += batch.num_rows
-
-
-def _draw(
-    keys: dict[str, Numbers], group: Numbers, params: Split
-) -> tuple[Numbers, Numbers, Numbers]:
+def _draw(keys: Keys, group: Numbers, params: Split) -> tuple[Numbers, Numbers, Numbers]:
     """Return of each row the split of its group, the split where the source holds it out most, and a row of
     the group's leader, its question with the smallest hash."""
     order = np.lexsort((keys["leader"], group))

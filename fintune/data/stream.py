@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -82,7 +82,13 @@ def ordered(function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[
 
 def in_threads(function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
     """Yield the results of a function that is numpy's or Arrow's work, as `ordered` does, from threads."""
-    yield from _in_turn(ThreadPoolExecutor(workers()), function, jobs, deque(), workers())
+    waiting = iter(jobs)
+    begun = list(islice(waiting, 2))
+    if len(begun) < 2:
+        yield from map(function, begun)
+        return
+    pool = ThreadPoolExecutor(workers())
+    yield from _in_turn(pool, function, chain(begun, waiting), deque(), workers())
 
 
 def _in_turn(
@@ -149,15 +155,16 @@ def batches(
     columns: list[str] | None = None,
     shown: str = "",
     size: int = BATCH,
-    group: int | None = None,
+    groups: Sequence[int] | None = None,
 ) -> Iterator[pa.RecordBatch]:
-    """Yield a table's rows, or those of a row group, in batches, with a bar that says what is done."""
-    groups = range(file.num_row_groups) if group is None else [group]
+    """Yield a table's rows, or those of some row groups, in batches, with a bar that says what is done."""
+    groups = range(file.num_row_groups) if groups is None else groups
     total = sum(file.metadata.row_group(each).num_rows for each in groups)
     with tqdm(total=total, desc=shown, unit="row", leave=False, disable=not shown) as bar:
-        for batch in file.iter_batches(size, groups, columns, use_threads=False):
-            yield batch
-            bar.update(batch.num_rows)
+        for each in groups:  # read together, all stay in memory until the last is done
+            for batch in file.iter_batches(size, [each], columns, use_threads=False):
+                yield batch
+                bar.update(batch.num_rows)
 
 
 @contextmanager

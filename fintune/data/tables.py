@@ -36,8 +36,11 @@ def is_table_file(source: str) -> bool:
 
 
 @contextmanager
-def opened(source: str) -> Iterator[Pieces]:
+def opened(source: str, kept_in: Path | None = None) -> Iterator[Pieces]:
     """Open a table in a local file or at any URL that fsspec opens; the extension gives the format.
+
+    Args:
+        kept_in: a folder where a download is kept, and read if it is there.
 
     Raises:
         RecordError: the file is missing, its format is unknown, a line is malformed (the message gives
@@ -48,11 +51,12 @@ def opened(source: str) -> Iterator[Pieces]:
         if "://" in source:
             address = source.split("::")[0]  # fsspec's chains begin with the file itself
             name = urlsplit(address).path or address
-            path = stack.enter_context(downloaded(source))
+            path = stack.enter_context(downloaded(source, kept_in))
         else:
             _check_file(path)
         with placed(source):
-            yield open_table(path, name)
+            about = path.stat()
+            yield open_table(path, name)._replace(state=f"{about.st_size} {about.st_mtime_ns}")
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Counts of tokens: of many rows at once, and their summary."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from fintune.data.prompt import (
     RESPONSE_END,
     Tokenizer,
     encode,
+    end_token_id,
     has_own_template,
     prompt_token_ids,
 )
@@ -25,27 +26,48 @@ def count_tokens(tokenizer: Tokenizer, rows: Sequence[tuple[str, str]]) -> list[
     """
     if has_own_template(tokenizer):
         return [(len(one), len(other)) for one, other in (encode(tokenizer, *row) for row in rows)]
+    return [
+        (kept + len(opening), len(answer) + len(end))
+        for _, kept, opening, answer, end in _encoded(tokenizer, rows)
+    ]
+
+
+def encode_rows(
+    tokenizer: Tokenizer, rows: Sequence[tuple[str, str]]
+) -> list[tuple[list[int], list[int]]]:
+    """Encode the prompt and completion of each row as `encode` does, many at once.
+
+    Raises:
+        Refused: the base's tokenizer makes a special token of a text.
+    """
+    if has_own_template(tokenizer):
+        return [encode(tokenizer, *row) for row in rows]
+    return [
+        (prompt.ids[:kept] + opening, answer.ids + end)
+        for prompt, kept, opening, answer, end in _encoded(tokenizer, rows)
+    ]
+
+
+def _encoded(
+    tokenizer: Tokenizer, rows: Sequence[tuple[str, str]]
+) -> Iterator[tuple[Any, int, list[int], Any, list[int]]]:
+    """Yield a prompt's encoding, how many of its tokens count, what follows them; the answer's, its end."""
     backend = tokenizer.backend_tokenizer
     read_whole(backend)
-    opening = len(prompt_token_ids(tokenizer)[:1])
+    opening, end = prompt_token_ids(tokenizer)[:1], [end_token_id(tokenizer)]
     prompts = list(
         dict.fromkeys(prompt for prompt, _ in rows)
     )  # a question often has several answers
     bodies = [prompt.removesuffix(RESPONSE) if opening else prompt for prompt in prompts]
     added = backend.encode("a").special_tokens_mask
     appended = next((i for i, is_added in enumerate(reversed(added)) if not is_added), len(added))
-    before = {
-        prompt: len(encoded) - appended + opening * prompt.endswith(RESPONSE)
-        for prompt, encoded in zip(prompts, backend.encode_batch_fast(bodies), strict=True)
-    }
+    encoded = dict(zip(prompts, backend.encode_batch_fast(bodies), strict=True))
     answers = [completion.removesuffix(RESPONSE_END) for _, completion in rows]
     encoded_answers = backend.encode_batch_fast(answers, add_special_tokens=False)
-    return [
-        (before[prompt], len(encoded) + (answer != completion))
-        for (prompt, completion), answer, encoded in zip(
-            rows, answers, encoded_answers, strict=True
-        )
-    ]
+    for (prompt, completion), text, answer in zip(rows, answers, encoded_answers, strict=True):
+        ends = end * (text != completion)
+        kept = len(encoded[prompt]) - appended
+        yield encoded[prompt], kept, opening * prompt.endswith(RESPONSE), answer, ends
 
 
 def read_whole(backend: Any) -> None:

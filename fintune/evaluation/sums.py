@@ -9,7 +9,7 @@ from fintune.evaluation.correctness import is_correct
 from fintune.evaluation.measure import ModelResult
 from fintune.evaluation.rows import Chosen
 from fintune.evaluation.scores import result_of
-from fintune.evaluation.statistics import Sums
+from fintune.evaluation.statistics import Row, Sums
 from fintune.evaluation.texts import text_scores
 from fintune.generation.generate import Answer
 
@@ -25,7 +25,7 @@ def metric_sums(
     """
     scores, rows = result.scores, chosen.rows
     answer_bytes = [len(row["completion"].removesuffix(RESPONSE_END).encode()) for row in rows]
-    drawn = [answer_sums(list(each), chosen) for each in zip(*result.answers, strict=True)]
+    *drawn, greedy = answer_sums([*zip(*result.answers, strict=True), result.greedy], chosen)
     sums = {
         "loss": (scores.nll, scores.tokens),
         "perplexity": (scores.nll, scores.tokens),
@@ -40,13 +40,21 @@ def metric_sums(
             for name in drawn[0]
         },
     }
-    return sums, answer_sums(result.greedy, chosen)
+    return sums, greedy
 
 
-def answer_sums(answers: Sequence[Answer], chosen: Chosen) -> Sums:
-    """Compute the metrics' numerators and denominators of one answer to each row."""
-    rows = chosen.rows
-    texts = text_scores([each.text for each in answers], chosen.references)
+def answer_sums(sets: Sequence[Sequence[Answer]], chosen: Chosen) -> list[Sums]:
+    """Compute the metrics' numerators and denominators of each set of answers, one to each row."""
+    every = [answer.text for answers in sets for answer in answers]
+    scores = text_scores(every, chosen.references * len(sets))
+    parts = {name: np.split(values, len(sets)) for name, values in scores.items()}
+    return [
+        _sums(answers, {name: values[i] for name, values in parts.items()}, chosen.rows)
+        for i, answers in enumerate(sets)
+    ]
+
+
+def _sums(answers: Sequence[Answer], texts: dict[str, np.ndarray], rows: Sequence[Row]) -> Sums:
     right = [
         is_correct(result_of(row), answer.text, row["input"])
         for row, answer in zip(rows, answers, strict=True)

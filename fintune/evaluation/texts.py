@@ -2,7 +2,7 @@
 
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -64,12 +64,13 @@ def text_scores(
 
 def _score(job: tuple[str, tuple[str, ...]]) -> tuple[float, ...]:
     answer, references = job
-    rouge_scorer, chrf = _scorers()
+    stems, rouge_scorer, chrf = _scorers()
     rouge = rouge_scorer.score_multi(references, answer)
     words = split_words(answer)
     lengths = [len(split_words(reference)) for reference in references]
     return (
-        *(rouge[kind].fmeasure for kind in ("rouge1", "rouge2", "rougeL")),
+        *(rouge[kind].fmeasure for kind in ("rouge1", "rouge2")),
+        max(_rouge_l(stems(answer), stems(each)) for each in references),
         chrf.sentence_score(answer, references).score,
         distinct_2(words),
         longest_repeat(words),
@@ -77,6 +78,15 @@ def _score(job: tuple[str, tuple[str, ...]]) -> tuple[float, ...]:
         len(words),
         min(lengths, key=lambda length: (abs(length - len(words)), length)),
     )
+
+
+def _rouge_l(words: Sequence[str], reference: Sequence[str]) -> float:
+    """Return the F1 of the longest common subsequence, which rouge_score looks for in Python."""
+    from rapidfuzz.distance import LCSseq
+    from rouge_score.scoring import fmeasure
+
+    common = LCSseq.similarity(words, reference)
+    return float(fmeasure(common / max(1, len(words)), common / max(1, len(reference))))
 
 
 class _Words:
@@ -89,8 +99,9 @@ class _Words:
         from nltk.stem.porter import PorterStemmer
 
         self.stem = lru_cache(maxsize=None)(PorterStemmer().stem)
+        self.tokenize = lru_cache(maxsize=1024)(self._tokenize)
 
-    def tokenize(self, text: str) -> list[str]:
+    def _tokenize(self, text: str) -> list[str]:
         from rouge_score.tokenize import tokenize
 
         if text.isascii():
@@ -103,11 +114,13 @@ class _Words:
 
 
 @lru_cache
-def _scorers() -> tuple[Any, Any]:
+def _scorers() -> tuple[Callable[[str], list[str]], Any, Any]:
+    """Return what splits a text into stems, and what computes ROUGE and chrF."""
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu.metrics.chrf import CHRF
 
-    return RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=_Words()), CHRF()
+    words = _Words()
+    return words.tokenize, RougeScorer(["rouge1", "rouge2"], tokenizer=words), CHRF()
 
 
 def distinct_2(words: Sequence[str]) -> float:

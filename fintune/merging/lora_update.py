@@ -68,7 +68,7 @@ def nf4_round_trip(weight: torch.Tensor) -> torch.Tensor:
     from bitsandbytes.nn.modules import Params4bit
 
     options: Any = {"compress_statistics": True, "quant_type": "nf4"}
-    packed: Any = Params4bit(weight.cpu(), requires_grad=False, **options)
+    packed: Any = Params4bit(weight, requires_grad=False, **options)
     packed = packed.to(device())
     plain: torch.Tensor = dequantize_4bit(packed.data, packed.quant_state)
     return plain

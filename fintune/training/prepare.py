@@ -11,8 +11,9 @@ import pyarrow as pa
 import torch
 from peft import PeftModel
 
-from fintune.data.prompt import Tokenizer, encode, load_tokenizer, template_of
-from fintune.data.stream import batches, open_rows, ordered, spool
+from fintune.data.prompt import Tokenizer, encode, has_own_template, load_tokenizer, template_of
+from fintune.data.stream import batches, in_threads, open_rows, ordered, spool
+from fintune.data.tokens import encode_rows
 from fintune.errors import UserError
 from fintune.hardware import (
     check_disk,
@@ -92,16 +93,17 @@ def encode_table(tokenizer: Tokenizer, source: Path, target: Path) -> TokenRows:
             open_rows(source, ["prompt", "completion"]), ["prompt", "completion"], "tokens"
         )
         with spool(target, STORED) as write:
-            for encoded in ordered(partial(_encode_batch, tokenizer), rows):
+            work = ordered if has_own_template(tokenizer) else in_threads
+            for encoded in work(partial(_encode_batch, tokenizer), rows):
                 write(encoded)
     of_first(None)  # the others wait for the file
     return TokenRows(target)
 
 
 def _encode_batch(tokenizer: Tokenizer, batch: pa.RecordBatch) -> pa.RecordBatch:
-    texts = zip(*(batch[name].to_pylist() for name in STORED.names), strict=True)
-    encoded = [encode(tokenizer, prompt, completion) for prompt, completion in texts]
-    columns = [pa.array(ids, STORED.field(0).type) for ids in zip(*encoded, strict=True)]
+    texts = list(zip(*(batch[name].to_pylist() for name in STORED.names), strict=True))
+    encoded = zip(*encode_rows(tokenizer, texts), strict=True)
+    columns = [pa.array(ids, STORED.field(0).type) for ids in encoded]
     return pa.record_batch(columns, schema=STORED)
 
 

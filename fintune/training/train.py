@@ -40,9 +40,9 @@ class TrainingResult:
     """The tuned model, its loss curve and the cost of the run.
 
     `curve` has one row per logged step: step, loss, validation_loss, validation_answers, learning_rate
-    (None where not measured). `step_tokens` are the tokens of each step of this process,
-    `largest_micro_batch` is the largest number of tokens in a micro-batch. `metrics` are the keys of
-    reports/train.json.
+    (None where not measured). `step_tokens` are the tokens of each step, of all processes;
+    `largest_micro_batch` is the largest number of tokens in a micro-batch of this one. `metrics` are
+    the keys of reports/train.json.
     """
 
     model: PeftModel

@@ -11,8 +11,8 @@ import numpy as np
 from mlflow.tracking import MlflowClient
 
 from fintune import paths
+from fintune.data.minhash import Numbers, shingles
 from fintune.data.questions import normalize_question
-from fintune.data.similar import Numbers, shingles
 from fintune.data.stream import batches, open_rows
 from fintune.usage.exchanges import Exchange, exchanges
 

@@ -1,10 +1,14 @@
 """Downloads: the true reason of a failure, a bar, and a limit on silence alone."""
 
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 
@@ -12,12 +16,15 @@ from fintune.data import download as module
 from fintune.data.download import downloaded
 from fintune.data.tables import read_source
 from fintune.errors import RecordError
+from support.project import ROOT
 
 TABLE = b"input,output\nWhy?,So.\n"
 
 
 class _Handler(BaseHTTPRequestHandler):
     given_up = threading.Event()
+    sent: ClassVar[list[str]] = []
+    states: ClassVar[dict[str, str]] = {}  # of names, what they are stated to be
 
     def log_message(self, format: str, *args: object) -> None:
         """Say nothing."""
@@ -37,8 +44,11 @@ class _Handler(BaseHTTPRequestHandler):
         status = int(name) if name.isdigit() else 200
         self.send_response(status)
         self.send_header("Content-Length", str(len(TABLE) + 9 * (name in ("silent", "torn"))))
+        if name in self.states:
+            self.send_header("ETag", self.states[name])
         self.end_headers()
         if self.command == "GET":
+            self.sent.append(name)
             self.wfile.write(TABLE)
             self.wfile.flush()
             if name == "silent":
@@ -118,3 +128,32 @@ def test_a_stream_without_end_is_left_at_the_limit(
         downloaded(f"{address}/endless"),
     ):
         pass
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from fintune.data.download import downloaded
+
+with downloaded(sys.argv[1], Path(sys.argv[2])):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_download_outlasts_a_kill_while_the_server_states_that_it_holds_the_same(
+    address: str, tmp_path: Path
+) -> None:
+    def times_sent(name: str) -> int:
+        """Download a file and be killed, and then do so again."""
+        url, before = f"{address}/{name}", _Handler.sent.count(name)
+        command = [sys.executable, "-c", KILLED, url, str(tmp_path)]
+        assert subprocess.run(command, cwd=ROOT).returncode == -signal.SIGKILL
+        with downloaded(url, tmp_path) as file:
+            assert file.read_bytes() == TABLE
+        return _Handler.sent.count(name) - before
+
+    assert times_sent("unstated.csv") == 2
+    _Handler.states["stated.csv"] = '"one"'
+    assert times_sent("stated.csv") == 1
+    _Handler.states["stated.csv"] = '"other"'
+    assert times_sent("stated.csv") == 1

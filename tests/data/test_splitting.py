@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
 from fintune.data import similar
@@ -342,3 +344,21 @@ def test_conversations_are_alike_by_what_the_user_said() -> None:
     apart = PARAMS.model_copy(update={"near_duplicate_similarity": None})
     _, _, groups = split_rows([*rows, *other], apart)
     assert groups["groups"] == 40  # equal words are one question
+
+
+def test_pairs_are_compared_by_the_sets_of_their_shingles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short texts, others that repeat a shingle, and letters of several bytes are among them."""
+    monkeypatch.setattr(similar, "PAIRS_SORTED", 7)
+    monkeypatch.setattr(similar, "CACHED", 300)
+    draw = random.Random(3)
+    texts = ["a", "ab", "aaaaaaaaaa", "aaaaaaaaaaaa", "été en été", "été en été en été"]
+    texts += ["".join(draw.choices("abé ", k=draw.randint(1, 30))) for _ in range(60)]
+    texts += [text + draw.choice(["", "a", "b a", text]) for text in texts]
+    sets = [{f" {t} "[i : i + 5] for i in range(max(1, len(t) - 2))} for t in texts]
+    pairs = [(i, j) for i in range(len(texts)) for j in range(i)]
+    left, right = (np.array(side) for side in zip(*pairs, strict=True))
+    column = pa.array(texts, pa.string())
+    for similarity in (0.5, 0.7, 1.0):
+        expected = [len(sets[i] & sets[j]) >= similarity * len(sets[i] | sets[j]) for i, j in pairs]
+        assert 0 < sum(expected) < len(pairs)
+        assert similar._alike(column, left, right, similarity).tolist() == expected

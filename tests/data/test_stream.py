@@ -21,6 +21,7 @@ from fintune.data.sources import fetch_records
 from fintune.data.splitting import split_rows
 from fintune.data.stream import ordered, spool, unspool, writer
 from fintune.data.tables import COLUMNS, SPLITS, write_rows
+from fintune.data.tokens import encode_rows
 from fintune.errors import RecordError, UserError
 from fintune.params import Base, Fetch, Format, Split, read_params
 from support.project import ROOT
@@ -210,11 +211,15 @@ def test_a_spool_gives_back_its_batches(tmp_path: Path) -> None:
     assert list(unspool(tmp_path / "spool")) == some
 
 
-def fetched(path: Path, target: Path, **changes: Any) -> dict[str, Any]:
+def fetch_params(path: Path, **changes: Any) -> Fetch:
     chosen = read_params(ROOT / "recipes/demo.yaml").fetch.model_dump()
     plain = dict.fromkeys(chosen["columns"]) | {name: name for name in COLUMNS}
     given = chosen | {"source": str(path), "columns": plain} | changes
-    return fetch_records(Fetch.model_validate(given), target)
+    return Fetch.model_validate(given)
+
+
+def fetched(path: Path, target: Path, **changes: Any) -> dict[str, Any]:
+    return fetch_records(fetch_params(path, **changes), target)
 
 
 @pytest.fixture
@@ -290,5 +295,6 @@ def test_tokens_are_counted_as_they_are_encoded() -> None:
             tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
                 single=template, special_tokens=known
             )
-        encoded = [tuple(map(len, encode(tokenizer, *text))) for text in texts]
-        assert formatting.count_tokens(tokenizer, texts) == encoded
+        encoded = [encode(tokenizer, *text) for text in texts]
+        assert encode_rows(tokenizer, texts) == encoded
+        assert formatting.count_tokens(tokenizer, texts) == [tuple(map(len, e)) for e in encoded]

@@ -39,14 +39,23 @@ def test_rouge_is_the_library_s_own_with_stemming() -> None:
     from rouge_score.rouge_scorer import RougeScorer
 
     plain = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
-    answer, reference = (
-        "Bonds' yields were rising, 5% fewer.",
-        "The bond yielded 5 % and the rises ended",
-    )
-    expected = plain.score(reference, answer)
-    scores = text_scores([answer], [[reference]])
+    answers = ["Bonds' yields were rising, 5% fewer.", "", "one two three", *made_texts(20, 1)]
+    references = ["The bond yielded 5 % and the rises ended", "none", "3 2 1", *made_texts(20, 2)]
+    scores = text_scores(answers, [[each] for each in references])
+    expected = [plain.score(*each) for each in zip(references, answers, strict=True)]
     for name, kind in (("rouge_1", "rouge1"), ("rouge_2", "rouge2"), ("rouge_l", "rougeL")):
-        assert scores[name] == [expected[kind].fmeasure]
+        assert list(scores[name]) == [each[kind].fmeasure for each in expected]
+    assert len(set(scores["rouge_l"])) > 15
+
+
+def made_texts(count: int, seed: int) -> list[str]:
+    """Make texts of 5 to 200 words, of which two have some in common."""
+    numbers = random.Random(seed)
+    words = (
+        ["bond", "yields", "risen", "falling", "of", "the", "market", "12", "percent"],
+        range(5, 201),
+    )
+    return [" ".join(numbers.choices(words[0], k=numbers.choice(words[1]))) for _ in range(count)]
 
 
 @pytest.mark.parametrize(

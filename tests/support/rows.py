@@ -31,13 +31,19 @@ def select_records(
     """Select in two pieces, as `fetch_records` does."""
     given = columns, default_instruction, invalid_rows, source, turns
     with tempfile.TemporaryDirectory() as name:
-        path, half = Path(name) / "records", len(rows) // 2
+        half = len(rows) // 2
         pieces = [piece for piece in (rows[:half], rows[half:]) if piece]
         table = Pieces(names_of(rows), True, lambda wanted: map(Piece, pieces))
-        told = sources.select_all(table, selection.Rules(*given), path)  # type: ignore[arg-type]
+        rules = selection.Rules(*given)  # type: ignore[arg-type]
+        told, files = sources.select_all(table, rules, sources.Place(Path(name), "0", False))
         dropped = selection.check_selected(told, source, hint)
         names = [name for name in selection.SCHEMA.names if name in {*COLUMNS, *told.present}]
-        found = [row for batch in unspool(path) for row in batch.select(names).to_pylist()]
+        found = [
+            row
+            for path in files
+            for batch in unspool(path)
+            for row in batch.select(names).to_pylist()
+        ]
     return found, dropped
 
 

@@ -9,7 +9,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from fintune import paths
-from fintune.data.similar import shingles
+from fintune.data.minhash import shingles
 from fintune.data.tables import write_rows
 from fintune.tracking.client import connect
 from fintune.usage.drift import new_shares, use_of
