@@ -140,15 +140,14 @@ def measure(
                     decoding = plain.using(report)
                 begun = time.perf_counter()
                 samples = 1 if decoding.is_greedy else params.samples_per_prompt
-                found = _answer_rows(generate, prompts, decoding, samples, f"{name} answers")
-                greedy = found
-                if decoding != plain:
-                    greedy = _answer_rows(generate, prompts, plain, 1, f"{name} greedy")
+                wanted = [decoding] * samples + [plain] * (decoding != plain)
+                found = _answer_rows(generate, prompts, wanted, f"{name} answers")
                 report["answer_seconds"] += time.perf_counter() - begun
                 if more:
                     title_ = f"{name} collected questions"
-                    of_collected[name] = _answer_rows(generate, more, decoding, 1, title_)
-        results[name] = ModelResult(scores, found, [row[0] for row in greedy], passage)
+                    of_collected[name] = _answer_rows(generate, more, [decoding], title_)
+        drawn, greedy = [row[:samples] for row in found], [row[-1] for row in found]
+        results[name] = ModelResult(scores, drawn, greedy, passage)
     report["samples_per_prompt"] = samples
     model.set_adapter("default")
     first = rank() == 0
@@ -275,15 +274,14 @@ def engine(
 def _answer_rows(
     generate: Generate,
     prompts: Sequence[list[int]],
-    decoding: Decoding,
-    samples: int,
+    decodings: Sequence[Decoding],
     title: str,
 ) -> list[list[Answer]]:
-    """Generate `samples` answers to each different prompt, the same ones for all rows that have it."""
+    """Answer each different prompt with each of these decodings, the same for all rows that have it."""
     different = list(dict.fromkeys(tuple(prompt) for prompt in prompts))
-    repeated = [list(prompt) for prompt in different for _ in range(samples)]
-    answers = iter(generate(repeated, decoding, title=title))
-    by_prompt = {prompt: [next(answers) for _ in range(samples)] for prompt in different}
+    repeated = [list(prompt) for prompt in different for _ in decodings]
+    answers = iter(generate(repeated, [*decodings] * len(different), title=title))
+    by_prompt = {prompt: [next(answers) for _ in decodings] for prompt in different}
     return [by_prompt[tuple(prompt)] for prompt in prompts]
 
 
