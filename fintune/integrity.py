@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -52,8 +52,13 @@ def hash_files(folder: Path) -> dict[str, str]:
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         and (name := path.relative_to(folder).as_posix()) not in (SUMS, SIGNATURE)
     }
-    with ThreadPoolExecutor() as pool:  # hashing leaves Python's lock
-        return dict(zip(files, pool.map(sha256, files.values()), strict=True))
+    return dict(zip(files, sha256_of(files.values()), strict=True))
+
+
+def sha256_of(files: Iterable[Path]) -> list[str]:
+    """Compute the SHA-256 of each file, several at a time: hashing leaves Python's lock."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(sha256, files))
 
 
 def sha256(path: Path) -> str:

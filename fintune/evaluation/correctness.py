@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from fintune.evaluation.statements import labels
 from fintune.evaluation.statements.claims import Claim, read_claims
@@ -107,12 +108,10 @@ def is_correct(reference: str, answer: str, question: str | None = None) -> bool
     Returns:
         True or False; None if the reference states no result that can be checked.
     """
-    asks = plain(question or "")
-    asked = read_question(with_digits(asks))
-    right = plain(reference)
-    result = _result(right, asks, asked)
-    if result is None:
+    expected = _expected(reference, question or "")
+    if expected is None:
         return None
+    asks, asked, right, result = expected
     said = _named(_corrected(plain(answer)), asks)
     if result.yes is not None and labels.polarity(said, asks) is not result.yes:
         return False
@@ -137,6 +136,15 @@ def is_correct(reference: str, answer: str, question: str | None = None) -> bool
         ends |= {part[:size] for part in parts for size in range(1, FACT_WORDS)}
         return ends.issuperset(result.items)
     return _states_fact(list(result.fact), said, asks)
+
+
+@lru_cache(maxsize=4096)
+def _expected(reference: str, question: str) -> tuple[str, Asked, str, _Result] | None:
+    """Read a question and its reference, once for all answers: both as plain texts, and what they state."""
+    asks, right = plain(question), plain(reference)
+    asked = read_question(with_digits(asks))
+    result = _result(right, asks, asked)
+    return (asks, asked, right, result) if result else None
 
 
 def _result(right: str, asks: str, asked: Asked) -> _Result | None:

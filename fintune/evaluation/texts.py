@@ -25,7 +25,7 @@ UNIT = regex.compile(
 )
 ENUMERATION = re.compile(r"(?m)^\s*[-*•#]+\s+|(?:^|(?<=\s))\(?(?:\d{1,3}|[a-z])[.)]\s+")
 ONE_WORD = 40  # characters; a longer one is looked at by character
-SERIAL_WORK = 3e7  # word pairs; a few seconds, about as long as starting processes
+SERIAL_WORDS = 150_000  # of answers and references: 3 seconds, about as long as starting processes
 TEXTS_PER_PASS = 64
 
 
@@ -50,8 +50,8 @@ def text_scores(
     jobs = [(answer, tuple(each)) for answer, each in zip(answers, references, strict=True)]
     different = list(dict.fromkeys(jobs))
     words = {text: len(split_words(text)) for a, each in different for text in (a, *each)}
-    work = sum(words[a] * sum(words[r] for r in each) for a, each in different)
-    if work < SERIAL_WORK:
+    work = sum(words[text] for answer, each in different for text in (answer, *each))
+    if work < SERIAL_WORDS:
         scored = [_score(job) for job in different]
     else:
         from joblib import Parallel, delayed

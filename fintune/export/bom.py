@@ -26,7 +26,7 @@ from fintune import paths
 from fintune.export.pyfunc import PACKAGES
 from fintune.hub.client import HASH, stated_license
 from fintune.hub.models import is_weights, local_folder
-from fintune.integrity import sha256
+from fintune.integrity import sha256_of
 from fintune.metrics import METRICS
 from fintune.model.adapter import AdapterInfo
 from fintune.params import Base
@@ -114,13 +114,14 @@ def _component(
 def _base(base: Base) -> Component:
     """Describe the base with the hashes of its weights; the hub's cache has them as names."""
     folder = local_folder(base)
-    weights = []
-    for file in sorted(file for file in folder.iterdir() if is_weights(file.name)):
-        stated = file.resolve().name  # of a blob in the hub's cache
-        digest = stated if len(stated) == 64 and HASH.fullmatch(stated) else sha256(file)
-        weights.append(
-            _component(ComponentType.FILE, file.name, f"base:{file.name}", sha256=digest)
-        )
+    files = sorted(file for file in folder.iterdir() if is_weights(file.name))
+    digests = {file: file.resolve().name for file in files}  # of a blob in the hub's cache
+    others = [file for file, name in digests.items() if len(name) != 64 or not HASH.fullmatch(name)]
+    digests |= zip(others, sha256_of(others), strict=True)
+    weights = [
+        _component(ComponentType.FILE, file.name, f"base:{file.name}", sha256=digest)
+        for file, digest in digests.items()
+    ]
     purl = None
     if not base.is_folder:
         owner, _, name = base.model.rpartition("/")

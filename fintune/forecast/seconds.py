@@ -28,12 +28,12 @@ CPU_TRAIN, CPU_ANSWER = 0.6, 0.1  # of a large product's speed
 FORWARD = 0.45  # of the time of training, where only the likelihood is computed
 ANSWERED = 3.4e14  # weights times tokens a second that an H100 generates: 24,600 tokens/s of a 7B
 MOST_ANSWERED = 60_000  # tokens a second, of small bases
-BYTES = {
-    True: 1.5e9,
-    False: 0.5e9,
-}  # of a base read and quantized in a second, with a GPU and without
-MERGED, HASHED = 0.5e9, 0.4e9  # bytes merged in a second; and hashed, by SHA-256 and by DVC's md5
-IMPORT, DVC = 7.0, 0.5  # seconds to start a stage with torch; and DVC's own for each stage
+# with a GPU, on a machine of 16 cores, and without, on one of two
+BYTES = {True: 3e9, False: 0.5e9}  # of a base read and quantized in a second
+MERGED = {True: 1e9, False: 0.5e9}  # bytes merged and written in a second
+HASHED = {True: 2e9, False: 0.4e9}  # bytes hashed in a second, by SHA-256 and by DVC's md5
+IMPORT = {True: 13.0, False: 7.0}  # seconds to start a stage with torch
+DVC = 0.5  # seconds of its own for each stage
 ROWS = {"fetch": 19e-6, "split": 75e-6, "format": 136e-6}  # seconds a row, on two cores
 STARTS = {"fetch": 0.8, "split": 0.5, "format": 1.6}
 CHOICE = 1.3  # answers of validation rows to choose a decoding, for each of a test row
@@ -134,8 +134,9 @@ def stage_seconds(
     """Return the seconds of each stage, without downloads."""
     rows = work.train + work.validation + work.test
     found = {name: STARTS[name] + rows * each + DVC for name, each in ROWS.items()}
-    begin = IMPORT + DVC
-    load = run.base_bytes / BYTES[run.machine.on_gpu] + 0.3
+    on_gpu = run.machine.on_gpu
+    begin = IMPORT[on_gpu] + DVC
+    load = run.base_bytes / BYTES[on_gpu] + 0.3
     loads = 2 if train.quantization == "nf4" else 1  # in 16 bits as well, to know what 4 cost
     found["train"] = begin + loads * load + training_seconds(run, train, work)
 
@@ -149,7 +150,7 @@ def stage_seconds(
         answers += CHOICE * asked * samples * 1.5 * length
         answered = asked * (2 + CHOICE * samples)
     else:
-        samples = samples if generation.decoding.temperature else 1
+        samples = samples + 1 if generation.decoding.temperature else 1  # and a greedy one
         answers = asked * samples * (length + generation.max_new_tokens)
         answered = 2 * asked * samples
     found["evaluate"] = (
@@ -162,7 +163,8 @@ def stage_seconds(
     )
     merged = run.base_bytes * (2 if export.dtype == "float32" else 1)
     checked = 4 * export.check_rows * work.tokens * token
-    found["merge_export"] = begin + 4 * load + merged / MERGED + merged / HASHED + checked + FINISH
+    found["merge_export"] = begin + 4 * load + checked + FINISH
+    found["merge_export"] += merged / MERGED[on_gpu] + merged / HASHED[on_gpu]
     return found
 
 

@@ -1,9 +1,10 @@
 """Merge an adapter into its base, shard by shard: a plain Hugging Face folder that needs no PEFT.
 
-Memory stays near one shard and the adapter: the base is never loaded as a model.
+Memory stays near a few shards and the adapter: the base is never loaded as a model.
 """
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from fintune.merging.lora_update import Update, apply_update, nf4_round_trip, re
 from fintune.model.base import add_rows, check_complete
 from fintune.params import Base
 
-SHARD_SIZE = "5GB"
+SHARD_SIZE, SHARDS_AT_ONCE = "1GB", 4  # several files are hashed at once, too
 
 
 def merge_into_folder(
@@ -78,15 +79,19 @@ def merge_into_folder(
         )
         check_disk(plan.metadata["total_size"], folder)
         with tqdm(total=len(shapes), desc="merge", unit="weight", leave=False) as bar:
-            for file, inside in plan.filename_to_tensors.items():
+
+            def write(file: str) -> None:
                 shard = {}
-                for name in inside:
+                for name in plan.filename_to_tensors[file]:
                     weight = weights.read(name).to(device())
                     if weight.shape != shapes[name].shape:
                         weight = _with_rows(weight, merging.rows, merging.loaded)
                     shard[name] = merging.merge(name, weight).cpu()
                     bar.update()
                 _save(shard, folder / file)
+
+            with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:  # one merges while others are written
+                list(pool.map(write, plan.filename_to_tensors))
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -128,7 +128,7 @@ def test_many_cores_give_the_same_as_one(monkeypatch: pytest.MonkeyPatch) -> Non
     given = [f"bond number {k % 5} falls by {k % 3}" for k in range(30)]
     references = [[f"the bond falls by {k % 3}"] for k in range(30)]
     serial = text_scores(given, references)
-    monkeypatch.setattr(texts, "SERIAL_WORK", 0)
+    monkeypatch.setattr(texts, "SERIAL_WORDS", 0)
     parallel = text_scores(given, references)
     for name in serial:
         assert (serial[name] == parallel[name]).all()
