@@ -235,7 +235,7 @@ def _arguments(
         warmup_steps=round(params.warmup_fraction * steps),
         weight_decay=params.weight_decay,
         max_grad_norm=params.max_grad_norm,
-        optim="adamw_torch_fused" if on_gpu else "adamw_torch",
+        optim="adamw_torch_fused",
         max_length=None,
         gradient_checkpointing=plan.kernels == "plain" and plan.checkpointing == "full",
         logging_nan_inf_filter=False,  # a device sync at every step

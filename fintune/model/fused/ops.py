@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from fintune.model.attention import softcapped
 
@@ -35,8 +35,8 @@ def _keep_mask(x: Tensor, p: float, seed: int) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Compute x / rms(x) * weight over the last dimension, in float32; a float32 weight is not rounded to."""
     x32 = x.float()
-    normal = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
-    return (weight * normal.to(torch.promote_types(x.dtype, weight.dtype))).to(x.dtype)
+    normal = x32 * _inverse_rms(x32, eps)
+    return normal.to(torch.promote_types(x.dtype, weight.dtype)).mul_(weight).to(x.dtype)
 
 
 def rms_norm_backward(
@@ -44,9 +44,15 @@ def rms_norm_backward(
 ) -> Tensor:
     """Compute the gradient of x; `skip`, if given, is the residual connection's, and is added."""
     x32, g = x.float(), (dy * weight).float()
-    r = torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
-    dx = r * (g - x32 * r * r * (g * x32).mean(-1, keepdim=True))
-    return (dx if skip is None else skip.float() + dx).to(x.dtype)
+    r = _inverse_rms(x32, eps)
+    along = (g * x32).mean(-1, keepdim=True) * r * r
+    dx = g.addcmul_(x32, along, value=-1).mul_(r)
+    return (dx if skip is None else dx.add_(skip)).to(x.dtype)
+
+
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()
+    return torch.rsqrt(square / x.shape[-1] + eps)
 
 
 def rotate(
@@ -99,7 +105,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = x.shape[-1] // 2
     c, s = cos[:, None, :half].float(), sin[:, None, :half].float()
     first, second = x[..., :half].float(), x[..., half:].float()
-    turned = (first * c - second * s, second * c + first * s)
+    turned = (first * c).addcmul_(second, s, value=-1), (second * c).addcmul_(first, s)
     return torch.cat(turned, dim=-1).to(x.dtype)
 
 
@@ -147,29 +153,25 @@ def attend_to_cache(
 def gated(gate_up: Tensor, gelu: bool) -> Tensor:
     """Compute SwiGLU, silu(gate) * up, or with GELU in its tanh form GeGLU; (tokens, 2 n) to (tokens, n)."""
     gate, up = (half.float() for half in gate_up.chunk(2, dim=-1))
-    return (gate * torch.sigmoid(_argument(gate, gelu)[0]) * up).to(gate_up.dtype)
+    return _activation(gate, gelu).mul_(up).to(gate_up.dtype)
 
 
 def gated_backward(gate_up: Tensor, dy: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
     """Recompute the output, (tokens, n), and compute the gradient of the input, (tokens, 2 n)."""
     gate, up = (half.float() for half in gate_up.chunk(2, dim=-1))
-    argument, slope = _argument(gate, gelu)
-    dy32, sigmoid = dy.float(), torch.sigmoid(argument)
-    active = gate * sigmoid
-    d_gate = dy32 * up * (sigmoid + active * (1 - sigmoid) * slope)
-    value = (active * up).to(dy.dtype)
-    return value, torch.cat((d_gate, dy32 * active), dim=-1).to(dy.dtype)
+    active, dy32 = _activation(gate, gelu), dy.float()
+    gradient = torch.empty_like(gate_up)
+    d_gate, d_up = gradient.chunk(2, dim=-1)
+    if gelu:
+        d_gate.copy_(torch.ops.aten.gelu_backward(dy32 * up, gate, approximate="tanh"))
+    else:
+        d_gate.copy_(torch.ops.aten.silu_backward(dy32 * up, gate))
+    torch.mul(dy32, active, out=d_up)
+    return active.mul_(up).to(dy.dtype), gradient
 
 
-def _argument(gate: Tensor, gelu: bool) -> tuple[Tensor, Tensor | float]:
-    """Return u and its derivative, where the activation of x is x * sigmoid(u)."""
-    if not gelu:
-        return gate, 1.0
-    square = gate * gate
-    return GELU * gate * (1 + 0.044715 * square), GELU * (1 + 3 * 0.044715 * square)
-
-
-GELU = (8 / math.pi) ** 0.5  # Hendrycks & Gimpel 2016
+def _activation(gate: Tensor, gelu: bool) -> Tensor:
+    return functional.gelu(gate, approximate="tanh") if gelu else functional.silu(gate)
 
 
 def cross_entropy_(logits: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
@@ -180,17 +182,18 @@ def cross_entropy_(logits: Tensor, targets: Tensor, softcap: float | None) -> Te
         targets: (tokens,); one below 0 has neither loss nor gradient.
         softcap: logits are limited to it by a tanh; None for no limit.
     """
-    limited = logits.float()
+    limited, slope = logits.float(), None
     if softcap:
         limited = softcap * torch.tanh(limited / softcap)
+        slope = 1 - (limited / softcap).square()
     log_sum = limited.logsumexp(dim=-1, keepdim=True)
     without, targets = (targets < 0).nonzero()[:, 0], targets.clamp(min=0)
     losses = (log_sum - limited.gather(1, targets[:, None]))[:, 0].index_fill_(0, without, 0)
-    gradient = (limited - log_sum).exp_()
+    gradient = limited.sub_(log_sum).exp_()
     gradient.scatter_add_(1, targets[:, None], gradient.new_full((len(targets), 1), -1.0))
     gradient.index_fill_(0, without, 0)
-    if softcap:
-        gradient *= 1 - (limited / softcap).square()
+    if slope is not None:
+        gradient *= slope
     logits.copy_(gradient)
     return losses
 
