@@ -40,9 +40,8 @@ def prepare() -> None:
     """
     if find_spec("ruamel") is None or find_spec("pydantic") is None:
         _enter_environment()
-    if (
-        sys.argv[0] == "-m"
-    ):  # a stage's imports follow; within them, an exception could be swallowed
+    # a stage's imports follow; within them, an exception could be swallowed
+    if sys.argv[0] == "-m":
         signal.signal(signal.SIGINT, _leave)
     # it recommends an optional kernel package on every import
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -147,6 +146,18 @@ def run(main: Callable[[], None], interrupted: str = GOES_ON) -> None:
     elif is_stage:  # a command can run beside one
         _sweep()
     try:
+        _run(main, is_stage, worker)
+    except KeyboardInterrupt:  # also while an error is put into words
+        if worker:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            leave(1)
+        sys.exit(interrupted)
+    if is_stage:
+        leave(0)
+
+
+def _run(main: Callable[[], None], is_stage: bool, worker: bool) -> None:
+    try:
         if is_stage:
             from fintune.integrity import check_inputs  # it needs packages, unlike `prepare`
 
@@ -154,11 +165,6 @@ def run(main: Callable[[], None], interrupted: str = GOES_ON) -> None:
         main()
     except UserError as error:
         _fail(str(error), worker)
-    except KeyboardInterrupt:
-        if worker:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            leave(1)
-        sys.exit(interrupted)
     except Exception as error:
         if isinstance(error, BrokenPipeError) and not is_stage and _has_no_reader():
             raise
@@ -166,8 +172,6 @@ def run(main: Callable[[], None], interrupted: str = GOES_ON) -> None:
         if message is None:
             raise
         _fail(message, worker)
-    if is_stage:
-        leave(0)
 
 
 def _has_no_reader() -> bool:

@@ -27,11 +27,13 @@ def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "bin/python"
 
 
-def start(python: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def start(
+    python: Path, folder: Path, *arguments: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [str(python), *arguments],
         cwd=folder,
-        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)},
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **environment},
         capture_output=True,
         text=True,
         check=False,
@@ -178,6 +180,33 @@ def test_a_library_that_aborts_at_exit_does_not_fail_a_stage(tmp_path: Path) -> 
     """The exit handlers are called, and what was printed is seen."""
     done = start(Path(sys.executable), tmp_path, "-c", ABORTS)
     assert (done.returncode, done.stdout) == (0, "written\nclosed\n"), done.stderr
+
+
+STOPPED = """
+import os, signal, time
+from fintune.stage import run
+
+class Failed(Exception):
+    def __str__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+        return "failed"
+
+def main():
+    raise Failed
+
+run(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("worker", "said"), [({}, f"{stage.GOES_ON}\n"), ({"RANK": "0", "WORLD_SIZE": "2"}, "")]
+)
+def test_a_stage_that_is_told_to_end_while_it_words_an_error_prints_no_traceback(
+    worker: dict[str, str], said: str, tmp_path: Path
+) -> None:
+    done = start(Path(sys.executable), tmp_path, "-c", STOPPED, **worker)
+    assert (done.returncode, done.stderr) == (1, said)
 
 
 KERNELS = """
