@@ -25,7 +25,6 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = ("fetch", "split", "format", "train", "evaluate", "merge_export")
 PARTS = ("assets", "fintune", "recipes", "stages", ".dvc/config", ".dvc/plots", "dvc.yaml")
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "mlflow", "dvc")
 
