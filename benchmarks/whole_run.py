@@ -11,7 +11,6 @@ import argparse
 import datetime
 import json
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -22,9 +21,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
+from ruamel.yaml import YAML
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from fintune.hardware import hardware
+
 PARTS = ("assets", "fintune", "recipes", "stages", ".dvc/config", ".dvc/plots", "dvc.yaml")
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "mlflow", "dvc")
 
@@ -37,7 +39,6 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, required=True, help="FiQA's rows as a parquet file")
     parser.add_argument("--recipe", type=Path, default=ROOT / "recipes/mistral-7b.yaml")
     parser.add_argument("--new-tokens", type=int, default=384, help="tokens of each answer")
-    parser.add_argument("--products", default="bfloat16", help="evaluate.products")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -61,13 +62,13 @@ def copy_project(project: Path, given: argparse.Namespace) -> None:
     for name in ("data/source", "models", "reports"):
         (project / name).mkdir(parents=True, exist_ok=True)
     shutil.copy2(given.rows, project / "data/source/rows.parquet")
-    params = yaml.safe_load(given.recipe.read_text(encoding="utf-8"))
+    yaml = YAML()
+    params = yaml.load(given.recipe)
     params["fetch"] |= {"source": "data/source/rows.parquet", "revision": None}
     params["base"] = {"model": str(given.base.resolve()), "revision": None}
     params["generation"]["max_new_tokens"] = given.new_tokens
-    params["evaluate"]["products"] = given.products
     params["merge_export"]["register"] = "always"
-    (project / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
+    yaml.dump(params, project / "params.yaml")
 
 
 def environment_of(folder: Path) -> dict[str, str]:
@@ -88,7 +89,13 @@ def environment_of(folder: Path) -> dict[str, str]:
 
 def time_stages(project: Path, environment: dict[str, str], out: Path) -> None:
     """Run the pipeline; write the report at each line, so that a broken run leaves its part."""
-    report = machine()
+    report: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "command": f"python {' '.join(sys.argv)}",
+        "device": hardware(),
+        "cores": os.cpu_count(),
+        "versions": {name: version(name) for name in PACKAGES},
+    }
     begun: list[tuple[str, float]] = []
     lines: list[str] = []
     start = time.perf_counter()
@@ -117,19 +124,6 @@ def time_stages(project: Path, environment: dict[str, str], out: Path) -> None:
         raise SystemExit(f"dvc repro ended with {process.returncode}")
     report["seconds"] = round(time.perf_counter() - start, 1)
     out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-
-
-def machine() -> dict[str, Any]:
-    import torch
-
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
-    return {
-        "date": datetime.date.today().isoformat(),
-        "command": f"python {' '.join(sys.argv)}",
-        "device": device,
-        "cores": os.cpu_count(),
-        "versions": {name: version(name) for name in PACKAGES},
-    }
 
 
 if __name__ == "__main__":
