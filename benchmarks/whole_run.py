@@ -23,10 +23,11 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from fintune.hardware import hardware
 
+ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("assets", "fintune", "recipes", "stages", ".dvc/config", ".dvc/plots", "dvc.yaml")
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "mlflow", "dvc")
 

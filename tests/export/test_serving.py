@@ -514,6 +514,31 @@ def test_the_same_model_has_the_same_bill_of_materials(
     assert written[0] == written[1]
 
 
+def test_each_of_a_base_s_files_has_its_own_hash_in_the_bill_of_materials(
+    served: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the name of one, as a blob in the hub's cache, states its hash."""
+    monkeypatch.chdir(served.folder)
+    shutil.copy(served / "models/merged/config.json", tmp_path)
+    base, stated = tmp_path / "base", "ab" * 32
+    base.mkdir()
+    (tmp_path / stated).write_bytes(b"4")
+    (base / "model-00004.safetensors").symlink_to(tmp_path / stated)
+    for number in (1, 2, 3):
+        (base / f"model-0000{number}.safetensors").write_bytes(str(number).encode())
+    trained = replace(
+        read_training(Path("models/adapter")), base=Base(model=str(base), revision=None)
+    )
+    write_bom(tmp_path, "a", trained, read_records(), {}, {}, None)
+    bom = json.loads((tmp_path / "bom.cdx.json").read_text())
+    (described,) = [each for each in bom["components"] if each["bom-ref"] == "base"]
+    found = {each["name"]: each["hashes"][0]["content"] for each in described["components"]}
+    expected = {
+        f"model-0000{n}.safetensors": sha256(base / f"model-0000{n}.safetensors") for n in (1, 2, 3)
+    }
+    assert found == expected | {"model-00004.safetensors": stated}
+
+
 def test_the_sums_are_right(served: Project) -> None:
     check = ["sha256sum", "--check", "--strict", "SHA256SUMS"]
     folder = served / "models/merged"
